@@ -1,0 +1,185 @@
+"""Players that fill a store: scripted ones whose quality grows over a recording, and a random one."""
+
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from scaled_ql.environments import MAX_STEPS, make_environment
+from scaled_ql.games import action_names, rom_md5
+from scaled_ql.replay.store import ReplayWriter
+
+Player = Callable[[np.ndarray], str]  # the console's 128 bytes of RAM -> the name of an action
+
+
+# Where things are in RAM: the Atari Annotated RAM Interface (Anand et al., 2019).
+def play_pong(ram: np.ndarray) -> str:
+    """Keep the paddle at the height of the ball."""
+    offset = int(ram[54]) - int(ram[51])
+    if abs(offset) < 4:
+        return "FIRE"
+    return "LEFT" if offset > 0 else "RIGHT"
+
+
+def play_breakout(ram: np.ndarray) -> str:
+    """Serve when there is no ball, else keep the middle of the paddle below it."""
+    if ram[101] == 0:
+        return "FIRE"
+    offset = int(ram[99]) - int(ram[72]) - 8
+    if abs(offset) < 4:
+        return "NOOP"
+    return "RIGHT" if offset > 0 else "LEFT"
+
+
+def play_freeway(ram: np.ndarray) -> str:
+    """Walk."""
+    return "UP"
+
+
+SCRIPTED_PLAYERS: dict[str, Player] = {"Breakout": play_breakout, "Freeway": play_freeway, "Pong": play_pong}
+
+
+def epsilon_at(transition: int, num_transitions: int, final_epsilon: float) -> float:
+    """Probability of a random action: from 1 at the recording's start linearly to `final_epsilon` at its end."""
+    return 1.0 + (final_epsilon - 1.0) * min(transition / num_transitions, 1.0)
+
+
+def play_episode(
+    environment: gymnasium.Env,
+    player: Player | None,
+    actions: tuple[str, ...],
+    epsilon: Callable[[int], float],
+    seed: list[int],
+) -> dict[str, np.ndarray | bool]:
+    """Play one whole episode.
+
+    Args:
+        environment: from `make_environment`.
+        player: chooses by RAM; None plays at random throughout.
+        actions: the game's minimal action set.
+        epsilon: probability of a random action at each step of the episode.
+        seed: of this episode; equal seeds give equal episodes.
+
+    Returns:
+        observation uint8 [L, 84, 84], action int32 [L], reward float32 [L], terminal (bool).
+    """
+    rng = np.random.default_rng(seed)
+    frame, _ = environment.reset(seed=int(rng.integers(2**31)))
+    ale = environment.unwrapped.ale
+    frames, chosen, rewards = [], [], []
+    terminal = truncated = False
+    while not (terminal or truncated):
+        action = int(rng.integers(len(actions)))
+        if player is not None and rng.random() >= epsilon(len(chosen)):
+            action = actions.index(player(ale.getRAM()))
+        frames.append(frame)
+        chosen.append(action)
+        frame, reward, terminal, truncated, _ = environment.step(action)
+        rewards.append(reward)
+    return {
+        "observation": np.stack(frames),
+        "action": np.array(chosen, np.int32),
+        "reward": np.array(rewards, np.float32),
+        "terminal": terminal,
+    }
+
+
+def record_game(
+    path: str | Path,
+    game: str,
+    num_transitions: int,
+    *,
+    seed: int,
+    run: int = 1,
+    final_epsilon: float = 0.1,
+    sticky_actions: float = 0.25,
+    max_steps: int = MAX_STEPS,
+) -> int:
+    """Record whole episodes of a game until the store holds at least `num_transitions`; returns how many it holds.
+
+    Pong, Breakout and Freeway are played by a script that reads RAM, with epsilon annealed from 1 to
+    `final_epsilon`; every other game at random. Episode k depends on (seed, run, k) and the number of transitions
+    before it alone, so a recording that was stopped goes on as if it had not been.
+    """
+    player, actions = SCRIPTED_PLAYERS.get(game), action_names(game)
+    source = f"scripted player, epsilon 1 to {final_epsilon}, seed {seed}" if player else f"random player, seed {seed}"
+    environment = make_environment(game, sticky_actions=sticky_actions, max_steps=max_steps)
+    with ReplayWriter(
+        path, game, run, actions=actions, source=source, sticky_actions=sticky_actions, rom_md5=rom_md5(game)
+    ) as writer:
+        while writer.num_transitions < num_transitions and not _stopped():
+            before = writer.num_transitions
+
+            def epsilon(step: int, before: int = before) -> float:
+                return epsilon_at(before + step, num_transitions, final_epsilon) if player else 1.0
+
+            episode = play_episode(environment, player, actions, epsilon, [seed, run, writer.num_episodes])
+            writer.append(**episode, epsilon=epsilon(0))
+        environment.close()
+        return writer.num_transitions
+
+
+def record(
+    path: str | Path,
+    games: list[str],
+    num_transitions: int,
+    *,
+    seed: int,
+    processes: int = 2,
+    poll_seconds: float = 1.0,
+    **options: float | int,
+) -> Iterator[dict[str, int]]:
+    """Record several games side by side, one process each; see `record_game`.
+
+    Yields:
+        transitions on disk per game, about every `poll_seconds`, and once when all is done.
+
+    Raises:
+        UnknownGame: before anything is recorded.
+        ReplayError: the first failure of a recording; the others stop at the end of their episode.
+    """
+    for game in games:
+        action_names(game)  # an unknown game fails here, not after minutes in a worker
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_watch, initargs=(stop,)) as pool:
+        pending = {pool.submit(record_game, path, game, num_transitions, seed=seed, **options) for game in games}
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=poll_seconds)
+                for future in done:
+                    future.result()
+                yield {game: _committed(Path(path) / game) for game in games}
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+_stop: Any = None  # in a worker: the event that ends its recordings
+
+
+def _watch(stop: Any) -> None:
+    global _stop
+    _stop = stop
+
+
+def _stopped() -> bool:
+    """Whether this worker's parent asked it to stop, or died."""
+    parent = multiprocessing.parent_process()
+    return (_stop is not None and _stop.is_set()) or (parent is not None and not parent.is_alive())
+
+
+def _committed(folder: Path) -> int:
+    """Transitions in complete episodes of a game that is being recorded."""
+    total = 0
+    for journal in folder.glob("*/episodes.jsonl"):
+        lines = journal.read_bytes().split(b"\n")[:-1]
+        if lines:
+            last = json.loads(lines[-1])
+            total += last["start"] + last["length"]
+    return total

@@ -1,0 +1,94 @@
+"""The games: the paper's 40 for training and 5 held out, their action sets, ROMs and reference scores."""
+
+import csv
+import difflib
+import functools
+import hashlib
+import re
+from importlib import resources
+from pathlib import Path
+
+TRAINING_GAMES: tuple[str, ...] = (
+    "Amidar", "Assault", "Asterix", "Atlantis", "BankHeist", "BattleZone", "BeamRider", "Boxing",
+    "Breakout", "Carnival", "Centipede", "ChopperCommand", "CrazyClimber", "DemonAttack", "DoubleDunk",
+    "Enduro", "FishingDerby", "Freeway", "Frostbite", "Gopher", "Gravitar", "Hero", "IceHockey",
+    "Jamesbond", "Kangaroo", "Krull", "KungFuMaster", "NameThisGame", "Phoenix", "Pooyan", "Qbert",
+    "Riverraid", "Robotank", "Seaquest", "TimePilot", "UpNDown", "VideoPinball", "WizardOfWor",
+    "YarsRevenge", "Zaxxon",
+)  # fmt: skip
+HELD_OUT_GAMES: tuple[str, ...] = ("Alien", "MsPacman", "Pong", "SpaceInvaders", "StarGunner")
+
+NUM_ACTIONS = 18  # the full joystick; every head has this many rows, a game's minimal set uses the first few
+
+
+class UnknownGame(ValueError):
+    """A game that ALE, or the table of reference scores, does not have."""
+
+
+@functools.cache
+def _all_roms() -> dict[str, str]:
+    from ale_py import roms
+
+    return {"".join(w.capitalize() for w in rom.split("_")): rom for rom in roms.get_all_rom_ids()}
+
+
+def rom_name(game: str) -> str:
+    """ALE's name of a game: ``"SpaceInvaders"`` -> ``"space_invaders"``.
+
+    Raises:
+        UnknownGame: ALE has no such game; the nearest names are suggested.
+    """
+    roms = _all_roms()
+    if game not in roms:
+        folded = {name.lower(): name for name in roms}
+        key = re.sub(r"[^a-z0-9]", "", game.lower())
+        near = [folded[name] for name in difflib.get_close_matches(key, folded, n=3, cutoff=0.5)]
+        hint = f"Did you mean {', '.join(near)}?" if near else "Names are written as in the paper: SpaceInvaders."
+        raise UnknownGame(f"ALE does not know the game {game!r}. {hint}")
+    return roms[game]
+
+
+def rom_md5(game: str) -> str:
+    """MD5 (hex) of the installed ROM; replays recorded with another ROM show other frames."""
+    from ale_py import roms
+
+    return hashlib.md5(Path(roms.get_rom_path(rom_name(game))).read_bytes()).hexdigest()
+
+
+@functools.cache
+def action_names(game: str) -> tuple[str, ...]:
+    """The minimal action set, in ALE's order: an action is an index into this tuple everywhere."""
+    import ale_py
+    from ale_py import roms
+
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+    ale = ale_py.ALEInterface()
+    ale.loadROM(roms.get_rom_path(rom_name(game)))
+    return tuple(action.name for action in ale.getMinimalActionSet())
+
+
+@functools.cache
+def _reference_scores() -> dict[str, dict[str, str]]:
+    table = resources.files("scaled_ql") / "data" / "reference_scores.csv"
+    return {row["game"]: row for row in csv.DictReader(table.read_text().splitlines())}
+
+
+def reference_score(game: str, player: str) -> float:
+    """Mean raw episode return of a reference player.
+
+    Args:
+        game: a training or held-out game.
+        player: ``"random"``, ``"human"`` or ``"dqn_50m"`` (DQN after 50M frames).
+
+    Source: the paper's Tables C.1/C.2 (human, training games); DQN Zoo's table (human of the held-out games, random);
+    Atari-PB and JOWA (random of Carnival and Pooyan); Atari-PB (dqn_50m).
+
+    Raises:
+        UnknownGame: the game has no reference scores.
+    """
+    scores = _reference_scores()
+    if game not in scores:
+        near = difflib.get_close_matches(game, scores, n=3, cutoff=0.5)
+        hint = f"Did you mean {', '.join(near)}?" if near else f"There are scores for {len(scores)} games."
+        raise UnknownGame(f"no reference scores for the game {game!r}. {hint}")
+    return float(scores[game][player])

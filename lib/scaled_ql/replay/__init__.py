@@ -1,0 +1,15 @@
+"""Replay: stores of whole episodes on disk, and reproducible batches from them."""
+
+from scaled_ql.replay.sampling import prefetch, sample_batch, sample_indices
+from scaled_ql.replay.store import Batch, Replay, ReplayError, ReplayWriter, open_replay
+
+__all__ = [
+    "Batch",
+    "Replay",
+    "ReplayError",
+    "ReplayWriter",
+    "open_replay",
+    "prefetch",
+    "sample_batch",
+    "sample_indices",
+]

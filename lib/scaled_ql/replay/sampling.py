@@ -1,0 +1,95 @@
+"""Which transitions make batch i: a pure function of (replay, seed, i), so a run resumes from one integer."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+
+from scaled_ql.replay.store import Batch, Replay
+
+T = TypeVar("T")
+
+
+def sample_indices(
+    replay: Replay,
+    seed: int,
+    step: int,
+    *,
+    games_per_batch: int = 128,
+    transitions_per_game: int = 4,
+    n_step: int = 3,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw batch number `step`, stratified by game (appendix B.3).
+
+    `games_per_batch` games are drawn with replacement, then `transitions_per_game` transitions from each,
+    uniformly over all transitions of that game that have n-step returns.
+
+    Returns:
+        (game, index): int32 [B] into `replay.games` and int64 [B] time indices of that game, with
+        B = games_per_batch * transitions_per_game.
+    """
+    rng = np.random.default_rng([seed, step])
+    game = rng.integers(len(replay.games), size=games_per_batch).repeat(transitions_per_game).astype(np.int32)
+    uniform = rng.random(len(game))
+    index = np.empty(len(game), np.int64)
+    for number in np.unique(game):
+        rows = np.flatnonzero(game == number)
+        name = replay.games[number]
+        index[rows] = _nth_sampleable(replay, name, n_step, uniform[rows])
+    return game, index
+
+
+def _nth_sampleable(replay: Replay, game: str, n_step: int, uniform: np.ndarray) -> np.ndarray:
+    """Map uniform numbers in [0, 1) to time indices, each sampleable transition equally likely."""
+    start, count = replay.sampleable(game, n_step)
+    ends = np.cumsum(count)
+    rank = (uniform * ends[-1]).astype(np.int64)
+    episode = np.searchsorted(ends, rank, side="right")
+    return start[episode] + rank - (ends[episode] - count[episode])
+
+
+def sample_batch(
+    replay: Replay,
+    seed: int,
+    step: int,
+    *,
+    games_per_batch: int = 128,
+    transitions_per_game: int = 4,
+    n_step: int = 3,
+    discount: float = 0.99,
+    stack_size: int = 4,
+) -> Batch:
+    """Batch number `step` of a training run, rewards clipped; see `sample_indices` and `Replay.batch`."""
+    game, index = sample_indices(
+        replay,
+        seed,
+        step,
+        games_per_batch=games_per_batch,
+        transitions_per_game=transitions_per_game,
+        n_step=n_step,
+    )
+    order = np.argsort(game, kind="stable")
+    parts = [
+        replay.batch(replay.games[number], index[game == number], n_step, discount, stack_size)
+        for number in np.unique(game)
+    ]
+    back = np.argsort(order, kind="stable")
+    return Batch(*(np.concatenate(fields)[back] for fields in zip(*parts)))
+
+
+def prefetch(load: Callable[[int], T], start: int, stop: int, *, depth: int = 4, threads: int = 2) -> Iterator[T]:
+    """Yield load(start), ..., load(stop - 1) in order, reading up to `depth` ahead on `threads` threads."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="prefetch") as pool:
+        pending: deque = deque()
+        try:
+            for step in range(start, stop):
+                pending.append(pool.submit(load, step))
+                if len(pending) > depth:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
