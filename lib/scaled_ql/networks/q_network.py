@@ -1,0 +1,169 @@
+"""The paper's multi-game Q-network (Figure 3, appendix B.1)."""
+
+from itertools import pairwise
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from scaled_ql.games import NUM_ACTIONS
+from scaled_ql.networks.encoders import Dtype, make_encoder
+
+Embedding = Literal["pointwise", "sum", "none"]
+
+
+class SpatialEmbedding(nnx.Module):
+    """Feature map [B, H, W, C] -> vector: where a feature is, not only that it is there.
+
+    - ``pointwise``: times a learned [H, W, C], then flattened (appendix B.1; the paper's parameter counts agree).
+    - ``sum``: times a learned [H, W, C, 8], summed over space: [B, 8 C] (as in PTR, Kumar et al., 2022).
+    - ``none``: mean over space (global pooling, the ablation of Table A.1).
+
+    The pointwise embedding starts at ones, a plain flattening.
+    """
+
+    def __init__(self, kind: Embedding, height: int, width: int, channels: int, *, dtype: Dtype, rngs: nnx.Rngs):
+        self.kind, self.dtype = kind, dtype
+        if kind == "pointwise":
+            self.kernel = nnx.Param(jnp.ones((height, width, channels)))
+            self.features = height * width * channels
+        elif kind == "sum":
+            init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=3)
+            self.kernel = nnx.Param(init(rngs.params(), (height, width, channels, 8)))
+            self.features = channels * 8
+        elif kind == "none":
+            self.features = channels
+        else:
+            raise ValueError(f"unknown embedding {kind!r}; there are pointwise, sum, none.")
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> [B, features]."""
+        if self.kind == "none":
+            return x.mean((1, 2))
+        kernel = self.kernel[...].astype(self.dtype)
+        if self.kind == "sum":
+            return jnp.einsum("bhwc,hwcf->bcf", x, kernel).reshape(len(x), -1)
+        return (x * kernel).reshape(len(x), -1)
+
+
+def normalize_features(x: jax.Array, epsilon: float = 1e-12) -> jax.Array:
+    """x / ||x||_2 over the last axis, in float32; gradients pass through the norm; zeros stay zeros."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + epsilon)
+
+
+class QNetwork(nnx.Module):
+    """Encoder -> spatial embedding -> Dense, LayerNorm, ReLU -> Dense, ReLU ... -> feature normalisation -> heads.
+
+    Every game has a linear head of its own: 18 actions x atoms, of which a game's minimal set uses the first
+    rows; masking the others is the caller's (`losses`), which knows the games.
+    """
+
+    def __init__(
+        self,
+        encoder: str,
+        num_games: int,
+        *,
+        num_outputs: int,
+        hidden_sizes: tuple[int, ...],
+        embedding: Embedding,
+        normalize: bool,
+        group_size: int,
+        stack_size: int,
+        dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.num_outputs, self.normalize, self.dtype = num_outputs, normalize, dtype
+        self.encoder = make_encoder(encoder, channels=stack_size, group_size=group_size, dtype=dtype, rngs=rngs)
+        image = jax.ShapeDtypeStruct((1, 84, 84, stack_size), dtype)
+        _, height, width, channels = jax.eval_shape(self.encoder, image).shape
+        self.embedding = SpatialEmbedding(embedding, height, width, channels, dtype=dtype, rngs=rngs)
+        sizes = [self.embedding.features, *hidden_sizes]
+        self.hidden = nnx.List(nnx.Linear(a, b, dtype=dtype, rngs=rngs) for a, b in pairwise(sizes))
+        self.layer_norm = nnx.LayerNorm(hidden_sizes[0], dtype=dtype, rngs=rngs)
+        width = NUM_ACTIONS * num_outputs
+        init = nnx.initializers.variance_scaling(
+            1.0, "fan_in", "truncated_normal", in_axis=1, out_axis=2, batch_axis=(0,)
+        )
+        self.head_kernel = nnx.Param(init(rngs.params(), (num_games, sizes[-1], width)))
+        self.head_bias = nnx.Param(jnp.zeros((num_games, width)))
+
+    def features(self, observation: jax.Array) -> jax.Array:
+        """uint8 [B, 84, 84, 4] -> the representation before the heads, [B, last hidden size]."""
+        x = observation.astype(self.dtype) / 255
+        x = self.embedding(self.encoder(x))
+        for number, layer in enumerate(self.hidden):
+            x = layer(x)
+            x = nnx.relu(self.layer_norm(x) if number == 0 else x)
+        return normalize_features(x) if self.normalize else x
+
+    def __call__(self, observation: jax.Array, game: jax.Array) -> jax.Array:
+        """Logits float32 [B, 18, atoms], or values float32 [B, 18] where the head is ``mse``.
+
+        Args:
+            observation: uint8 [B, 84, 84, 4], oldest frame first.
+            game: int32 [B], which head.
+        """
+        x = self.features(observation).astype(self.dtype)
+        kernel, bias = self.head_kernel[...].astype(self.dtype), self.head_bias[...]
+        # All heads for all rows, then each row's own: far cheaper than gathering a kernel per row.
+        outputs = jnp.einsum("bf,gfo->bgo", x, kernel)
+        outputs = jnp.take_along_axis(outputs, game[:, None, None], axis=1)[:, 0].astype(jnp.float32) + bias[game]
+        shape = (NUM_ACTIONS,) if self.num_outputs == 1 else (NUM_ACTIONS, self.num_outputs)
+        return outputs.reshape(len(outputs), *shape)
+
+
+def make_q_network(
+    encoder: str,
+    num_games: int,
+    head: Literal["c51", "mse"] = "c51",
+    seed: int = 0,
+    *,
+    num_atoms: int = 51,
+    hidden_sizes: tuple[int, ...] = (2048, 1024, 1024, 1024),
+    embedding: Embedding = "pointwise",
+    normalize_features: bool = True,
+    group_size: int = 4,
+    stack_size: int = 4,
+    dtype: str = "float32",
+) -> QNetwork:
+    """A Q-network with the paper's defaults (appendix B.1).
+
+    Args:
+        encoder: a key of `networks.ENCODERS`: ``resnet34``, ``resnet50``, ``resnet101``, ``resnet152``,
+            ``resnet_narrow``, ``impala_x1``, ``impala_x4``, ``impala_x8``, ``impala_x16`` or ``nature``.
+        num_games: heads.
+        head: ``c51``: logits [B, 18, num_atoms]; ``mse``: values [B, 18].
+        seed: of the initial parameters.
+        num_atoms: of the ``c51`` head.
+        hidden_sizes: of the fully connected layers; the first is followed by LayerNorm.
+        embedding: ``pointwise``, ``sum`` or ``none``; see `SpatialEmbedding`.
+        normalize_features: divide the representation by its L2 norm.
+        group_size: channels per group of the ResNets' group normalisation.
+        stack_size: frames in an observation.
+        dtype: of the computation, ``float32`` or ``bfloat16``; parameters and outputs are float32.
+
+    Raises:
+        ValueError: an unknown encoder, head or embedding.
+    """
+    if head not in ("c51", "mse"):
+        raise ValueError(f"unknown head {head!r}; there are c51, mse.")
+    return QNetwork(
+        encoder,
+        num_games,
+        num_outputs=num_atoms if head == "c51" else 1,
+        hidden_sizes=tuple(hidden_sizes),
+        embedding=embedding,
+        normalize=normalize_features,
+        group_size=group_size,
+        stack_size=stack_size,
+        dtype=jnp.dtype(dtype),
+        rngs=nnx.Rngs(seed),
+    )
+
+
+def count_parameters(*modules: Any) -> int:
+    """Numbers of trained parameters in modules, or in trees of arrays, together."""
+    trees = [nnx.state(module, nnx.Param) if isinstance(module, nnx.Module) else module for module in modules]
+    return sum(leaf.size for leaf in jax.tree.leaves(trees))

@@ -1,0 +1,319 @@
+"""Training: state, the jitted step, the loop as a generator, checkpoints."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from scaled_ql import losses
+from scaled_ql.games import NUM_ACTIONS
+from scaled_ql.networks import QNetwork
+from scaled_ql.replay.store import Batch
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save there
+
+PyTree = Any
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """All that a step changes; with the data's seed it determines the rest of the run.
+
+    Attributes:
+        step: int32 scalar, steps done.
+        params: the online network's parameters.
+        target_params: the target network's.
+        opt_state: of the optimizer.
+    """
+
+    step: jax.Array
+    params: PyTree
+    target_params: PyTree
+    opt_state: PyTree
+
+
+class Diverged(RuntimeError):
+    """The loss is not finite any more."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, or is not of this run."""
+
+
+def make_optimizer(learning_rate: float = 2e-4, adam_epsilon: float = 3.125e-4) -> optax.GradientTransformation:
+    """Adam. The paper does not say epsilon; 0.01 / 32 is what its single-game ancestors use."""
+    return optax.adam(learning_rate, eps=adam_epsilon)
+
+
+def init_state(network: QNetwork, optimizer: optax.GradientTransformation) -> tuple[nnx.GraphDef, TrainState]:
+    """Split a network once into a static graph definition and the state of a fresh run."""
+    graph, variables = nnx.split(network, nnx.Param)
+    params = nnx.to_pure_dict(variables)
+    state = TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+    return graph, state
+
+
+def apply(graph: nnx.GraphDef, params: PyTree, observation: jax.Array, game: jax.Array) -> jax.Array:
+    """The network as a pure function of its parameters; see `QNetwork.__call__`."""
+    return nnx.merge(graph, nnx.State(params))(observation, game)
+
+
+def action_masks(num_actions: list[int]) -> jax.Array:
+    """bool [games, 18]: which actions each game has, from the sizes of their minimal sets."""
+    return jnp.arange(NUM_ACTIONS) < jnp.array(num_actions)[:, None]
+
+
+def make_train_step(
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    num_actions: list[int],
+    *,
+    alpha: float = 0.05,
+    atoms: jax.Array | None = None,
+    target_update_period: int = 2_000,
+    double_q: bool = False,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Compile one step of Scaled QL: mean over the batch of TD error + alpha * CQL (equation 1).
+
+    Args:
+        graph: from `init_state`.
+        optimizer: the same as there.
+        num_actions: size of each game's minimal action set.
+        alpha: weight of the CQL regulariser; Table B.1: 0.05 for C51, 0.1 for MSE.
+        atoms: the support [N] of a C51 head (default: `losses.support()`); ignored by an MSE head.
+        target_update_period: steps between copies of the online to the target network.
+        double_q: the online network chooses the action that the target network values.
+
+    Returns:
+        (state, batch) -> (state, metrics). The state passed in is donated: use the one returned. Metrics are
+        scalars `loss`, `td_loss`, `cql_loss`, `q_data` (mean Q of the data's actions), `q_greedy` (of the best
+        actions), `grad_norm`, and float32 [games] `td_sum` and `td_count`.
+    """
+    masks = action_masks(num_actions)
+    atoms = losses.support() if atoms is None else atoms
+
+    def to_q(outputs: jax.Array) -> jax.Array:
+        return losses.expected_q(outputs, atoms) if outputs.ndim == 3 else outputs
+
+    def loss(params: PyTree, target_params: PyTree, batch: Batch) -> tuple[jax.Array, Metrics]:
+        mask = masks[batch.game]
+        outputs = apply(graph, params, batch.observation, batch.game)
+        target_outputs = apply(graph, target_params, batch.next_observation, batch.game)
+        q = to_q(outputs)
+        if double_q:
+            selector_q = to_q(apply(graph, params, batch.next_observation, batch.game))
+        else:
+            selector_q = to_q(target_outputs)
+        one = (outputs, batch.action, batch.reward, batch.discount, target_outputs, selector_q, mask)
+        if outputs.ndim == 3:
+            td = jax.vmap(losses.c51_loss, in_axes=(0,) * 7 + (None,))(*one, atoms)
+        else:
+            td = jax.vmap(losses.mse_loss)(*one)
+        cql = jax.vmap(losses.cql_loss)(q, batch.action, mask)
+        total = td.mean() + alpha * cql.mean()
+        metrics = {
+            "loss": total,
+            "td_loss": td.mean(),
+            "cql_loss": cql.mean(),
+            "q_data": jnp.take_along_axis(q, batch.action[:, None], axis=1).mean(),
+            "q_greedy": jnp.where(mask, q, losses.MASKED).max(-1).mean(),
+            "td_sum": jax.ops.segment_sum(td, batch.game, len(masks)),
+            "td_count": jax.ops.segment_sum(jnp.ones_like(td), batch.game, len(masks)),
+        }
+        return total, metrics
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        gradients, metrics = jax.grad(loss, has_aux=True)(state.params, state.target_params, batch)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        step = state.step + 1
+        target_params = optax.periodic_update(params, state.target_params, step, target_update_period)
+        metrics["grad_norm"] = optax.global_norm(gradients)
+        return TrainState(step, params, target_params, opt_state), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def train(
+    state: TrainState,
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    batches: Iterator[Batch],
+    games: list[str],
+    *,
+    log_every: int,
+    checkpoint_every: int,
+    checkpoints: "Checkpoints",
+) -> Iterator[tuple[TrainState, dict[str, float]]]:
+    """Run a step per batch; a generator, so that logging and display stay the caller's.
+
+    Checks every step's loss, one step behind the device so that it never waits, and writes a checkpoint every
+    `checkpoint_every` steps, after all steps up to it were checked.
+
+    Args:
+        state: to start from; donated.
+        train_step: from `make_train_step`.
+        batches: one per step, beginning with the one after `state.step`.
+        games: names, for per-game metrics and errors.
+        log_every: steps averaged into one row of metrics.
+        checkpoint_every: a multiple of `log_every`.
+        checkpoints: where to write them.
+
+    Yields:
+        (state, row) every `log_every` steps: `step`, the metrics of `make_train_step` averaged over the rows'
+        steps, `td_loss/<game>` (NaN where a game was not drawn), `steps_per_second`, `transitions_per_second`.
+
+    Raises:
+        Diverged: a loss is NaN or infinite; names the step, the games in its batch and the last checkpoint.
+    """
+    window: list[dict[str, np.ndarray]] = []
+    unchecked: tuple[int, np.ndarray, Metrics] | None = None
+
+    def check() -> None:
+        step, drawn, metrics = unchecked
+        values = jax.device_get(metrics)
+        if not math.isfinite(values["loss"]):
+            names = ", ".join(games[number] for number in np.unique(drawn))
+            raise Diverged(
+                f"the loss is {values['loss']} at step {step} (TD {values['td_loss']}, CQL {values['cql_loss']}, "
+                f"gradient norm {values['grad_norm']}). Games in the batch: {names}. {checkpoints.describe_latest()} "
+                "Lower learning_rate, or look at the data of these games, and start again under another run name."
+            )
+        window.append(values)
+
+    step, started = int(state.step), time.perf_counter()
+    for batch in batches:
+        state, metrics = train_step(state, batch)
+        step += 1
+        if unchecked is not None:
+            check()
+        unchecked = (step, batch.game, metrics)
+        if step % log_every == 0:
+            check()
+            unchecked = None
+            row = _average(window, games)
+            seconds = time.perf_counter() - started
+            row |= {
+                "step": step,
+                "steps_per_second": len(window) / seconds,
+                "transitions_per_second": len(window) * len(batch.game) / seconds,
+            }
+            window.clear()
+            if step % checkpoint_every == 0:
+                checkpoints.save(state)
+            yield state, row
+            started = time.perf_counter()
+
+
+def _average(window: list[dict[str, np.ndarray]], games: list[str]) -> dict[str, float]:
+    sums = {name: sum(row[name] for row in window) for name in window[0]}
+    td, count = sums.pop("td_sum"), sums.pop("td_count")
+    row = {name: float(total / len(window)) for name, total in sums.items()}
+    return row | {
+        f"td_loss/{game}": float(total / number) if number else math.nan
+        for game, total, number in zip(games, td, count)
+    }
+
+
+class Checkpoints:
+    """Checkpoints of one run, written asynchronously; a checkpoint is complete or absent.
+
+    Keeps the newest two (the newest may be found damaged) and every `keep_period`-th step.
+    """
+
+    def __init__(self, folder: str | Path, about: dict[str, Any], keep_period: int | None = None):
+        """Open a folder of checkpoints, creating it where needed.
+
+        Args:
+            folder: for the checkpoints alone.
+            about: JSON values that make a checkpoint of this run (architecture, games, dataset); saved with
+                each, and compared when one is loaded.
+            keep_period: steps whose multiples are never deleted.
+        """
+        policies: list[Any] = [ocp.checkpoint_managers.LatestN(2)]
+        if keep_period:
+            policies.append(ocp.checkpoint_managers.EveryNSteps(keep_period))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+        )
+        self.folder, self.about = Path(folder).absolute(), about
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "about"))
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint's step, or None."""
+        return self._manager.latest_step()
+
+    def describe_latest(self) -> str:
+        """A sentence for error messages."""
+        step = self.latest_step()
+        return "There is no checkpoint yet." if step is None else f"Last good checkpoint: {self.folder / str(step)}."
+
+    def save(self, state: TrainState) -> None:
+        """Save a state; returns while it is being written.
+
+        Raises:
+            CheckpointError: the disk does not take it (also for the save before this one).
+        """
+        step = int(state.step)
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), about=ocp.args.JsonSave(self.about))
+        self._writing(lambda: self._manager.save(step, args=items, force=True), step)
+
+    def wait(self) -> None:
+        """Return when all is on disk."""
+        self._writing(self._manager.wait_until_finished, "in progress")
+
+    def close(self) -> None:
+        """Finish writing and let go of the folder."""
+        self.wait()
+        self._manager.close()
+
+    def _writing(self, write: Callable[[], Any], step: int | str) -> None:
+        try:
+            write()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{self.folder}: checkpoint {step} could not be written ({error}). Make room on the disk and run "
+                "again: training goes on from the last complete checkpoint."
+            ) from error
+
+    def restore(self, state: TrainState) -> TrainState:
+        """Load the newest checkpoint, or return `state` where there is none.
+
+        Args:
+            state: a state of the right structure and shapes; its values are not used.
+
+        Raises:
+            CheckpointError: the checkpoint is of another architecture, other games or other data, or damaged.
+        """
+        step = self.latest_step()
+        if step is None:
+            return state
+        where = self.folder / str(step)
+        stored = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        differences = [
+            f"{key}: {stored.get(key)!r} in the checkpoint, {self.about.get(key)!r} here"
+            for key in sorted(stored.keys() | self.about.keys())
+            if stored.get(key) != self.about.get(key)
+        ]
+        if differences:
+            raise CheckpointError(
+                f"{where} is a checkpoint of something else: {'; '.join(differences)}. Choose another run name, "
+                "or delete the run's folder to start it anew."
+            )
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state._asdict())
+        try:
+            items = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{where}: cannot be loaded ({error}). Delete this folder to go on from the checkpoint before it."
+            ) from error
+        return TrainState(**items["state"])
