@@ -1,0 +1,183 @@
+"""Evaluation in ALE: greedy policies, whole episodes, videos (appendix B.3)."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from flax import nnx
+from PIL import Image, ImageDraw, ImageFont
+
+from scaled_ql import losses, training
+from scaled_ql.environments import MAX_STEPS, STACK_SIZE, make_environment, make_vector_environment
+from scaled_ql.games import action_names
+
+QFunction = Callable[[np.ndarray], np.ndarray]  # uint8 [N, 4, 84, 84] stacks -> float32 [N, actions]
+
+
+def make_q_function(
+    graph: nnx.GraphDef, params: training.PyTree, game_index: int, num_actions: int, atoms: jax.Array | None = None
+) -> QFunction:
+    """Q values of a trained network for one game.
+
+    Args:
+        graph: from `training.init_state`.
+        params: the online parameters.
+        game_index: which head.
+        num_actions: size of the game's minimal set; the other outputs are cut off.
+        atoms: the support of a C51 head (default: `losses.support()`).
+
+    Returns:
+        uint8 [N, 4, 84, 84] (frames second, as environments give them) -> float32 [N, num_actions].
+    """
+    atoms = losses.support() if atoms is None else atoms
+
+    @jax.jit
+    def q_values(params: training.PyTree, stacks: jax.Array) -> jax.Array:
+        game = jnp.full(len(stacks), game_index)
+        outputs = training.apply(graph, params, stacks.transpose(0, 2, 3, 1), game)
+        q = losses.expected_q(outputs, atoms) if outputs.ndim == 3 else outputs
+        return q[:, :num_actions]
+
+    return lambda stacks: np.asarray(q_values(params, stacks))
+
+
+def play_randomly(stacks: np.ndarray) -> np.ndarray:
+    """The Q function of a player that `evaluate` lets act at random with epsilon = 1."""
+    return np.zeros((len(stacks), 1), np.float32)
+
+
+def evaluate(
+    q_function: QFunction,
+    game: str,
+    *,
+    episodes: int,
+    seed: int,
+    epsilon: float = 0.001,
+    max_steps: int = MAX_STEPS,
+    num_environments: int = 16,
+    sticky_actions: float = 0.0,
+) -> pd.DataFrame:
+    """Play whole episodes, epsilon-greedily, in environments side by side.
+
+    Every environment plays a number of episodes that is fixed beforehand: stopping all of them at some step
+    instead would count more of the short episodes than of the long.
+
+    Args:
+        q_function: uint8 [N, 4, 84, 84] -> [N, actions].
+        game: name as in the paper.
+        episodes: whole episodes in all.
+        seed: of the random actions and of the emulators.
+        epsilon: probability of a random action (Table B.1: 0.001).
+        max_steps: agent steps after which an episode is truncated (Table B.1: 27,000).
+        num_environments: at most; never more than `episodes`.
+        sticky_actions: 0 in the paper's evaluation, which departs from the data's 0.25.
+
+    Returns:
+        one row per episode: environment, episode_return (raw), length, truncated.
+    """
+    slots = min(num_environments, episodes)
+    quota = np.full(slots, episodes // slots) + (np.arange(slots) < episodes % slots)
+    environments = make_vector_environment(game, slots, sticky_actions=sticky_actions, max_steps=max_steps)
+    rng, num_actions = np.random.default_rng(seed), environments.single_action_space.n
+    stacks, _ = environments.reset(seed=rng.integers(2**31, size=slots))
+    played, total, length = np.zeros(slots, int), np.zeros(slots), np.zeros(slots, int)
+    resetting = np.zeros(slots, bool)
+    rows = []
+    while (played < quota).any():
+        actions = q_function(stacks).argmax(1)
+        explore = rng.random(slots) < epsilon
+        actions = np.where(explore, rng.integers(num_actions, size=slots), actions)
+        stacks, reward, terminated, truncated, _ = environments.step(actions)
+        total += np.where(resetting, 0, reward)
+        length += ~resetting
+        ended = (terminated | truncated) & ~resetting
+        for slot in np.flatnonzero(ended & (played < quota)):
+            rows.append((slot, total[slot], length[slot], bool(truncated[slot])))
+            played[slot] += 1
+        total[ended], length[ended] = 0, 0
+        resetting = ended
+    environments.close()
+    return pd.DataFrame(rows, columns=["environment", "episode_return", "length", "truncated"])
+
+
+def record_video(
+    q_function: QFunction,
+    game: str,
+    file: str | Path,
+    *,
+    seed: int,
+    epsilon: float = 0.001,
+    num_steps: int = 900,
+    frames_per_second: int = 30,
+) -> float:
+    """Write an MP4 of the agent at play, with the value of each action drawn beside the screen.
+
+    Args:
+        q_function: uint8 [1, 4, 84, 84] -> [1, actions].
+        game: name as in the paper.
+        file: to write.
+        seed: of the random actions and of the emulator.
+        epsilon: probability of a random action.
+        num_steps: agent steps at most; the game itself runs at 15 of them a second.
+        frames_per_second: of the video: 30 is twice the game's speed.
+
+    Returns:
+        the raw return of the part that is shown.
+    """
+    environment = make_environment(game, sticky_actions=0.0)
+    names, rng = action_names(game), np.random.default_rng(seed)
+    frame, _ = environment.reset(seed=int(rng.integers(2**31)))
+    stack, total, frames = np.zeros((STACK_SIZE, 84, 84), np.uint8), 0.0, []
+    for _ in range(num_steps):
+        stack = np.concatenate([stack[1:], frame[None]])
+        q = q_function(stack[None])[0]
+        action = int(q.argmax()) if rng.random() >= epsilon else int(rng.integers(len(names)))
+        frames.append((environment.unwrapped.ale.getScreenRGB(), q, action, total))
+        frame, reward, terminated, truncated, _ = environment.step(action)
+        total += float(reward)
+        if terminated or truncated:
+            break
+    environment.close()
+    # One scale for the whole video, so that bars can be compared from frame to frame.
+    low, high = min(q.min() for _, q, _, _ in frames), max(q.max() for _, q, _, _ in frames)
+    pictures = (_draw(screen, game, names, q, a, score, low, high) for screen, q, a, score in frames)
+    write_video(file, pictures, frames_per_second)
+    return total
+
+
+def _draw(
+    screen: np.ndarray, game: str, names: tuple[str, ...], q: np.ndarray, action: int,
+    score: float, low: float, high: float,
+) -> np.ndarray:  # fmt: skip
+    """The game's screen with a bar per action: uint8 [420, 640, 3]."""
+    picture = Image.new("RGB", (640, 420), (250, 250, 250))
+    picture.paste(Image.fromarray(screen).resize((320, 420), Image.Resampling.NEAREST))
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
+    draw.text((336, 10), f"{game}   score {score:g}", (20, 20, 20), font=ImageFont.load_default(size=17))
+    draw.text((336, 36), f"Q(s, a), bars from {low:.2f} to {high:.2f}", (90, 90, 90), font=font)
+    pitch = min(34, 350 // len(names))
+    for number, (name, value) in enumerate(zip(names, q)):
+        top = 62 + number * pitch
+        width = 4 + int(150 * (value - low) / max(high - low, 1e-6))
+        color = (213, 94, 0) if number == action else (0, 114, 178)
+        draw.text((336, top), name, (20, 20, 20), font=font)
+        draw.rectangle((430, top, 430 + width, top + pitch - 6), color)
+        draw.text((436 + width, top), f"{value:.2f}", (20, 20, 20), font=font)
+    return np.asarray(picture)
+
+
+def write_video(file: str | Path, pictures: object, frames_per_second: int) -> None:
+    """Encode uint8 [H, W, 3] pictures as H.264, which every browser plays."""
+    with av.open(str(file), "w") as container:
+        stream = None
+        for picture in pictures:
+            if stream is None:
+                stream = container.add_stream("libx264", rate=frames_per_second, options={"crf": "26"})
+                stream.height, stream.width = picture.shape[:2]
+                stream.pix_fmt = "yuv420p"
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())

@@ -1,0 +1,199 @@
+"""The notebooks' parameters: names, types and limits, checked before anything runs, all mistakes at once.
+
+Defaults are the paper's (Table B.1) where the paper has a value; a notebook's parameters cell repeats them, and a
+file in `params/` holds only what differs.
+"""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from scaled_ql.environments import MAX_STEPS
+
+Encoder = Literal[
+    "resnet34", "resnet50", "resnet101", "resnet152", "resnet_narrow",
+    "impala_x1", "impala_x4", "impala_x8", "impala_x16", "nature",
+]  # fmt: skip
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0)]
+
+
+class ParameterError(ValueError):
+    """Parameters that a notebook does not take; the message lists every mistake."""
+
+
+class Parameters(pydantic.BaseModel):
+    """What every notebook takes."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    run: Name = "default"  # name of the run: its folder below outputs/<notebook>/
+    outputs: str = ""  # folder that holds the runs; "" is outputs/ of the workspace
+
+
+class DataCollection(Parameters):
+    """`00_data_collection`."""
+
+    games: Annotated[list[str], Field(min_length=1)] = ["Breakout", "Freeway", "Pong"]
+    num_transitions: Count = 20_000
+    seed: Seed = 0
+    final_epsilon: Share = 0.1
+    sticky_actions: Share = 0.25
+    max_steps: Count = MAX_STEPS
+    processes: Count = 2
+
+
+class DataExploration(Parameters):
+    """`01_data_exploration`."""
+
+    dataset: str = "00_data_collection/default/replay"
+    game: str = ""
+    episode: int = -1
+    frames_shown: Count = 8
+    seed: Seed = 0
+
+
+class ScaledTraining(Parameters):
+    """`02_scaled_training`."""
+
+    dataset: str = "00_data_collection/default/replay"
+    seed: Seed = 0
+
+    encoder: Encoder = "resnet101"
+    head: Literal["c51", "mse"] = "c51"
+    hidden_sizes: Annotated[list[Count], Field(min_length=1)] = [2048, 1024, 1024, 1024]
+    embedding: Literal["pointwise", "sum", "none"] = "pointwise"
+    normalize_features: bool = True
+    group_size: Count = 4
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    v_min: float = -20.0
+    v_max: float = 20.0
+    num_atoms: Annotated[int, Field(ge=2)] = 51
+    n_step: Count = 3
+    discount: Share = 0.99
+    alpha: float = -1.0
+    double_q: bool = False
+    learning_rate: Annotated[float, Field(gt=0)] = 2.0e-4
+    adam_epsilon: Annotated[float, Field(gt=0)] = 3.125e-4
+    target_update_period: Count = 2_000
+    games_per_batch: Count = 128
+    transitions_per_game: Count = 4
+
+    num_steps: Count = 10_000_000
+    log_every: Count = 1_000
+    checkpoint_every: Count = 10_000
+    keep_checkpoint_every: Count = 1_000_000
+
+    eval_episodes: Count = 10
+    eval_epsilon: Share = 0.001
+    eval_max_steps: Count = MAX_STEPS
+    eval_seed: Seed = 0
+    video_steps: Count = 900
+
+    @pydantic.model_validator(mode="after")
+    def _periods_fit(self) -> "ScaledTraining":
+        if self.checkpoint_every % self.log_every:
+            raise ValueError(
+                f"checkpoint_every ({self.checkpoint_every}) must be a multiple of log_every ({self.log_every})"
+            )
+        if self.num_steps % self.checkpoint_every:
+            raise ValueError(
+                f"num_steps ({self.num_steps}) must be a multiple of checkpoint_every ({self.checkpoint_every})"
+            )
+        if self.v_min >= self.v_max:
+            raise ValueError(f"v_min ({self.v_min}) must be below v_max ({self.v_max})")
+        return self
+
+    @property
+    def cql_alpha(self) -> float:
+        """The CQL weight; a negative `alpha` stands for Table B.1's value for the head."""
+        return self.alpha if self.alpha >= 0 else {"c51": 0.05, "mse": 0.1}[self.head]
+
+
+NOTEBOOKS: dict[str, type[Parameters]] = {
+    "00_data_collection": DataCollection,
+    "01_data_exploration": DataExploration,
+    "02_scaled_training": ScaledTraining,
+}
+
+
+def check(notebook: str, values: Mapping[str, Any], source: str = "parameters") -> Parameters:
+    """Validate a notebook's parameters; names that are absent take their defaults.
+
+    Args:
+        notebook: its name without ``.ipynb``.
+        values: by name.
+        source: where they are from, for the message.
+
+    Raises:
+        ParameterError: unknown names (with the nearest valid one), wrong types, values out of range: all of them.
+    """
+    if notebook not in NOTEBOOKS:
+        raise ParameterError(f"unknown notebook {notebook!r}; there are {', '.join(NOTEBOOKS)}.")
+    schema = NOTEBOOKS[notebook]
+    try:
+        return schema(**values)
+    except pydantic.ValidationError as error:
+        mistakes = "\n".join(f"  {_describe(mistake, schema)}" for mistake in error.errors())
+        raise ParameterError(f"{source}: not valid for {notebook}:\n{mistakes}") from None
+
+
+def _describe(mistake: Any, schema: type[Parameters]) -> str:
+    name, given = ".".join(map(str, mistake["loc"])) or "together", mistake["input"]
+    if mistake["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, schema.model_fields, n=1, cutoff=0.5)
+        return f"{name}: no such parameter" + (f"; did you mean {near[0]}?" if near else "")
+    if mistake["type"] == "value_error":
+        return str(mistake["ctx"]["error"])
+    hint = ""
+    if mistake["type"] == "float_type" and isinstance(given, str):
+        hint = " (in YAML write 1.0e-4, not 1e-4, which is text)"
+    return f"{name}: {mistake['msg']}, got {given!r}{hint}"
+
+
+def from_notebook(notebook: str, namespace: Mapping[str, Any]) -> Parameters:
+    """Validate the variables of a notebook's parameters cell, and of the cell that papermill injected after it.
+
+    Every public variable that holds plain data counts, so call this before defining others: a misspelt parameter
+    is then an error, where papermill itself only warns.
+
+    Args:
+        notebook: its name without ``.ipynb``.
+        namespace: the notebook's ``globals()``.
+
+    Raises:
+        ParameterError: see `check`.
+    """
+    ours = {
+        name: value
+        for name, value in namespace.items()
+        if not name.startswith("_") and name not in ("In", "Out") and not isinstance(value, ModuleType)
+        if not callable(value) and not isinstance(value, Parameters) and type(value).__module__ == "builtins"
+    }
+    return check(notebook, ours, f"{notebook}.ipynb")
+
+
+def load(file: str | Path) -> dict[str, Any]:
+    """Read a YAML file of parameters.
+
+    Raises:
+        ParameterError: not readable, not YAML, or not a mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(file).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ParameterError(f"{file}: cannot be read as YAML ({error}).") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ParameterError(f"{file}: expected a mapping of parameter names to values, got {type(values).__name__}.")
+    return values

@@ -1,0 +1,347 @@
+"""Runs: one folder per run of a notebook, papermill batches, provenance, rendered reports.
+
+::
+
+    outputs/<notebook>/<run>/
+      parameters.yaml   all of them, as checked
+      provenance.json   git commit, package versions, devices, command
+      status.json       state (running, finished, failed, interrupted), progress, error
+      run.ipynb, run.html
+      summary.json      what a report needs; written when the run finishes
+      ...               what the notebook itself writes
+"""
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import filelock
+import pydantic
+import yaml
+from tqdm import tqdm
+
+from scaled_ql import parameters
+from scaled_ql.parameters import ParameterError, Parameters
+
+PACKAGES = (
+    "scaled-ql", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "pandas",
+    "ale-py", "gymnasium", "papermill",
+)  # fmt: skip
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or did not finish; the message says what to do."""
+
+
+def workspace() -> Path:
+    """The checkout: the folder that holds `notebooks/`, `params/` and `outputs/`.
+
+    It is found from this package's place in it (``pip install -e ./lib``), or else upwards from the current folder.
+
+    Raises:
+        RunError: neither is inside a workspace.
+    """
+    for start in (Path(__file__).resolve(), Path.cwd()):
+        for folder in (start, *start.parents):
+            if (folder / "notebooks").is_dir() and (folder / "params").is_dir():
+                return folder
+    raise RunError(
+        "no workspace found: run this inside the checkout, or install the package with pip install -e ./lib."
+    )
+
+
+def outputs_folder(values: Parameters) -> Path:
+    """The folder of all runs that a run belongs to."""
+    return Path(values.outputs).absolute() if values.outputs else workspace() / "outputs"
+
+
+def dataset_path(values: Any) -> str:
+    """Where a run's `dataset` lies: a URL or an absolute path as it is, else a path below the outputs folder."""
+    if "://" in values.dataset:
+        return values.dataset
+    return str(outputs_folder(values) / values.dataset)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(value, indent=1, default=str) + "\n")
+    partial.replace(file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON file; an absent one is empty."""
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def provenance() -> dict[str, Any]:
+    """What is needed to repeat a run: commit, versions, devices, machine."""
+
+    def git(*arguments: str) -> str:
+        try:
+            return subprocess.run(
+                ["git", *arguments], cwd=workspace(), capture_output=True, text=True, check=True, timeout=30
+            ).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return ""
+
+    commit = git("rev-parse", "HEAD")
+    jax = sys.modules.get("jax")  # only where the notebook uses it
+    return {
+        "git_commit": commit or None,
+        "git_dirty": bool(git("status", "--porcelain")) if commit else None,
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()] if jax else [],
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+class Run:
+    """A notebook's run in progress; see `start`.
+
+    Attributes:
+        folder: everything the run writes goes there.
+        parameters: as checked.
+    """
+
+    def __init__(self, notebook: str, values: Parameters):
+        self.notebook, self.parameters = notebook, values
+        self.folder = outputs_folder(values) / notebook / values.run
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = filelock.FileLock(self.folder / ".lock", is_singleton=True)
+        try:
+            self._lock.acquire(timeout=20)  # a kernel whose runner was killed takes a moment to notice
+        except filelock.Timeout:
+            pid = read_json(self.folder / "status.json").get("pid")
+            raise RunError(
+                f"{self.folder}: another process (pid {pid}) is running in this folder. Wait for it, stop it, "
+                "or choose another run name."
+            ) from None
+        self._started = time.time()
+
+    def _status(self, state: str, **more: Any) -> None:
+        status = {"state": state, "pid": os.getpid(), "started": self._started, "updated": time.time()} | more
+        write_json(self.folder / "status.json", status)
+
+    def progress(self, done: int, total: int) -> None:
+        """Note how far the run is; the runner shows it, and `status.json` keeps it."""
+        self._status("running", done=done, total=total)
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write `summary.json`, mark the run finished and let go of its folder."""
+        write_json(self.folder / "summary.json", summary)
+        self._status("finished")
+        self._lock.release(force=True)
+
+    def _watch_cells(self) -> None:
+        """In a notebook: mark the run failed or interrupted when a cell raises, whoever executes it."""
+        ipython = sys.modules.get("IPython")
+        shell = ipython.get_ipython() if ipython else None
+        if shell is None:
+            return
+
+        def after_cell(result: Any) -> None:
+            error = result.error_in_exec or result.error_before_exec
+            if error is not None and self._lock.is_locked:
+                state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+                self._status(state, error="".join(traceback.format_exception_only(error)).strip())
+
+        shell.events.register("post_run_cell", after_cell)
+
+
+def start(notebook: str, namespace: Mapping[str, Any]) -> Run:
+    """Begin, or go on with, the run that a notebook's parameters name: its first call.
+
+    Checks the parameters, takes the run's folder (a file lock keeps a second process out), writes
+    `parameters.yaml` and `provenance.json`.
+
+    Args:
+        notebook: its name without ``.ipynb``.
+        namespace: the notebook's ``globals()``.
+
+    Raises:
+        ParameterError: all mistakes in the parameters.
+        RunError: the folder is in use, or holds a run with other parameters.
+    """
+    values = parameters.from_notebook(notebook, namespace)
+    compare_parameters(notebook, values)
+    run = Run(notebook, values)
+    file = run.folder / "parameters.yaml"
+    if not file.exists():
+        file.write_text(yaml.safe_dump(values.model_dump(), sort_keys=False))
+    write_json(run.folder / "provenance.json", provenance())
+    run._status("running")
+    run._watch_cells()
+    return run
+
+
+def compare_parameters(notebook: str, values: Parameters) -> bool:
+    """Whether the run exists; its parameters must be the same.
+
+    Raises:
+        RunError: they differ.
+    """
+    file = outputs_folder(values) / notebook / values.run / "parameters.yaml"
+    if not file.exists():
+        return False
+    stored, ours = parameters.load(file), values.model_dump()
+    differences = [
+        f"{name}: {stored.get(name)!r} there, {ours.get(name)!r} now"
+        for name in sorted(stored.keys() | ours.keys() - {"outputs"})
+        if name != "outputs" and stored.get(name) != ours.get(name)
+    ]
+    if differences:
+        raise RunError(
+            f"{file.parent} holds a run with other parameters ({'; '.join(differences)}). Choose another run name, "
+            "or delete that folder."
+        )
+    return True
+
+
+def finished(notebook: str, values: Parameters) -> bool:
+    """Whether this very run is complete, report included.
+
+    Raises:
+        RunError: the folder holds a run with other parameters.
+    """
+    folder = outputs_folder(values) / notebook / values.run
+    exists = compare_parameters(notebook, values)
+    done = read_json(folder / "status.json").get("state") == "finished"
+    return exists and done and (folder / "run.html").exists()
+
+
+def execute(notebook: str, values: Parameters) -> Path:
+    """Run a notebook with papermill and render its report; a finished run is left as it is, a stopped one resumes.
+
+    Returns:
+        the run's folder.
+
+    Raises:
+        RunError: the notebook failed (the message ends with its error), or its folder is in use.
+    """
+    folder = outputs_folder(values) / notebook / values.run
+    title = f"{notebook} / {values.run}"
+    if finished(notebook, values):
+        print(f"{title}: finished before, left as it is: {folder / 'run.html'}")
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    try:
+        with filelock.FileLock(folder / ".runner.lock", timeout=20), _progress_bar(folder, title):
+            _papermill(notebook, values, folder)
+            render(folder / "run.ipynb")
+    except filelock.Timeout:
+        raise RunError(f"{folder}: another scaled-ql run is executing this run; wait for it or stop it.") from None
+    print(f"{title}: {time.perf_counter() - began:.0f} s: {folder / 'run.html'}")
+    return folder
+
+
+def _papermill(notebook: str, values: Parameters, folder: Path) -> None:
+    import papermill
+
+    source, partial = workspace() / "notebooks" / f"{notebook}.ipynb", folder / ".run.ipynb"
+    given = values.model_dump(exclude_defaults=True)
+    for attempt in range(3):
+        try:
+            papermill.execute_notebook(
+                source, partial, given, kernel_name="python3", cwd=workspace(), progress_bar=False
+            )
+            break
+        except papermill.PapermillExecutionError as error:
+            partial.replace(folder / "run.ipynb")
+            raise RunError(
+                f"{source.name}: {error.ename}: {error.evalue}\nThe notebook as far as it came: "
+                f"{folder / 'run.ipynb'}. Running the same command again goes on from what is on disk."
+            ) from None
+        except RuntimeError as error:  # a kernel that did not start: its ports collided with another's
+            if attempt == 2 or read_json(folder / "status.json").get("pid") is not None:
+                raise RunError(f"{source.name}: the kernel died ({error}). Run again to resume.") from error
+            time.sleep(1 + attempt)
+    partial.replace(folder / "run.ipynb")
+
+
+@contextlib.contextmanager
+def _progress_bar(folder: Path, title: str) -> Iterator[None]:
+    """Show the run's own progress from its status file, on stderr."""
+    done = threading.Event()
+
+    def follow() -> None:
+        with tqdm(desc=title, unit="step", dynamic_ncols=True, leave=False, mininterval=1) as bar:
+            while not done.wait(1):
+                status = read_json(folder / "status.json")
+                if status.get("total"):
+                    bar.total, bar.n = status["total"], status["done"]
+                bar.refresh()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def render(notebook: Path) -> Path:
+    """Write a notebook's HTML beside it: one file that opens without a network, figures and videos inside."""
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    content = nbformat.read(notebook, as_version=4)
+    content.metadata.pop("widgets", None)  # their state would load scripts from the web; each has a static twin
+    for cell in content.cells:
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+    exporter = HTMLExporter(
+        embed_images=True, mathjax_url="", require_js_url="", jquery_url="", widget_renderer_url="", theme="light"
+    )
+    html, _ = exporter.from_notebook_node(content, {"metadata": {"name": notebook.parent.name}})
+    file = notebook.with_suffix(".html")
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(html)
+    partial.replace(file)
+    return file
+
+
+class _Step(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+    notebook: str
+    parameters: str
+
+
+class _Batch(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+    steps: list[_Step] = pydantic.Field(min_length=1)
+
+
+def load_batch(file: str | Path, overrides: Mapping[str, Any]) -> list[tuple[str, Parameters]]:
+    """Read and check a batch: an ordered list of notebooks, each with a file of `params/<notebook>/`.
+
+    Raises:
+        ParameterError: anything wrong in the batch or in a file it names.
+    """
+    content = parameters.load(file)
+    try:
+        batch = _Batch(**content)
+    except pydantic.ValidationError as error:
+        raise ParameterError(f"{file}: not a batch of steps (notebook, parameters): {error}") from None
+    steps = []
+    for step in batch.steps:
+        source = workspace() / "params" / step.notebook / step.parameters
+        steps.append(
+            (step.notebook, parameters.check(step.notebook, {**parameters.load(source), **overrides}, str(source)))
+        )
+    return steps
