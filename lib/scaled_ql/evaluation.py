@@ -104,6 +104,14 @@ def evaluate(
     return pd.DataFrame(rows, columns=["environment", "episode_return", "length", "truncated"])
 
 
+def mean_interval(returns: np.ndarray, seed: int = 0, confidence: float = 0.95) -> tuple[float, float]:
+    """Bootstrap interval of the mean over episodes: how well one agent was measured, not how well training repeats."""
+    returns = np.asarray(returns, np.float64)
+    means = np.random.default_rng(seed).choice(returns, (10_000, len(returns))).mean(1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
 def record_video(
     q_function: QFunction,
     game: str,

@@ -4,10 +4,10 @@ Defaults are the paper's (Table B.1) where the paper has a value; a notebook's p
 file in `params/` holds only what differs.
 """
 
+import ast
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -160,11 +160,12 @@ def _describe(mistake: Any, schema: type[Parameters]) -> str:
     return f"{name}: {mistake['msg']}, got {given!r}{hint}"
 
 
-def from_notebook(notebook: str, namespace: Mapping[str, Any]) -> Parameters:
+def from_notebook(notebook: str, namespace: dict[str, Any]) -> Parameters:
     """Validate the variables of a notebook's parameters cell, and of the cell that papermill injected after it.
 
-    Every public variable that holds plain data counts, so call this before defining others: a misspelt parameter
-    is then an error, where papermill itself only warns.
+    A parameters cell is one of assignments only that sets a known parameter or was injected; all its names count,
+    so that a misspelt one is an error, where papermill itself only warns. Unknown names are forgotten again, so
+    that correcting the cell and executing it anew is enough.
 
     Args:
         notebook: its name without ``.ipynb``.
@@ -173,13 +174,25 @@ def from_notebook(notebook: str, namespace: Mapping[str, Any]) -> Parameters:
     Raises:
         ParameterError: see `check`.
     """
-    ours = {
-        name: value
-        for name, value in namespace.items()
-        if not name.startswith("_") and name not in ("In", "Out") and not isinstance(value, ModuleType)
-        if not callable(value) and not isinstance(value, Parameters) and type(value).__module__ == "builtins"
-    }
-    return check(notebook, ours, f"{notebook}.ipynb")
+    known = set(NOTEBOOKS[notebook].model_fields)
+    names = {name for source in namespace["In"] for name in _assigned(source, known)}
+    values = {name: namespace[name] for name in names if name in namespace}
+    for name in values.keys() - known:
+        del namespace[name]
+    return check(notebook, values, f"{notebook}.ipynb")
+
+
+def _assigned(source: str, known: set[str]) -> set[str]:
+    """The names that a cell assigns if it is a parameters cell, else none."""
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:  # a magic
+        return set()
+    if not all(isinstance(node, ast.Assign | ast.AnnAssign) for node in body):
+        return set()
+    nodes = [node for statement in body for node in ast.walk(statement)]
+    names = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return names if source.startswith("# Parameters") or names & known else set()
 
 
 def load(file: str | Path) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Figures: a tidy DataFrame or arrays in, a matplotlib figure out; colour-blind-safe, a game always one colour."""
 
+from itertools import pairwise
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -72,7 +74,7 @@ def reward_density(rewards: dict[str, np.ndarray], bins: int = 20) -> Figure:
         edges = np.linspace(0, len(reward), bins + 1).astype(int)
         middles = (edges[:-1] + edges[1:]) / 2
         for sign, label, color in ((1, "gain", PLAYERS["human"]), (-1, "loss", PLAYERS["agent"])):
-            rate = [1_000 * np.mean(np.sign(reward[a:b]) == sign) if b > a else 0 for a, b in zip(edges, edges[1:])]
+            rate = [1_000 * np.mean(np.sign(reward[a:b]) == sign) if b > a else 0 for a, b in pairwise(edges)]
             axis.plot(middles, rate, label=label, color=color)
         axis.set(title=game, xlabel="transition", ylabel="rewards per 1,000 transitions", ylim=(0, None))
     axes[0].legend()

@@ -20,12 +20,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import filelock
+import pandas as pd
 import pydantic
 import yaml
 from tqdm import tqdm
@@ -107,6 +108,16 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def once(file: Path, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """The table in a CSV file, computed and written first where there is none: a resumed run does not do it twice."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.partial")
+        compute().to_csv(partial, index=False)
+        partial.replace(file)
+    return pd.read_csv(file)
+
+
 class Run:
     """A notebook's run in progress; see `start`.
 
@@ -160,7 +171,7 @@ class Run:
         shell.events.register("post_run_cell", after_cell)
 
 
-def start(notebook: str, namespace: Mapping[str, Any]) -> Run:
+def start(notebook: str, namespace: dict[str, Any]) -> Run:
     """Begin, or go on with, the run that a notebook's parameters name: its first call.
 
     Checks the parameters, takes the run's folder (a file lock keeps a second process out), writes
@@ -249,13 +260,16 @@ def execute(notebook: str, values: Parameters) -> Path:
 
 def _papermill(notebook: str, values: Parameters, folder: Path) -> None:
     import papermill
+    from traitlets.config import Config
 
+    # Sockets in the file system instead of TCP ports: reachable by this user alone, and no ports to collide.
+    local = Config(KernelManager={"transport": "ipc"})
     source, partial = workspace() / "notebooks" / f"{notebook}.ipynb", folder / ".run.ipynb"
     given = values.model_dump(exclude_defaults=True)
     for attempt in range(3):
         try:
             papermill.execute_notebook(
-                source, partial, given, kernel_name="python3", cwd=workspace(), progress_bar=False
+                source, partial, given, kernel_name="python3", cwd=workspace(), progress_bar=False, config=local
             )
             break
         except papermill.PapermillExecutionError as error:
@@ -277,7 +291,7 @@ def _progress_bar(folder: Path, title: str) -> Iterator[None]:
     done = threading.Event()
 
     def follow() -> None:
-        with tqdm(desc=title, unit="step", dynamic_ncols=True, leave=False, mininterval=1) as bar:
+        with tqdm(desc=title, unit="step", dynamic_ncols=True, leave=False, disable=None) as bar:
             while not done.wait(1):
                 status = read_json(folder / "status.json")
                 if status.get("total"):

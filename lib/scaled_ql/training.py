@@ -1,5 +1,6 @@
 """Training: state, the jitted step, the loop as a generator, checkpoints."""
 
+import json
 import logging
 import math
 import time
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import pandas as pd
 from flax import nnx
 
 from scaled_ql import losses
@@ -221,6 +223,34 @@ def _average(window: list[dict[str, np.ndarray]], games: list[str]) -> dict[str,
         f"td_loss/{game}": float(total / number) if number else math.nan
         for game, total, number in zip(games, td, count)
     }
+
+
+class MetricsLog:
+    """Rows of metrics in a JSON-lines file; a resumed run goes on behind its checkpoint's step."""
+
+    def __init__(self, file: str | Path, step: int):
+        """Keep the rows up to `step`: what came after it will be done again."""
+        self.file = Path(file)
+        lines = self.file.read_text().splitlines(keepends=True) if self.file.exists() else []
+        complete = [json.loads(line) for line in lines if line.endswith("\n")]
+        self.rows = [row for row in complete if row["step"] <= step]
+        partial = self.file.with_name(f".{self.file.name}.partial")
+        partial.write_text("".join(map(self._line, self.rows)))
+        partial.replace(self.file)
+
+    @staticmethod
+    def _line(row: dict[str, float]) -> str:
+        return json.dumps({name: None if value != value else value for name, value in row.items()}) + "\n"
+
+    def append(self, row: dict[str, float]) -> None:
+        """Add a row; NaN is written as null."""
+        with self.file.open("a") as file:
+            file.write(self._line(row))
+        self.rows.append(row)
+
+    def table(self) -> pd.DataFrame:
+        """All rows."""
+        return pd.DataFrame(self.rows).astype(float)
 
 
 class Checkpoints:

@@ -1,0 +1,140 @@
+"""Both kinds of environment show the same frames, and these are the paper's preprocessing of ALE's screens."""
+
+import ale_py
+import cv2
+import numpy as np
+import pytest
+from ale_py import roms
+from scaled_ql.environments import make_environment, make_vector_environment
+from scaled_ql.games import UnknownGame, action_names, rom_name
+
+
+def naive_frames(game, actions, sticky_actions, seed):
+    """Frames, rewards: grey, maximum of the last two of four emulator frames, area resize; straight from ALE."""
+    ale = ale_py.ALEInterface()
+    ale.setFloat("repeat_action_probability", sticky_actions)
+    ale.setInt("random_seed", np.int32(np.random.SeedSequence(seed).generate_state(2)[1]))
+    ale.loadROM(roms.get_rom_path(rom_name(game)))
+    ale.reset_game()
+    screens, rewards = [ale.getScreenGrayscale()], []
+    for action in actions:
+        reward, last = 0, []
+        for _ in range(4):
+            reward += ale.act(ale.getMinimalActionSet()[action])
+            last.append(ale.getScreenGrayscale())
+        screens.append(np.maximum(last[-1], last[-2]))
+        rewards.append(reward)
+    return [cv2.resize(screen, (84, 84), interpolation=cv2.INTER_AREA) for screen in screens], rewards
+
+
+@pytest.mark.parametrize("sticky_actions", [0.0, 0.25])
+@pytest.mark.parametrize("game", ["Breakout", "SpaceInvaders", "Carnival"])
+def test_frames_equal_naive_preprocessing(game, sticky_actions):
+    actions = np.random.default_rng(1).integers(len(action_names(game)), size=100)
+    environment = make_environment(game, sticky_actions=sticky_actions)
+    frames, rewards = [environment.reset(seed=3)[0]], []
+    for action in actions:
+        frame, reward, terminated, truncated, _ = environment.step(int(action))
+        assert not terminated and not truncated
+        frames.append(frame)
+        rewards.append(reward)
+    assert frames[0].shape == (84, 84) and frames[0].dtype == np.uint8
+    expected_frames, expected_rewards = naive_frames(game, actions, sticky_actions, seed=3)
+    np.testing.assert_array_equal(frames, expected_frames)
+    assert rewards == expected_rewards
+    assert len(np.unique(frames, axis=0)) > 50  # the screen moves, so equality means something
+
+
+@pytest.mark.parametrize(
+    "game, max_steps, num_steps, expected_end",
+    [
+        ("SpaceInvaders", 37, 120, "truncated"),
+        ("Carnival", 20, 65, "truncated"),
+        ("Pong", 77, 160, "truncated"),
+        ("Breakout", 27_000, 450, "terminated"),
+    ],
+)
+def test_vector_environment_equals_stacked_single_one(game, max_steps, num_steps, expected_end):
+    vector = make_vector_environment(game, 2, max_steps=max_steps)
+    single = make_environment(game, sticky_actions=0.0, max_steps=max_steps)
+    stacks, _ = vector.reset(seed=0)
+    stack = np.zeros((4, 84, 84), np.uint8)
+    stack[-1], _ = single.reset(seed=0)
+    np.testing.assert_array_equal(stacks, [stack, stack])
+
+    ends, steps, was_reset, total = [], 0, False, 0.0
+    for action in np.random.default_rng(0).integers(len(action_names(game)), size=num_steps):
+        stacks, rewards, terminated, truncated, _ = vector.step(np.full(2, action))
+        if was_reset:  # the vector environment spent this step on its reset
+            frame, reward, end, cut = single.reset()[0], 0.0, False, False
+            stack, steps = np.zeros_like(stack), 0
+        else:
+            frame, reward, end, cut, _ = single.step(int(action))
+            steps += 1
+        stack = np.concatenate([stack[1:], frame[None]])
+        np.testing.assert_array_equal(stacks, [stack, stack])
+        assert rewards.tolist() == [reward, reward]
+        assert (terminated.tolist(), truncated.tolist()) == ([end] * 2, [cut] * 2)
+        was_reset, total = end or cut, total + abs(reward)
+        if was_reset:
+            ends.append(("terminated" if end else "truncated", steps))
+    assert len(ends) >= 2
+    assert {kind for kind, _ in ends} == {expected_end}
+    if expected_end == "truncated":
+        assert {length for _, length in ends} == {max_steps}
+    assert total > 0 or max_steps < 77
+
+
+def random_breakout(max_steps, seed):
+    """The actions of an episode without stickiness, and (terminated, truncated) at its end."""
+    environment = make_environment("Breakout", sticky_actions=0.0, max_steps=max_steps)
+    environment.reset(seed=0)
+    rng, actions, end, cut, info = np.random.default_rng(seed), [], False, False, {}
+    while not (end or cut):
+        actions.append(int(rng.integers(4)))
+        _, _, end, cut, info = environment.step(actions[-1])
+    return actions, (end, cut), info["episode_frame_number"]
+
+
+def test_game_over_at_the_very_cap_is_termination():
+    seed = 1
+    actions, end, frames = random_breakout(27_000, seed)
+    assert end == (True, False) and frames == 4 * len(actions)  # over on a step's last emulator frame
+
+    vector = make_vector_environment("Breakout", 1, max_steps=len(actions))
+    vector.reset(seed=0)
+    for action in actions:
+        _, _, terminated, truncated, _ = vector.step(np.array([action]))
+    assert (terminated[0], truncated[0]) == (True, False)
+    # The single environment sets both flags there, so `terminated` is the one to ask.
+    assert random_breakout(len(actions), seed)[1] == (True, True)
+    assert random_breakout(len(actions) - 1, seed)[1] == (False, True)
+
+
+def test_equal_seeds_repeat_sticky_actions():
+    def play(environment, seed):
+        frame, _ = environment.reset(seed=seed)
+        return [frame] + [environment.step(step % 6)[0] for step in range(60)]
+
+    one, other = (make_environment("SpaceInvaders", sticky_actions=0.5) for _ in range(2))
+    first = play(one, 5)
+    np.testing.assert_array_equal(first, play(other, 5))
+    np.testing.assert_array_equal(first, play(one, 5))
+    assert (np.array(first) != play(one, 6)).any()
+
+
+def test_mode_and_difficulty_reach_the_emulator():
+    def last_frame(**variant):
+        environment = make_environment("Freeway", sticky_actions=0.0, **variant)
+        environment.reset(seed=0)
+        return [environment.step(0)[0] for _ in range(40)][-1]
+
+    frames = [last_frame(), last_frame(mode=0, difficulty=0), last_frame(mode=1), last_frame(mode=4, difficulty=1)]
+    np.testing.assert_array_equal(frames[0], frames[1])
+    assert (frames[0] != frames[2]).any() and (frames[0] != frames[3]).any()
+
+
+def test_unknown_game():
+    for make in (make_environment, lambda game: make_vector_environment(game, 2)):
+        with pytest.raises(UnknownGame, match="Breakout"):
+            make("Brekout")

@@ -1,0 +1,192 @@
+"""A batch is a pure function of (replay, seed, step), stratified by game and uniform within each."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scaled_ql.replay import ReplayError, ReplayWriter, open_replay, prefetch, sample_batch, sample_indices
+from scipy import stats
+
+# length and whether it terminated, per episode; very unequal on purpose
+EPISODES = {
+    "Asterix": [(1, True), (90, True), (2, False), (40, False), (1, True), (3, False), (7, True), (4, False)],
+    "Pong": [(30, False)],
+    "Seaquest": [(1, True), (1, False), (2, True)],
+}
+
+
+def write_episodes(path, game, episodes):
+    rng = np.random.default_rng(0)
+    with ReplayWriter(path, game, actions=["NOOP", "FIRE"], source="a test", sticky_actions=0.0) as writer:
+        for length, terminal in episodes:
+            frames = rng.integers(256, size=(length, 84, 84), dtype=np.uint8)
+            writer.append(frames, rng.integers(2, size=length), rng.normal(size=length), terminal=terminal)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("replay")
+    for game, episodes in EPISODES.items():
+        write_episodes(path, game, episodes)
+    return path
+
+
+@pytest.fixture(scope="module")
+def replay(folder):
+    return open_replay(folder)
+
+
+def sampleable_by_hand(game, n_step):
+    usable, start = set(), 0
+    for length, terminal in EPISODES[game]:
+        usable |= {start + t for t in range(length) if terminal or t + n_step < length}
+        start += length
+    return usable
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 2**63), step=st.integers(0, 2**40))
+def test_pure_function_of_seed_and_step(folder, replay, seed, step):
+    first = sample_indices(replay, seed, step)
+    sample_indices(replay, seed, step + 1)
+    again = sample_indices(open_replay(folder), seed, step)
+    np.testing.assert_array_equal(first, again)
+    for other in (sample_indices(replay, seed, step + 1), sample_indices(replay, seed + 1, step)):
+        assert (np.array(first) != np.array(other)).any()
+
+
+def test_step_and_seed_are_not_interchangeable(replay):
+    batches = {sample_indices(replay, seed, step)[1].tobytes() for seed in range(8) for step in range(8)}
+    assert len(batches) == 64
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    games_per_batch=st.integers(1, 20),
+    transitions_per_game=st.integers(1, 6),
+    n_step=st.sampled_from([1, 3, 5, 25]),
+    step=st.integers(0, 1000),
+)
+def test_groups_of_one_game_and_sampleable_transitions_only(
+    replay, games_per_batch, transitions_per_game, n_step, step
+):
+    game, index = sample_indices(
+        replay, 0, step, games_per_batch=games_per_batch, transitions_per_game=transitions_per_game, n_step=n_step
+    )
+    assert game.dtype == np.int32 and index.dtype == np.int64
+    groups = game.reshape(games_per_batch, transitions_per_game)
+    assert (groups == groups[:, :1]).all()
+    for number, t in zip(game, index):
+        assert t in sampleable_by_hand(replay.games[number], n_step)
+
+
+def test_games_are_drawn_uniformly_with_replacement(replay):
+    groups = np.concatenate([sample_indices(replay, 7, step)[0].reshape(128, 4)[:, 0] for step in range(40)])
+    assert stats.chisquare(np.bincount(groups)).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("n_step", [1, 3])
+def test_transitions_are_uniform_over_unequal_episodes(replay, n_step):
+    drawn = [sample_indices(replay, 11, step, n_step=n_step) for step in range(100)]
+    game, index = (np.concatenate(parts) for parts in zip(*drawn))
+    for number, name in enumerate(replay.games):
+        usable = sorted(sampleable_by_hand(name, n_step))
+        counts = np.bincount(index[game == number], minlength=usable[-1] + 1)
+        assert counts.sum() == counts[usable].sum() > 50 * len(usable)
+        assert stats.chisquare(counts[usable]).pvalue > 1e-4
+
+
+@settings(deadline=None, max_examples=15)
+@given(step=st.integers(0, 1000), n_step=st.sampled_from([1, 3]), stack_size=st.sampled_from([1, 4]))
+def test_batch_rows_are_the_sampled_transitions(replay, step, n_step, stack_size):
+    shape = {"games_per_batch": 5, "transitions_per_game": 2, "n_step": n_step}
+    game, index = sample_indices(replay, 3, step, **shape)
+    batch = sample_batch(replay, 3, step, **shape, discount=0.9, stack_size=stack_size)
+    assert all(len(field) == 10 for field in batch)
+    for row in range(10):
+        alone = replay.batch(replay.games[game[row]], [index[row]], n_step, 0.9, stack_size)
+        for field, expected in zip(batch, alone):
+            np.testing.assert_array_equal(field[row], expected[0])
+            assert field.dtype == expected.dtype
+    assert (abs(batch.reward) <= n_step).all()
+
+
+def test_episodes_too_short_for_n_step(tmp_path):
+    write_episodes(tmp_path, "Pong", [(3, False), (2, False)])
+    replay = open_replay(tmp_path)
+    assert set(sample_indices(replay, 0, 0, n_step=2)[1]) == {0}
+    for n_step in (3, 50):
+        with pytest.raises(ReplayError, match=rf"Pong .*n_step = {n_step}\. Use a smaller n_step"):
+            sample_indices(replay, 0, 0, n_step=n_step)
+        with pytest.raises(ReplayError, match="n_step"):
+            sample_batch(replay, 0, 0, n_step=n_step)
+
+
+def prefetch_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+@settings(deadline=None, max_examples=20)
+@given(start=st.integers(0, 5), count=st.integers(0, 12), depth=st.integers(0, 6), threads=st.integers(1, 3))
+def test_prefetch_yields_in_order_and_reads_a_bounded_way_ahead(start, count, depth, threads):
+    loaded = []
+
+    def load(step):
+        time.sleep(0.003 * (step % 3 == 0))  # every third is late
+        loaded.append(step)
+        return step, "batch"
+
+    for step, item in enumerate(prefetch(load, start, start + count, depth=depth, threads=threads), start):
+        assert item == (step, "batch")
+        assert max(loaded) <= step + depth
+    assert sorted(loaded) == list(range(start, start + count))
+    assert prefetch_threads() == []
+
+
+def test_prefetch_works_while_its_consumer_does():
+    loaded = []
+    batches = prefetch(lambda step: loaded.append(step), 0, 100, depth=4)
+    next(batches)
+    until = time.monotonic() + 10
+    while len(loaded) < 5 and time.monotonic() < until:
+        time.sleep(0.001)
+    assert sorted(loaded) == [0, 1, 2, 3, 4]
+    batches.close()
+
+
+def test_prefetch_hands_on_an_error_after_what_came_before():
+    def load(step):
+        if step == 3:
+            raise ReplayError("a chunk is damaged")
+        return step
+
+    seen = []
+    with pytest.raises(ReplayError, match="a chunk is damaged"):
+        for step in prefetch(load, 0, 10):
+            seen.append(step)
+    assert seen == [0, 1, 2]
+    assert prefetch_threads() == []
+
+
+def test_prefetch_closed_early_stops_its_threads():
+    loaded = []
+    batches = prefetch(lambda step: loaded.append(step), 0, 10**9)
+    next(batches)
+    assert prefetch_threads() != []
+    batches.close()
+    assert prefetch_threads() == []
+    count = len(loaded)
+    time.sleep(0.05)
+    assert len(loaded) == count <= 6
+
+
+def test_prefetched_batches_equal_direct_ones(replay):
+    def load(step):
+        return sample_batch(replay, 5, step, games_per_batch=4, transitions_per_game=2)
+
+    for step, batch in enumerate(prefetch(load, 10, 20, threads=3), 10):
+        for field, expected in zip(batch, load(step)):
+            np.testing.assert_array_equal(field, expected)
