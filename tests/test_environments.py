@@ -82,7 +82,8 @@ def test_vector_environment_equals_stacked_single_one(game, max_steps, num_steps
     assert {kind for kind, _ in ends} == {expected_end}
     if expected_end == "truncated":
         assert {length for _, length in ends} == {max_steps}
-    assert total > 0 or max_steps < 77
+    if num_steps >= 160:
+        assert total > 0  # rewards were compared, too
 
 
 def random_breakout(max_steps, seed):

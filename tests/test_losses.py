@@ -11,7 +11,6 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-
 from scaled_ql import losses, training
 from scaled_ql.games import NUM_ACTIONS
 from scaled_ql.networks import make_q_network
@@ -181,11 +180,9 @@ def test_support_is_the_papers():
 
 def test_projection_by_hand():
     # Beyond both ends: 0.1 and 0.2. On the atom 1: 0.3. Half way below 0: 0.1 + 0.1. A quarter above 0: 0.15 + 0.05.
-    projected = losses.project_categorical(
-        jnp.array([-5, 2.5, 1, -0.5, 0.25]), jnp.array([0.1, 0.2, 0.3, 0.2, 0.2]), jnp.array(ATOMS)
-    )
+    projected = project(jnp.array([-5, 2.5, 1, -0.5, 0.25]), jnp.array([0.1, 0.2, 0.3, 0.2, 0.2]), jnp.array(ATOMS))
     np.testing.assert_allclose(projected, [0.1, 0.1, 0.25, 0.35, 0.2], atol=1e-6)
-    on_the_ends = losses.project_categorical(jnp.array([-2.0, 2.0]), jnp.array([0.4, 0.6]), jnp.array(ATOMS))
+    on_the_ends = project(jnp.array([-2.0, 2.0]), jnp.array([0.4, 0.6]), jnp.array(ATOMS))
     np.testing.assert_array_equal(on_the_ends, np.float32([0.4, 0, 0, 0, 0.6]))
 
 
@@ -196,9 +193,7 @@ def test_projection_by_hand():
 def test_c51_after_termination_puts_all_mass_at_the_reward(reward, expected):
     logits = jnp.zeros((2, 5)).at[1, 3].set(math.log(4))  # action 1: 1/8, 1/8, 1/8, 4/8, 1/8
     target_logits = jnp.array(np.random.default_rng(0).normal(size=(2, 5)))
-    loss = losses.c51_loss(
-        logits, 1, reward, 0.0, target_logits, jnp.zeros(2), jnp.array([True, True]), jnp.array(ATOMS)
-    )
+    loss = c51(logits, 1, reward, 0.0, target_logits, jnp.zeros(2), jnp.array([True, True]), jnp.array(ATOMS))
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
@@ -206,27 +201,27 @@ def test_td_losses_by_hand_follow_the_selector():
     mask = jnp.array([True, True, False])
     q, target_q = jnp.array([9.0, 1.5, 9.0]), jnp.array([1.0, 3.0, 100.0])
     # Its own choice is action 1: target 0.5 + 0.9 * 3 = 3.2. A selector that prefers action 0: 0.5 + 0.9 * 1 = 1.4.
-    np.testing.assert_allclose(losses.mse_loss(q, 1, 0.5, 0.9, target_q, target_q, mask), 1.7**2, rtol=1e-5)
+    np.testing.assert_allclose(mse(q, 1, 0.5, 0.9, target_q, target_q, mask), 1.7**2, rtol=1e-5)
     selector_q = jnp.array([2.0, 1.0, 100.0])
-    np.testing.assert_allclose(losses.mse_loss(q, 1, 0.5, 0.9, target_q, selector_q, mask), 0.1**2, rtol=1e-4)
+    np.testing.assert_allclose(mse(q, 1, 0.5, 0.9, target_q, selector_q, mask), 0.1**2, rtol=1e-4)
 
     # Nearly all mass at 2, at -2 and at 0; the target is 0 + 0.5 z: 1, -1 and 0.
     target_logits = jnp.full((3, 5), -100.0).at[[0, 1, 2], [4, 0, 2]].set(100.0)
     logits = jnp.log(jnp.array([[1.0] * 5, [1.0, 2.0, 3.0, 4.0, 6.0], [1.0] * 5]))  # action 1: i / 16
     atoms = jnp.array(ATOMS)
-    own = losses.expected_q(target_logits, atoms)
+    own = expected_q(target_logits, atoms)
     np.testing.assert_allclose(own, [2, -2, 0], atol=1e-5)
-    loss = losses.c51_loss(logits, 1, 0.0, 0.5, target_logits, own, mask, atoms)
+    loss = c51(logits, 1, 0.0, 0.5, target_logits, own, mask, atoms)
     np.testing.assert_allclose(loss, math.log(16 / 4), rtol=1e-5)
-    loss = losses.c51_loss(logits, 1, 0.0, 0.5, target_logits, jnp.array([1.0, 2.0, 100.0]), mask, atoms)
+    loss = c51(logits, 1, 0.0, 0.5, target_logits, jnp.array([1.0, 2.0, 100.0]), mask, atoms)
     np.testing.assert_allclose(loss, math.log(16 / 2), rtol=1e-5)
 
 
 def test_cql_by_hand():
     q = jnp.log(jnp.array([1.0, 2.0, 5.0, 1e30]))
-    loss = losses.cql_loss(q, 1, jnp.array([True, True, True, False]))
+    loss = cql(q, 1, jnp.array([True, True, True, False]))
     np.testing.assert_allclose(loss, math.log(8 / 2), rtol=1e-6)
-    alone = losses.cql_loss(q, 1, jnp.array([False, True, False, False]))
+    alone = cql(q, 1, jnp.array([False, True, False, False]))
     np.testing.assert_allclose(alone, 0, atol=1e-6)
 
 
@@ -270,10 +265,11 @@ def test_targets_get_no_gradient():
     rng = np.random.default_rng(0)
     logits, target = jnp.array(rng.normal(size=(2, NUM_ACTIONS, 5)))
     mask, atoms = jnp.arange(NUM_ACTIONS) < 6, losses.support(-2, 2, 5)
-    gradients = jax.grad(losses.c51_loss, argnums=(0, 2, 3, 4, 5))(
+    with_respect_to = (0, 2, 3, 4, 5)  # the prediction; reward, discount, target network, selector
+    gradients = jax.jit(jax.grad(losses.c51_loss, with_respect_to))(
         logits, 3, 0.3, 0.9, target, target[:, 0], mask, atoms
     )
-    gradients += jax.grad(losses.mse_loss, argnums=(0, 2, 3, 4, 5))(
+    gradients += jax.jit(jax.grad(losses.mse_loss, with_respect_to))(
         logits[:, 0], 3, 0.3, 0.9, target[:, 0], target[:, 0], mask
     )
     assert [bool(np.any(gradient)) for gradient in gradients] == [True] + 4 * [False] + [True] + 4 * [False]
@@ -383,7 +379,8 @@ def test_batch_loss_of_a_real_network_equals_the_reference_on_its_outputs():
         (state.target_params, batch.next_observation),
         (state.params, batch.next_observation),
     )
-    outputs = [np.asarray(training.apply(graph, *arguments, batch.game), np.float64) for arguments in evaluations]
+    apply = jax.jit(lambda params, observation: training.apply(graph, params, observation, batch.game))
+    outputs = [np.asarray(apply(*arguments), np.float64) for arguments in evaluations]
     train_step = training.make_train_step(
         graph, optimizer, NUM_GAME_ACTIONS, alpha=0.3, atoms=jnp.array(atoms), double_q=True
     )

@@ -73,7 +73,7 @@ def read_all(path):
 def small_chunks():
     """A few frames fill a file, so small stores have many chunks and shards."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, size in {"INNER_CHUNK": 4, "FRAME_SHARD": 8, "SCALAR_CHUNK": 4, "SCALAR_SHARD": 8}.items():
+        for name, size in {"INNER_CHUNK": 4, "FRAME_SHARD": 16, "SCALAR_CHUNK": 4, "SCALAR_SHARD": 16}.items():
             patch.setattr(store, name, size)
         yield
 
@@ -109,7 +109,7 @@ def naive_transition(episodes, t, n_step, discount, stack_size, clip_rewards):
     return stack(t), episode["action"][t], total, 0.0 if ended else discount**n_step, stack(following)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=20)
 @given(
     runs=st.dictionaries(
         st.sampled_from([1, 2, 10]),
@@ -280,7 +280,7 @@ def wait_for_episodes(path, count, process):
 
 def test_killed_writer_leaves_a_prefix_and_goes_on(tmp_path):
     rng, count = np.random.default_rng(), 0
-    for _ in range(6):
+    for _ in range(5):
         process = start("append_forever(sys.argv[1])", tmp_path / "killed")
         try:
             wait_for_episodes(tmp_path / "killed", count + 2, process)

@@ -43,3 +43,7 @@ def run(target: str, params: str | None, overrides: tuple[tuple[str, str], ...],
     except KeyboardInterrupt:
         click.echo("stopped; the same command goes on from here", err=True)
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

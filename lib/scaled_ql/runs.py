@@ -38,6 +38,7 @@ PACKAGES = (
     "scaled-ql", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "pandas",
     "ale-py", "gymnasium", "papermill",
 )  # fmt: skip
+LOCK_SECONDS = 20.0  # a kernel whose runner was killed takes a moment to notice
 
 
 class RunError(RuntimeError):
@@ -132,7 +133,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = filelock.FileLock(self.folder / ".lock", is_singleton=True)
         try:
-            self._lock.acquire(timeout=20)  # a kernel whose runner was killed takes a moment to notice
+            self._lock.acquire(timeout=LOCK_SECONDS)
         except filelock.Timeout:
             pid = read_json(self.folder / "status.json").get("pid")
             raise RunError(
@@ -249,7 +250,7 @@ def execute(notebook: str, values: Parameters) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     try:
-        with filelock.FileLock(folder / ".runner.lock", timeout=20), _progress_bar(folder, title):
+        with filelock.FileLock(folder / ".runner.lock", timeout=LOCK_SECONDS), _progress_bar(folder, title):
             _papermill(notebook, values, folder)
             render(folder / "run.ipynb")
     except filelock.Timeout:
@@ -314,9 +315,10 @@ def render(notebook: Path) -> Path:
 
     content = nbformat.read(notebook, as_version=4)
     content.metadata.pop("widgets", None)  # their state would load scripts from the web; each has a static twin
+    widget = "application/vnd.jupyter.widget-view+json"
     for cell in content.cells:
-        for output in cell.get("outputs", []):
-            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if widget not in output.get("data", {})]
     exporter = HTMLExporter(
         embed_images=True, mathjax_url="", require_js_url="", jquery_url="", widget_renderer_url="", theme="light"
     )

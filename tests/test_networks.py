@@ -1,0 +1,353 @@
+"""Networks against a float64 NumPy forward pass, the paper's sizes, and the properties the trunk promises."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scaled_ql import networks
+from scaled_ql.networks import ENCODERS, count_parameters, make_encoder, make_q_network
+from scaled_ql.networks.encoders import BasicBlock, BottleneckBlock
+from scaled_ql.networks.q_network import SpatialEmbedding, normalize_features
+
+call = jax.jit(lambda module, *inputs: module(*inputs))
+OBSERVATION = np.random.default_rng(0).integers(0, 256, (3, 84, 84, 4), np.uint8)
+GAME = np.array([0, 2, 1], np.int32)
+
+
+def small(encoder="nature", head="c51", seed=0, **options):
+    return make_q_network(encoder, 3, head, seed, **{"num_atoms": 11, "hidden_sizes": (16, 16)} | options)
+
+
+def filled(make, seed=0):
+    """The module with random values in every parameter: no scale is one, no bias zero."""
+    module, rng = nnx.eval_shape(make), np.random.default_rng(seed)
+
+    def draw(path, x):
+        noise = rng.normal(size=x.shape)
+        if len(x.shape) > 1:
+            noise *= np.sqrt(2 / np.prod(x.shape[:-1]))
+        return jnp.array(1 + 0.2 * noise if "scale" in jax.tree_util.keystr(path) else noise, x.dtype)
+
+    nnx.update(module, jax.tree_util.tree_map_with_path(draw, nnx.state(module, nnx.Param)))
+    return module
+
+
+# The reference: float64, one operation at a time, parameters read from the network.
+
+
+def value(parameter):
+    return np.asarray(parameter[...], np.float64)
+
+
+def relu(x):
+    return np.where(x > 0, x, 0)
+
+
+def windows(x, size, stride, padding, fill):
+    """Yield (row, column, every output position's pixel at that offset of its window)."""
+    lengths = x.shape[1:3]
+    if padding == "SAME":
+        outputs = [-(-length // stride) for length in lengths]
+        missing = [max((n - 1) * stride + size - length, 0) for n, length in zip(outputs, lengths)]
+        edges = [(0, 0), *((total // 2, total - total // 2) for total in missing), (0, 0)]
+        x = np.pad(x, edges, constant_values=fill)
+    else:
+        outputs = [(length - size) // stride + 1 for length in lengths]
+    rows, columns = (np.arange(n) * stride for n in outputs)
+    for i in range(size):
+        for j in range(size):
+            yield i, j, x[:, rows + i][:, :, columns + j]
+
+
+def convolve(x, layer, stride=1, padding="SAME"):
+    kernel = value(layer.kernel)
+    y = sum(pixels @ kernel[i, j] for i, j, pixels in windows(x, len(kernel), stride, padding, 0.0))
+    return y if layer.bias is None else y + value(layer.bias)
+
+
+def max_pool(x):
+    return functools.reduce(np.maximum, (pixels for _, _, pixels in windows(x, 3, 2, "SAME", -np.inf)))
+
+
+def group_norm(x, layer, group_size):
+    y = np.empty_like(x)
+    for image in range(len(x)):
+        for first in range(0, x.shape[-1], group_size):
+            group = x[image, :, :, first : first + group_size]
+            y[image, :, :, first : first + group_size] = (group - group.mean()) / np.sqrt(group.var() + 1e-6)
+    return y * value(layer.scale) + value(layer.bias)
+
+
+def residual_block(x, block, stride, group_size):
+    if isinstance(block, BottleneckBlock):
+        layers = [(block.conv1, block.norm1, 1), (block.conv2, block.norm2, stride), (block.conv3, block.norm3, 1)]
+    else:
+        layers = [(block.conv1, block.norm1, stride), (block.conv2, block.norm2, 1)]
+    y = x
+    for number, (conv, norm, step) in enumerate(layers):
+        y = group_norm(convolve(relu(y) if number else y, conv, step), norm, group_size)
+    if block.shortcut is not None:
+        conv, norm = block.shortcut.layers
+        x = group_norm(convolve(x, conv, stride), norm, group_size)
+    return relu(x + y)
+
+
+def encode_resnet(x, encoder, group_size):
+    x = max_pool(relu(group_norm(convolve(x, encoder.conv, 2), encoder.norm, group_size)))
+    for number, block in enumerate(encoder.blocks.layers):
+        x = residual_block(x, block, 1 if number == 0 else 2, group_size)
+    return x
+
+
+def encode_nature(x, encoder, _):
+    for layer, stride in zip(encoder.layers.layers[::2], (4, 2, 1)):
+        x = relu(convolve(x, layer, stride, "VALID"))
+    return x
+
+
+def encode_impala(x, encoder, _):
+    for stage in encoder.stages.layers:
+        x = max_pool(convolve(x, stage.conv))
+        for unit in stage.units.layers:
+            x = x + convolve(relu(convolve(relu(x), unit.conv1)), unit.conv2)
+    return relu(x)
+
+
+def forward(network, encode, observation, game, group_size=4):
+    x = encode(observation / 255.0, network.encoder, group_size)
+    x = (x * value(network.embedding.kernel)).reshape(len(x), -1)
+    for number, layer in enumerate(network.hidden):
+        x = x @ value(layer.kernel) + value(layer.bias)
+        if number == 0:
+            norm, mean, variance = network.layer_norm, x.mean(1, keepdims=True), x.var(1, keepdims=True)
+            x = (x - mean) / np.sqrt(variance + 1e-6) * value(norm.scale) + value(norm.bias)
+        x = relu(x)
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    kernel, bias = value(network.head_kernel), value(network.head_bias)
+    return np.stack([row @ kernel[number] + bias[number] for row, number in zip(x, game)])
+
+
+@pytest.mark.parametrize("stride, inputs", [(1, 8), (1, 4), (2, 8), (1, 32), (2, 32)])
+@pytest.mark.parametrize("block", [BasicBlock, BottleneckBlock])
+def test_blocks_equal_reference(block, stride, inputs):
+    with jax.enable_x64(True):
+        module = filled(lambda: block(inputs, 8, stride, group_size=2, dtype=jnp.float64, rngs=nnx.Rngs(0)))
+        x = np.random.default_rng(0).normal(size=(2, 7, 6, inputs))
+        y = np.asarray(call(module, x))
+    assert (module.shortcut is None) == (stride == 1 and inputs == 8 * block.expansion)
+    np.testing.assert_allclose(y, residual_block(x, module, stride, 2), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "encoder, encode, group_size",
+    [("resnet_narrow", encode_resnet, 8), ("impala_x1", encode_impala, 4), ("nature", encode_nature, 4)],
+)
+def test_network_equals_reference(encoder, encode, group_size):
+    network = filled(lambda: small(encoder, group_size=group_size))
+    outputs = call(network, OBSERVATION, GAME)
+    expected = forward(network, encode, OBSERVATION, GAME, group_size).reshape(3, 18, 11)
+    assert expected.std() > 0.05
+    np.testing.assert_allclose(outputs, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("group_size", [4, 8])
+def test_a_group_has_group_size_neighbouring_channels(group_size):
+    norm = filled(lambda: make_encoder("resnet_narrow", group_size=group_size, rngs=nnx.Rngs(0))).norm
+    x = np.random.default_rng(0).normal(size=(1, 3, 3, 16)).astype(np.float32)
+    other = x.copy()
+    other[0, 1, 1, 5] += 1
+    changed = np.any(call(norm, x) != call(norm, other), (0, 1, 2))
+    assert np.flatnonzero(changed).tolist() == list(range(5 // group_size * group_size, 8))
+
+
+# Sizes and shapes, without memory for the large ones.
+
+
+@functools.cache
+def abstract(encoder, head):
+    def build():
+        network = make_q_network(encoder, 40, head)
+        return network, network(jnp.zeros((3, 84, 84, 4), jnp.uint8), jnp.zeros(3, jnp.int32))
+
+    return nnx.eval_shape(build)
+
+
+@pytest.mark.parametrize(
+    "encoder, millions", [("resnet34", 30.7), ("resnet50", 61.3), ("resnet101", 80.3), ("resnet152", 95.9)]
+)
+def test_encoder_and_first_dense_layer_have_the_papers_size(encoder, millions):
+    network, _ = abstract(encoder, "c51")
+    count = count_parameters(network.encoder, network.embedding, network.hidden[0])
+    assert count / 1e6 == pytest.approx(millions, abs=0.05)
+    norms = [module for _, module in nnx.iter_modules(network) if isinstance(module, nnx.GroupNorm)]
+    assert len(norms) == {"resnet34": 36, "resnet50": 53, "resnet101": 104, "resnet152": 155}[encoder]
+    assert all(norm.num_groups * 4 == norm.scale.size for norm in norms)
+
+
+def test_trunk_and_heads_have_the_papers_layers():
+    network, _ = abstract("nature", "c51")
+    assert [layer.kernel.shape[1] for layer in network.hidden] == [2048, 1024, 1024, 1024]
+    assert network.layer_norm.scale.shape == (2048,)
+    assert count_parameters(network.head_kernel, network.head_bias) == 40 * (1024 + 1) * 18 * 51
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_every_encoder_gives_logits(encoder):
+    network, outputs = abstract(encoder, "c51")
+    assert outputs.shape == (3, 18, 51) and outputs.dtype == jnp.float32
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(network, nnx.Param)))
+
+
+@pytest.mark.parametrize("encoder", ["resnet_narrow", "impala_x16", "nature"])
+def test_mse_head_gives_values(encoder):
+    _, outputs = abstract(encoder, "mse")
+    assert outputs.shape == (3, 18) and outputs.dtype == jnp.float32
+
+
+def test_count_parameters():
+    linear = nnx.eval_shape(lambda: nnx.Linear(5, 7, rngs=nnx.Rngs(0)))
+    assert count_parameters(linear) == 42
+    assert count_parameters(linear, {"a": np.zeros((2, 3)), "b": [np.zeros(4)]}, linear) == 42 + 10 + 42
+
+
+# The spatial embedding.
+
+
+def test_embeddings_equal_loops():
+    x = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype(np.float32)
+    start = SpatialEmbedding("pointwise", 3, 4, 5, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(call(start, x), x.reshape(2, 60))
+    pointwise, summed, pooled = (
+        filled(lambda kind=kind: SpatialEmbedding(kind, 3, 4, 5, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+        for kind in ("pointwise", "sum", "none")
+    )
+    assert (pointwise.features, summed.features, pooled.features) == (60, 40, 5)
+    expected = {"pointwise": np.zeros((2, 60)), "sum": np.zeros((2, 40)), "none": np.zeros((2, 5))}
+    for b, h, w, c in np.ndindex(x.shape):
+        expected["pointwise"][b, (h * 4 + w) * 5 + c] = x[b, h, w, c] * value(pointwise.kernel)[h, w, c]
+        expected["none"][b, c] += x[b, h, w, c] / 12
+        for f in range(8):
+            expected["sum"][b, c * 8 + f] += x[b, h, w, c] * value(summed.kernel)[h, w, c, f]
+    for module in (pointwise, summed, pooled):
+        np.testing.assert_allclose(call(module, x), expected[module.kind], atol=1e-5)
+    assert [len(jax.tree.leaves(nnx.state(m, nnx.Param))) for m in (pointwise, summed, pooled)] == [1, 1, 0]
+
+
+@pytest.mark.parametrize("embedding", ["sum", "none"])
+def test_networks_of_the_other_embeddings_have_their_widths(embedding):
+    network = nnx.eval_shape(lambda: small("resnet_narrow", embedding=embedding))
+    assert network.hidden[0].kernel.shape == (128 * (8 if embedding == "sum" else 1), 16)
+
+
+# Feature normalisation.
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), exponent=st.floats(-3, 6))
+def test_normalized_features_have_unit_norm(seed, exponent):
+    x = np.random.default_rng(seed).normal(size=(2, 9)).astype(np.float32) * np.float32(10**exponent)
+    y = np.asarray(normalized(x))
+    np.testing.assert_allclose(np.linalg.norm(y, axis=-1), 1, atol=1e-5)
+    np.testing.assert_allclose(y, x / np.linalg.norm(x.astype(np.float64), axis=-1, keepdims=True), atol=1e-5)
+
+
+normalized = jax.jit(normalize_features)
+gradient_of_normalized = jax.jit(jax.grad(lambda x, weights: (normalize_features(x) * weights).sum()))
+
+
+def test_gradients_pass_through_the_norm():
+    rng = np.random.default_rng(0)
+    x, weights = rng.normal(size=(2, 7)).astype(np.float32)
+
+    def loss(x):
+        return (x / np.sqrt((x**2).sum()) * weights).sum()
+
+    steps = 1e-6 * np.eye(7)
+    expected = [(loss(x.astype(np.float64) + step) - loss(x - step)) / 2e-6 for step in steps]
+    gradient = gradient_of_normalized(x, weights)
+    np.testing.assert_allclose(gradient, expected, atol=1e-5)
+    np.testing.assert_allclose(gradient @ x, 0, atol=1e-5)  # none along x: its length does not matter
+
+
+def test_zero_features_stay_zero_with_finite_gradients():
+    x = jnp.zeros((2, 5))
+    np.testing.assert_array_equal(normalized(x), x)
+    assert np.isfinite(gradient_of_normalized(x, jnp.ones((2, 5)))).all()
+
+
+def test_normalize_features_switch():
+    features = jax.jit(lambda network: network.features(OBSERVATION))
+    on, off = (np.asarray(features(filled(lambda s=s: small(normalize_features=s)))) for s in (True, False))
+    lengths = np.linalg.norm(off, axis=1, keepdims=True)
+    assert (abs(lengths - 1) > 0.01).all()
+    np.testing.assert_allclose(on, off / lengths, atol=1e-6)
+
+
+# Heads, seeds, precision, names.
+
+
+def test_a_game_uses_its_own_head_alone():
+    network = filled(small)
+    same = np.repeat(OBSERVATION[:1], 3, axis=0)
+    before = np.asarray(call(network, same, np.arange(3, dtype=np.int32)))
+    assert all(np.abs(before[a] - before[b]).max() > 0.01 for a, b in ((0, 1), (1, 2), (0, 2)))
+    network.head_kernel[...] = network.head_kernel[...].at[1].add(0.5)
+    network.head_bias[...] = network.head_bias[...].at[1].add(0.5)
+    after = np.asarray(call(network, same, np.arange(3, dtype=np.int32)))
+    np.testing.assert_array_equal(after[[0, 2]], before[[0, 2]])
+    assert (after[1] != before[1]).all()
+    np.testing.assert_array_equal(call(network, same, np.array([2, 0, 2], np.int32)), after[[2, 0, 2]])
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    network = filled(lambda: small("resnet_narrow"))
+    together = call(network, OBSERVATION, GAME)
+    changed = OBSERVATION.copy()
+    changed[1:] = 255 - changed[1:]
+    np.testing.assert_array_equal(call(network, changed, GAME)[0], together[0])
+
+
+def test_seed_determines_the_parameters():
+    first, again, other = (jax.tree.leaves(nnx.state(small(seed=seed), nnx.Param)) for seed in (0, 0, 1))
+    for a, b in zip(first, again):
+        np.testing.assert_array_equal(a, b)
+    kernels = [(a, b) for a, b in zip(first, other) if np.ptp(a) > 0]
+    assert len(kernels) == 3 + 2 + 1 and all(np.abs(a - b).min() < np.abs(a - b).max() for a, b in kernels)
+
+
+def test_initial_scales():
+    network = small()
+    convolution, head = network.encoder.layers.layers[2].kernel, network.head_kernel
+    assert np.std(convolution) == pytest.approx((2 / (4 * 4 * 64)) ** 0.5, rel=0.05)  # He et al., fan out
+    assert np.std(head) == pytest.approx((1 / 16) ** 0.5, rel=0.05)  # a head sees 16 features, whatever the games
+
+
+def test_bfloat16_computes_roughly_the_same_with_float32_parameters():
+    exact, rough = (filled(lambda d=d: small("resnet_narrow", dtype=d)) for d in ("float32", "bfloat16"))
+    for a, b in zip(*(jax.tree.leaves(nnx.state(network, nnx.Param)) for network in (exact, rough))):
+        assert b.dtype == jnp.float32
+        np.testing.assert_array_equal(a, b)
+    a, b = (np.asarray(call(network, OBSERVATION, GAME)) for network in (exact, rough))
+    assert b.dtype == np.float32
+    error = np.abs(a - b).max()
+    assert 1e-5 < error < 0.1 * np.abs(a).max()
+
+
+@pytest.mark.parametrize(
+    "make, names",
+    [
+        (lambda: make_q_network("resnet18", 3), ["resnet18", *ENCODERS]),
+        (lambda: networks.make_encoder("vgg", rngs=nnx.Rngs(0)), ["vgg", *ENCODERS]),
+        (lambda: make_q_network("nature", 3, "iqn"), ["iqn", "c51", "mse"]),
+        (lambda: small(embedding="max"), ["max", "pointwise", "sum", "none"]),
+    ],
+)
+def test_unknown_names_are_refused_with_the_choices(make, names):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert all(name in str(error.value) for name in names)

@@ -1,0 +1,159 @@
+"""The notebooks: committed clean, and executed by papermill on real ALE with tiny parameters, killed, resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import nbformat
+import numpy as np
+import orbax.checkpoint as ocp
+import papermill
+import pytest
+from scaled_ql import parameters, runs
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
+TINY = {name: f"params/{name}/tiny.yaml" for name in parameters.NOTEBOOKS}
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_committed_clean_and_readable(file: Path) -> None:
+    book = nbformat.read(file, as_version=4)
+    nbformat.validate(book)
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    assert all(
+        len(cell.source.splitlines()) <= 20 for cell in code if "parameters" not in cell.metadata.get("tags", [])
+    )
+    assert book.cells[0].cell_type == "markdown"
+    for word in ("**It needs**", "**It takes**"):
+        assert word in book.cells[0].source
+    assert not any("sys.path" in cell.source or "\nclass " in cell.source for cell in code)
+    figures = [i for i, cell in enumerate(book.cells) if cell.source.startswith("plots.") and cell.source.endswith(";")]
+    assert all("*How to read it*" in book.cells[i + 1].source for i in figures)
+    assert file.stem in parameters.NOTEBOOKS
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny batch, run by the command once for all tests."""
+    folder = tmp_path_factory.mktemp("outputs")
+    done = run("params/batches/tiny.yaml", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def arguments(target: str, folder: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "scaled_ql.command", "run", target, *more, "--outputs", str(folder)]
+
+
+def run(target: str, folder: Path, *more: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        arguments(target, folder, *more), cwd=runs.workspace(), capture_output=True, text=True, timeout=400
+    )
+
+
+@pytest.mark.parametrize("notebook", parameters.NOTEBOOKS)
+def test_every_notebook_runs_and_leaves_its_report(outputs: Path, notebook: str) -> None:
+    folder = outputs / notebook / "tiny"
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+    html = (folder / "run.html").read_text()
+    assert len(html) < 10_000_000
+    assert "data:image/png;base64" in html
+    for word in ('src="http', 'href="http', "@import", "url(http", str(outputs)):
+        assert word not in html
+    assert html.count("data:video/mp4;base64") == (2 if notebook == "02_scaled_training" else 0)
+
+
+def test_the_summary_compares_agent_dataset_and_random_player(outputs: Path) -> None:
+    summary = json.loads((outputs / "02_scaled_training" / "tiny" / "summary.json").read_text())
+    assert list(summary["games"]) == ["Breakout", "Pong"]
+    for row in summary["games"].values():
+        assert row["agent_episodes"] == 2
+        assert all(np.isfinite(row[name]) for name in ("random_return", "dataset_return", "agent_return"))
+
+
+def test_finished_runs_are_recognised(outputs: Path) -> None:
+    before = {
+        file: file.stat().st_mtime_ns for file in outputs.rglob("*") if file.is_file() and ".lock" not in file.name
+    }
+    began = time.monotonic()
+    done = run("params/batches/tiny.yaml", outputs)
+    assert done.returncode == 0
+    assert done.stdout.count("finished before") == 3
+    assert time.monotonic() - began < 20
+    assert before == {file: file.stat().st_mtime_ns for file in before}
+
+
+def test_papermill_alone_works_from_any_folder(outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = {"run": "alone", "dataset": "00_data_collection/tiny/replay", "outputs": str(outputs)}
+    source = runs.workspace() / "notebooks" / "01_data_exploration.ipynb"
+    papermill.execute_notebook(source, tmp_path / "out.ipynb", values, progress_bar=False)
+    assert json.loads((outputs / "01_data_exploration" / "alone" / "status.json").read_text())["state"] == "finished"
+    with pytest.raises(papermill.PapermillExecutionError, match="did you mean dataset"):
+        papermill.execute_notebook(source, tmp_path / "out.ipynb", {"datasett": "x"}, progress_bar=False)
+
+
+def final_state(folder: Path) -> list[np.ndarray]:
+    (step,) = [path for path in (folder / "checkpoints").iterdir() if path.name == "40"]
+    tree = ocp.StandardCheckpointer().restore(step / "state")
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def metrics(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.endswith("per_second")} for row in rows]
+
+
+def kernel_of(folder: Path) -> int:
+    return json.loads((folder / "status.json").read_text())["pid"]
+
+
+@pytest.mark.parametrize("victim", ["runner", "kernel"])
+def test_a_killed_run_resumes_bit_identically(outputs: Path, victim: str) -> None:
+    """SIGKILL in the middle of training, twice; the result equals that of a run which was left alone."""
+    more = ["-p", "num_steps", "40", "-p", "eval_max_steps", "5", "-p", "video_steps", "2"]
+    more += ["-p", "dataset", str(outputs / "00_data_collection" / "tiny" / "replay")]
+    target = "02_scaled_training"
+    undisturbed, killed = outputs / target / "undisturbed", outputs / target / f"killed-{victim}"
+    if not undisturbed.exists():
+        done = run(target, outputs, TINY[target], "-p", "run", "undisturbed", *more)
+        assert done.returncode == 0, done.stderr
+    for rows in (1, 5):
+        process = subprocess.Popen(
+            arguments(target, outputs, TINY[target], "-p", "run", killed.name, *more),
+            cwd=runs.workspace(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        log = killed / "metrics.jsonl"
+        while not (log.exists() and log.read_bytes().count(b"\n") >= rows):
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+        os.kill(process.pid if victim == "runner" else kernel_of(killed), signal.SIGKILL)
+        process.wait(timeout=120)
+        assert json.loads((killed / "status.json").read_text())["state"] != "finished"
+    done = run(target, outputs, TINY[target], "-p", "run", killed.name, *more)
+    assert done.returncode == 0, done.stderr
+    assert metrics(killed) == metrics(undisturbed)
+    for left, right in zip(final_state(killed), final_state(undisturbed), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_interrupting_stops_cleanly_and_resumes(outputs: Path) -> None:
+    """Ctrl-C in the terminal: a word to the reader, status interrupted or running, and the same command goes on."""
+    target, more = "02_scaled_training", ["-p", "eval_max_steps", "5", "-p", "video_steps", "2"]
+    folder = outputs / target / "interrupted"
+    command = arguments(target, outputs, TINY[target], "-p", "run", "interrupted", *more)
+    process = subprocess.Popen(command, cwd=runs.workspace(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (folder / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "goes on from here" in stderr
+    assert subprocess.run(command, cwd=runs.workspace(), capture_output=True).returncode == 0

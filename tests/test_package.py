@@ -1,0 +1,87 @@
+"""The workspace's shape: top level, import direction, start-up, README and CI."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# From the bottom up; a module imports only what stands before it.
+ORDER = (
+    "games", "environments", "metrics", "plots", "replay.store", "replay.sampling", "replay", "collect",
+    "networks.encoders", "networks.q_network", "networks", "losses", "training", "evaluation",
+    "parameters", "runs", "explore", "command",
+)  # fmt: skip
+WITHOUT_JAX = ("games", "environments", "replay", "collect", "metrics", "plots", "parameters", "runs")
+
+
+def test_the_top_level_is_the_designs(workspace: Path) -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=workspace, capture_output=True, text=True, check=True).stdout
+    top = {line.split("/")[0] for line in tracked.splitlines()}
+    visible = {name for name in top if not name.startswith(".")}
+    assert visible == {"notebooks", "lib", "params", "outputs", "tests", "requirements.txt", "README.md"}
+
+
+def test_git_keeps_only_the_gallery_of_outputs(workspace: Path) -> None:
+    tracked = subprocess.run(
+        ["git", "ls-files", "outputs"], cwd=workspace, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert all(name == "outputs/README.md" or name.startswith("outputs/gallery/") for name in tracked)
+
+
+def imported(file: Path) -> set[str]:
+    """Modules of the package that a file imports, in functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "scaled_ql":
+            found |= {f"scaled_ql.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{file}: relative import"
+            found.add(node.module)
+    return {name.removeprefix("scaled_ql.") for name in found if name.startswith("scaled_ql.")}
+
+
+def test_imports_go_downwards_only(workspace: Path) -> None:
+    package = workspace / "lib" / "scaled_ql"
+    seen = set()
+    for file in package.rglob("*.py"):
+        name = ".".join(file.relative_to(package).with_suffix("").parts).removesuffix(".__init__")
+        if name == "__init__":
+            continue
+        seen.add(name)
+        above = {other for other in imported(file) if ORDER.index(other) >= ORDER.index(name)}
+        assert not above, f"{name} imports {above}, which stand above it"
+    assert seen == set(ORDER)
+
+
+@pytest.mark.parametrize("module", WITHOUT_JAX)
+def test_modules_for_data_and_reports_do_not_import_jax(module: str) -> None:
+    code = f"import sys, scaled_ql.{module}; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_readmes_test_command_is_what_ci_runs(workspace: Path) -> None:
+    commands = re.findall(r"```bash\n(.*?)```", (workspace / "README.md").read_text(), re.DOTALL)
+    tests = [command.strip() for command in commands if "pytest" in command]
+    assert tests
+    assert tests[0] in (workspace / ".ci" / "run").read_text()
+
+
+def test_requirements_have_lower_bounds_and_no_upper_pins(workspace: Path) -> None:
+    text = (workspace / "requirements.txt").read_text() + (workspace / "lib" / "pyproject.toml").read_text()
+    names = re.findall(r'^\s*"?([A-Za-z][\w-]*)((?:[<>=!~]=?[\w.]+,?)+)"?,?$', text, re.MULTILINE)
+    assert len(names) > 20
+    assert all(bound.startswith(">=") and "," not in bound.rstrip(",") for _, bound in names), names
+
+
+def test_ruff_finds_nothing(workspace: Path) -> None:
+    for arguments in (["check"], ["format", "--check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *arguments, "lib", "tests", "notebooks"],
+            cwd=workspace, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,151 @@
+"""Parameters: every file valid, every mistake named, notebook cells and schemas agree."""
+
+import ast
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from scaled_ql import parameters, runs
+from scaled_ql.parameters import NOTEBOOKS, ParameterError, check, from_notebook
+
+PARAMS = Path(__file__).resolve().parents[1] / "params"
+FILES = sorted(file for file in PARAMS.glob("*/*.yaml") if file.parent.name != "batches")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_every_file_in_params_is_valid_and_says_how_to_use_it(file: Path) -> None:
+    values = parameters.load(file)
+    checked = check(file.parent.name, values, str(file))
+    assert checked.run == file.stem
+    defaults = NOTEBOOKS[file.parent.name]().model_dump()
+    assert all(values[name] != defaults[name] for name in values), "a file holds only what differs from the defaults"
+    assert file.read_text().startswith(f"# scaled-ql run {file.parent.name} params/")
+
+
+@pytest.mark.parametrize("file", sorted((PARAMS / "batches").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_batch_is_valid(file: Path) -> None:
+    steps = runs.load_batch(file, {})
+    assert [notebook for notebook, _ in steps] == sorted(notebook for notebook, _ in steps)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_the_parameters_cell_repeats_the_schema(notebook: str, workspace: Path) -> None:
+    content = nbformat.read(workspace / "notebooks" / f"{notebook}.ipynb", as_version=4)
+    (cell,) = [cell for cell in content.cells if "parameters" in cell.metadata.get("tags", [])]
+    namespace: dict = {}
+    exec(cell.source, namespace)
+    schema = NOTEBOOKS[notebook]
+    assert {name: namespace[name] for name in schema.model_fields} == schema().model_dump()
+    lines = [line for line in cell.source.splitlines() if line]
+    assert len(lines) == len(schema.model_fields)
+    assert all(line.count("=") == 1 and "  # " in line for line in lines), "one `name: type = value  # meaning` a line"
+
+
+def test_papermill_sees_every_parameter(workspace: Path) -> None:
+    import papermill
+
+    for notebook, schema in NOTEBOOKS.items():
+        assert set(papermill.inspect_notebook(workspace / "notebooks" / f"{notebook}.ipynb")) == set(
+            schema.model_fields
+        )
+
+
+def test_all_mistakes_are_reported_at_once_with_the_nearest_name() -> None:
+    wrong = {
+        "lerning_rate": 1e-3, "seed": "0", "num_steps": True, "encoder": "resnet18", "discount": 1.5,
+        "learning_rate": "1e-4",
+    }  # fmt: skip
+    with pytest.raises(ParameterError) as error:
+        check("02_scaled_training", wrong, "mine.yaml")
+    message = str(error.value)
+    assert message.startswith("mine.yaml")
+    assert "lerning_rate: no such parameter; did you mean learning_rate?" in message
+    for part in ("seed: ", "num_steps: ", "encoder: ", "discount: ", "write 1.0e-4"):
+        assert part in message
+
+
+def test_unknown_notebook() -> None:
+    with pytest.raises(ParameterError, match="00_data_collection"):
+        check("07_nothing", {})
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"checkpoint_every": 1_500}, "multiple of log_every"),
+        ({"num_steps": 10_500}, "multiple of checkpoint_every"),
+        ({"v_min": 3.0, "v_max": 3.0}, "must be below"),
+        ({"run": "../up"}, "run: "),
+    ],
+)
+def test_values_that_do_not_fit_together(values: dict, words: str) -> None:
+    with pytest.raises(ParameterError, match=words):
+        check("02_scaled_training", values)
+
+
+def test_table_b1_is_the_default() -> None:
+    p = check("02_scaled_training", {})
+    assert (p.v_min, p.v_max, p.num_atoms, p.n_step, p.discount) == (-20, 20, 51, 3, 0.99)
+    assert (p.games_per_batch, p.transitions_per_game, p.target_update_period) == (128, 4, 2_000)
+    assert (p.learning_rate, p.cql_alpha) == (2e-4, 0.05)
+    assert check("02_scaled_training", {"head": "mse"}).cql_alpha == 0.1
+    assert check("02_scaled_training", {"alpha": 0.0}).cql_alpha == 0
+
+
+def notebook_namespace(*cells: str) -> dict:
+    """What a kernel holds after executing cells."""
+    namespace: dict = {"In": [""]}
+    for cell in cells:
+        namespace["In"].append(cell)
+        exec(cell, namespace)
+    return namespace
+
+
+def test_a_misspelt_parameter_in_a_cell_is_an_error_until_corrected() -> None:
+    cell = 'run: str = "a"  # name\nseeed: int = 2  # typo'
+    namespace = notebook_namespace(cell)
+    with pytest.raises(ParameterError, match="did you mean seed"):
+        from_notebook("00_data_collection", namespace)
+    namespace["In"].append(cell.replace("seeed", "seed"))
+    exec(cell.replace("seeed", "seed"), namespace)
+    assert from_notebook("00_data_collection", namespace).seed == 2
+
+
+def test_a_cell_injected_by_papermill_counts_even_where_all_its_names_are_unknown() -> None:
+    namespace = notebook_namespace('run: str = "a"  # name', "# Parameters\nseeed = 3")
+    with pytest.raises(ParameterError, match="seeed"):
+        from_notebook("00_data_collection", namespace)
+
+
+def test_running_all_cells_again_is_no_error() -> None:
+    namespace = notebook_namespace('run: str = "a"  # name', "import math\ntotal = 3", "rows = [1, 2]")
+    assert from_notebook("00_data_collection", namespace).run == "a"
+
+
+def test_yaml_is_read_safely(tmp_path: Path) -> None:
+    file = tmp_path / "evil.yaml"
+    file.write_text("run: !!python/object/apply:os.system ['true']")
+    with pytest.raises(ParameterError, match=r"evil\.yaml"):
+        parameters.load(file)
+    file.write_text("- a list")
+    with pytest.raises(ParameterError, match="mapping"):
+        parameters.load(file)
+    with pytest.raises(ParameterError, match="absent"):
+        parameters.load(tmp_path / "absent.yaml")
+
+
+def test_a_batch_with_a_mistake_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    file = tmp_path / "batch.yaml"
+    file.write_text(yaml.safe_dump({"steps": [{"notebook": "00_data_collection", "paramters": "tiny.yaml"}]}))
+    with pytest.raises(ParameterError, match="paramters"):
+        runs.load_batch(file, {})
+
+
+def test_the_parameters_cells_hold_plain_scalars_and_lists(workspace: Path) -> None:
+    for notebook in NOTEBOOKS:
+        content = nbformat.read(workspace / "notebooks" / f"{notebook}.ipynb", as_version=4)
+        (cell,) = [cell for cell in content.cells if "parameters" in cell.metadata.get("tags", [])]
+        for node in ast.parse(cell.source).body:
+            assert isinstance(node, ast.AnnAssign)
+            ast.literal_eval(node.value)

@@ -1,0 +1,124 @@
+"""Run folders: locks, parameters that may not change, tables computed once, reports that open offline."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from scaled_ql import runs
+from scaled_ql.parameters import ParameterError
+
+
+def namespace(tmp_path: Path, **values: object) -> dict:
+    values = {"outputs": str(tmp_path), **values}
+    return {"In": ["", "# Parameters\n" + "\n".join(f"{name} = {value!r}" for name, value in values.items())], **values}
+
+
+def test_a_run_writes_what_is_needed_to_repeat_it(tmp_path: Path) -> None:
+    run = runs.start("00_data_collection", namespace(tmp_path, run="a", seed=4))
+    assert runs.parameters.load(run.folder / "parameters.yaml")["seed"] == 4
+    origin = runs.read_json(run.folder / "provenance.json")
+    assert len(origin["git_commit"] or "0" * 40) == 40
+    assert origin["packages"]["numpy"] == __import__("numpy").__version__
+    assert runs.read_json(run.folder / "status.json")["state"] == "running"
+    run.finish({"score": 1})
+    assert runs.read_json(run.folder / "status.json")["state"] == "finished"
+    assert runs.read_json(run.folder / "summary.json") == {"score": 1}
+
+
+def test_a_run_does_not_change_its_parameters(tmp_path: Path) -> None:
+    runs.start("00_data_collection", namespace(tmp_path, run="a", seed=4)).finish({})
+    with pytest.raises(runs.RunError, match=r"seed: 4 there, 5 now.*another run name"):
+        runs.start("00_data_collection", namespace(tmp_path, run="a", seed=5))
+    runs.start("00_data_collection", namespace(tmp_path, run="b", seed=5)).finish({})
+
+
+def test_starting_again_in_the_same_kernel_goes_on(tmp_path: Path) -> None:
+    runs.start("00_data_collection", namespace(tmp_path))
+    runs.start("00_data_collection", namespace(tmp_path)).finish({})
+
+
+def test_a_second_process_is_kept_out_and_told_by_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import sys, time; from scaled_ql import runs;"
+        f"run = runs.start('00_data_collection', {namespace(tmp_path)!r});"
+        "print('started', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"started\n"
+        monkeypatch.setattr(runs, "LOCK_SECONDS", 0.2)
+        with pytest.raises(runs.RunError, match=f"another process .pid {other.pid}."):
+            runs.start("00_data_collection", namespace(tmp_path))
+        other.kill()
+    runs.start("00_data_collection", namespace(tmp_path)).finish({})
+
+
+def test_a_table_is_computed_once_and_never_half_written(tmp_path: Path) -> None:
+    file, calls = tmp_path / "deep" / "table.csv", []
+
+    def compute() -> pd.DataFrame:
+        calls.append(1)
+        return pd.DataFrame({"a": [1, 2]})
+
+    assert runs.once(file, compute).equals(runs.once(file, compute))
+    assert len(calls) == 1
+    with pytest.raises(ZeroDivisionError):
+        runs.once(tmp_path / "other.csv", lambda: 1 / 0)
+    assert not (tmp_path / "other.csv").exists()
+
+
+def test_a_report_needs_no_network_and_shows_no_widget(tmp_path: Path) -> None:
+    picture = {"image/png": "iVBORw0KGgo="}
+    widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "x"}, "text/plain": "VBox(children=())"}
+    outputs = [nbformat.v4.new_output("display_data", data) for data in (picture, widget)]
+    book = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_markdown_cell("# Title"), nbformat.v4.new_code_cell("1", outputs=outputs)],
+        metadata={"widgets": {"application/vnd.jupyter.widget-state+json": {"state": {"x": {}}}}},
+    )
+    nbformat.write(book, tmp_path / "run.ipynb")
+    html = runs.render(tmp_path / "run.ipynb").read_text()
+    assert "data:image/png;base64" in html
+    assert "VBox" not in html
+    for word in ('src="http', 'href="http', "@import", "url(http"):
+        assert word not in html
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "scaled_ql.command", *map(str, arguments)], capture_output=True, text=True, timeout=300
+    )
+
+
+def test_the_command_lists_all_mistakes_and_runs_nothing(tmp_path: Path) -> None:
+    done = command("run", "00_data_collection", "-p", "seeed", "1", "-p", "processes", "many", "--outputs", tmp_path)
+    assert done.returncode == 1
+    assert "did you mean seed?" in done.stderr
+    assert "processes: " in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_notebook_says_why_and_can_be_read(tmp_path: Path) -> None:
+    done = command("run", "01_data_exploration", "-p", "dataset", "nowhere", "-p", "run", "x", "--outputs", tmp_path)
+    folder = tmp_path / "01_data_exploration" / "x"
+    assert done.returncode == 1
+    assert "no such replay folder" in done.stderr
+    assert str(folder / "run.ipynb") in done.stderr
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert "ReplayError" in status["error"]
+    assert nbformat.read(folder / "run.ipynb", as_version=4).cells
+
+
+def test_unknown_game_fails_with_near_names_before_recording(tmp_path: Path) -> None:
+    done = command("run", "00_data_collection", "-p", "games", "[Pong, Breakuot]", "--outputs", tmp_path)
+    assert done.returncode == 1
+    assert "Breakout" in done.stderr
+    assert not (tmp_path / "00_data_collection" / "default" / "replay").exists()
+
+
+def test_a_run_name_cannot_leave_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(ParameterError):
+        runs.start("00_data_collection", namespace(tmp_path, run="../../elsewhere"))

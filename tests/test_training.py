@@ -1,0 +1,512 @@
+"""The training step against plain NumPy, the loop, and checkpoints under damage, refusal and full disks."""
+
+import functools
+import gc
+import itertools
+import math
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scaled_ql import losses, training
+from scaled_ql.games import NUM_ACTIONS
+from scaled_ql.networks import make_q_network
+from scaled_ql.replay.store import Batch
+from scaled_ql.training import CheckpointError, Checkpoints, Diverged, MetricsLog
+
+GAMES = ["Amidar", "Pong", "Qbert"]
+NUM_GAME_ACTIONS = [2, 3, 6]
+ABOUT = {"encoder": "nature", "games": GAMES}
+NUM_STATES = 5
+
+
+@pytest.fixture
+def quiet():
+    """Let go of the reads that Orbax abandons, while their warnings are filtered."""
+    yield
+    gc.collect()
+
+
+def refuses(test):
+    return pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")(
+        pytest.mark.usefixtures("quiet")(test)
+    )
+
+
+class Table(nnx.Module):
+    """A network whose parameters are its outputs: a state's number is its one pixel."""
+
+    def __init__(self, table):
+        self.table = nnx.Param(jnp.array(table))
+
+    def __call__(self, observation, game):
+        return self.table[...][game, observation[:, 0, 0, 0]]
+
+
+def table_batch(number, games=(0, 1, 2), size=4):
+    """Batch `number` of an endless stream, for a table."""
+    rng = np.random.default_rng(number)
+    game = rng.choice(games, size).astype(np.int32)
+    return Batch(
+        observation=rng.integers(NUM_STATES, size=(size, 1, 1, 1)).astype(np.uint8),
+        action=rng.integers(np.array(NUM_GAME_ACTIONS)[game]).astype(np.int32),
+        reward=rng.normal(size=size).astype(np.float32),
+        discount=rng.choice([0.0, 0.97], size).astype(np.float32),
+        next_observation=rng.integers(NUM_STATES, size=(size, 1, 1, 1)).astype(np.uint8),
+        game=game,
+    )
+
+
+def stream(first, last, **changed):
+    """Batches of steps first..last; `changed` maps fields to {step: value}."""
+    for step in range(first, last + 1):
+        values = {field: steps[step] for field, steps in changed.items() if step in steps}
+        yield table_batch(step)._replace(**values)
+
+
+OPTIMIZER = training.make_optimizer(0.01)
+TABLE = np.random.default_rng(0).normal(size=(len(GAMES), NUM_STATES, NUM_ACTIONS)).astype(np.float32)
+
+
+def table_state(step=0, table=TABLE):
+    state = training.init_state(Table(table), OPTIMIZER)[1]
+    return state._replace(step=jnp.int32(step))
+
+
+@functools.cache
+def table_step():
+    graph = training.init_state(Table(TABLE), OPTIMIZER)[0]
+    return training.make_train_step(graph, OPTIMIZER, NUM_GAME_ACTIONS, alpha=0.1, target_update_period=3)
+
+
+def assert_same(state, other):
+    leaves, others = jax.tree.leaves(state), jax.tree.leaves(other)
+    assert len(leaves) == len(others)
+    for a, b in zip(leaves, others):
+        np.testing.assert_array_equal(a, b)
+
+
+def same(state, other):
+    return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other)))
+
+
+def steps_on_disk(folder):
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+# The step.
+
+
+def test_steps_equal_a_plain_numpy_adam_with_a_target_table():
+    learning_rate, epsilon, alpha, period = 0.05, 1e-3, 0.3, 3
+    rng = np.random.default_rng(1)
+    table = rng.normal(size=TABLE.shape)
+    with jax.enable_x64(True):
+        optimizer = training.make_optimizer(learning_rate, epsilon)
+        graph, state = training.init_state(Table(table), optimizer)
+        train_step = training.make_train_step(
+            graph, optimizer, NUM_GAME_ACTIONS, alpha=alpha, target_update_period=period
+        )
+        online, target, mean, square = table.copy(), table.copy(), 0.0, 0.0
+        for step in range(1, 9):
+            batch = table_batch(step)
+            gradient = np.zeros_like(online)
+            for row, game in enumerate(batch.game):
+                now, then = batch.observation[row, 0, 0, 0], batch.next_observation[row, 0, 0, 0]
+                size, action = NUM_GAME_ACTIONS[game], batch.action[row]
+                backed_up = batch.reward[row] + batch.discount[row] * target[game, then, :size].max()
+                weights = np.exp(online[game, now, :size])
+                gradient[game, now, action] += (2 * (online[game, now, action] - backed_up) - alpha) / 4
+                gradient[game, now, :size] += alpha * weights / weights.sum() / 4
+            mean = 0.9 * mean + 0.1 * gradient
+            square = 0.999 * square + 0.001 * gradient**2
+            online -= learning_rate * (mean / (1 - 0.9**step)) / (np.sqrt(square / (1 - 0.999**step)) + epsilon)
+            if step % period == 0:
+                target = online.copy()
+            state, _ = train_step(state, batch)
+            np.testing.assert_allclose(state.params["table"], online, atol=1e-7)
+            np.testing.assert_allclose(state.target_params["table"], target, atol=1e-7)
+            assert state.step == step
+    assert np.array_equal(online[0, :, 2:], table[0, :, 2:])  # actions that the game does not have
+
+
+def test_target_is_a_bitwise_copy_at_multiples_of_the_period_and_constant_between():
+    state = table_state()
+    before, copied = np.array(state.target_params["table"]), []
+    for step in range(1, 10):
+        state, _ = table_step()(state, table_batch(step))
+        online, target = np.array(state.params["table"]), np.array(state.target_params["table"])
+        assert np.array_equal(target, online if step % 3 == 0 else before)
+        assert not np.array_equal(online, before)
+        copied.append(not np.array_equal(target, before))
+        before = target
+    assert copied == 3 * [False, False, True]
+
+
+def test_the_state_passed_in_is_donated():
+    state = table_state()
+    table = state.params["table"]
+    after, _ = table_step()(state, table_batch(1))
+    assert table.is_deleted()
+    assert np.isfinite(after.params["table"]).all() and after.step == 1
+
+
+def test_action_masks():
+    masks = np.asarray(training.action_masks([3, 18]))
+    assert masks.tolist() == [3 * [True] + 15 * [False], 18 * [True]]
+
+
+# Real networks: determinism and learning.
+
+
+@functools.cache
+def bandit():
+    """Two states of two games, each action once: one step, a reward that depends on all three; and the best."""
+    frames = np.random.default_rng(0).integers(0, 256, (4, 84, 84, 4), np.uint8)
+    best = {(0, 0): 0, (0, 1): 1, (1, 2): 2, (1, 3): 0}
+    rows = [(game, state, action) for game, state in best for action in range(NUM_GAME_ACTIONS[game])]
+    game, state, action = np.array(rows, np.int32).T
+    reward = np.array([1.0 if best[row[:2]] == row[2] else -0.5 * (1 + row[2]) / 3 for row in rows], np.float32)
+    batch = Batch(frames[state], action, reward, np.zeros(len(rows), np.float32), frames[state], game)
+    return batch, np.array([best[row[:2]] for row in rows])
+
+
+@functools.cache
+def nature_step(head):
+    optimizer = training.make_optimizer(2e-3)
+    network = make_q_network("nature", 3, head, num_atoms=11, hidden_sizes=(16, 16))
+    graph, state = training.init_state(network, optimizer)
+    train_step = training.make_train_step(
+        graph, optimizer, NUM_GAME_ACTIONS, atoms=jnp.linspace(-2, 2, 11), target_update_period=5
+    )
+    return graph, train_step, jax.device_get(state)
+
+
+def nature_state(head):
+    return jax.tree.map(jnp.array, nature_step(head)[2])
+
+
+@pytest.mark.parametrize("head", ["c51", "mse"])
+def test_a_network_learns_the_best_actions(head):
+    graph, train_step, _ = nature_step(head)
+    state, (batch, best) = nature_state(head), bandit()
+    td = []
+    for _ in range(250):
+        state, metrics = train_step(state, batch)
+        td.append(float(metrics["td_loss"]))
+    # Rewards between atoms leave C51 some entropy, the conservative term leaves MSE some error.
+    assert td[-1] < (0.5 if head == "c51" else 0.2) * td[0]
+    outputs = jax.jit(lambda params: training.apply(graph, params, batch.observation, batch.game))(state.params)
+    q = losses.expected_q(outputs, jnp.linspace(-2, 2, 11)) if head == "c51" else outputs
+    masks = training.action_masks(NUM_GAME_ACTIONS)[batch.game]
+    assert np.array_equal(jax.vmap(losses.greedy_action)(q, masks), best)
+
+
+def test_the_same_seed_and_batches_give_bit_identical_parameters():
+    _, train_step, _ = nature_step("c51")
+    batch, _ = bandit()
+    order = [np.random.default_rng(step).permutation(len(batch.game)) for step in range(6)]
+    runs = []
+    for seed in (0, 0, 1):
+        network = make_q_network("nature", 3, "c51", seed, num_atoms=11, hidden_sizes=(16, 16))
+        state = training.init_state(network, training.make_optimizer())[1]
+        for rows in order:
+            state, metrics = train_step(state, Batch(*(field[rows] for field in batch)))
+        runs.append(jax.device_get((state, metrics)))
+    assert_same(runs[0], runs[1])
+    assert not same(runs[0][0].params, runs[2][0].params)
+
+
+# The loop.
+
+
+def without_speed(row):
+    return {name: value for name, value in row.items() if not name.endswith("_per_second")}
+
+
+def test_rows_average_the_steps_metrics(tmp_path):
+    batches = [table_batch(step, games=(0, 1) if step < 3 else (0, 1, 2), size=8) for step in range(6)]
+    state, expected = table_state(), []
+    for batch in batches:
+        state, metrics = table_step()(state, batch)
+        expected.append(jax.device_get(metrics))
+    assert all(metrics["td_count"][2] > 0 for metrics in expected[3:])
+
+    checkpoints = Checkpoints(tmp_path / "run", ABOUT)
+    trained = training.train(
+        table_state(), table_step(), iter(batches), GAMES, log_every=3, checkpoint_every=6, checkpoints=checkpoints
+    )
+    rows = []
+    for number, (after, row) in enumerate(trained):
+        assert row["step"] == after.step == 3 * (number + 1)
+        assert row["steps_per_second"] > 0
+        assert row["transitions_per_second"] == pytest.approx(8 * row["steps_per_second"])
+        rows.append(row)
+    assert_same(after, state)
+    checkpoints.close()
+    assert steps_on_disk(tmp_path / "run") == [6]
+    for row, window in zip(rows, (expected[:3], expected[3:]), strict=True):
+        for name in ("loss", "td_loss", "cql_loss", "q_data", "q_greedy", "grad_norm"):
+            assert row[name] == pytest.approx(np.mean([metrics[name] for metrics in window]), rel=1e-6)
+        for number, game in enumerate(GAMES):
+            total, count = (sum(metrics[name][number] for metrics in window) for name in ("td_sum", "td_count"))
+            wanted = total / count if count else math.nan
+            assert row[f"td_loss/{game}"] == pytest.approx(wanted, rel=1e-6, nan_ok=True)
+        assert len(row) == 6 + 3 + 3
+    assert math.isnan(rows[0]["td_loss/Qbert"]) and not math.isnan(rows[1]["td_loss/Qbert"])
+
+
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path):
+    train_step, (batch, _) = nature_step("c51")[1], bandit()
+
+    def run(folder, rows_to_do):
+        """Go on from the folder's newest checkpoint, for a while."""
+        checkpoints = Checkpoints(folder, ABOUT)
+        state = checkpoints.restore(nature_state("c51"))
+        first = int(state.step)
+        orders = (np.random.default_rng(step).permutation(len(batch.game)) for step in itertools.count(first))
+        batches = (Batch(*(field[order] for field in batch)) for order in orders)
+        trained = training.train(
+            state, train_step, batches, GAMES, log_every=2, checkpoint_every=4, checkpoints=checkpoints
+        )
+        results = list(itertools.islice(trained, rows_to_do))
+        trained.close()
+        checkpoints.close()
+        return first, jax.device_get(results[-1][0]), [without_speed(row) for _, row in results]
+
+    _, whole, rows = run(tmp_path / "whole", 7)
+    first, _, before = run(tmp_path / "parts", 5)  # to step 10; its newest checkpoint is that of step 8
+    second, resumed, after = run(tmp_path / "parts", 3)
+    assert (first, second) == (0, 8) and [row["step"] for row in after] == [10, 12, 14]
+    assert_same(resumed, whole)
+    np.testing.assert_equal(before + after[1:], rows)  # NaN, where a game was not drawn, equals NaN
+    np.testing.assert_equal(after[0], before[-1])
+
+
+@pytest.mark.parametrize("step, good", [(1, []), (5, [4]), (6, [4]), (8, [4])])
+def test_a_bad_loss_names_step_games_and_the_last_good_checkpoint(tmp_path, step, good):
+    checkpoints, changed = Checkpoints(tmp_path, ABOUT), table_batch(step, games=(0, 2))
+    reward = changed.reward.copy()
+    reward[1] = np.nan
+    bad = {"reward": {step: reward}, "game": {step: np.array([2, 0, 2, 0])}, "action": {step: np.zeros(4, np.int32)}}
+    trained = training.train(
+        table_state(), table_step(), stream(1, 12, **bad), GAMES, log_every=2, checkpoint_every=4,
+        checkpoints=checkpoints,
+    )  # fmt: skip
+    with pytest.raises(Diverged) as error:
+        for _ in trained:
+            pass
+    message = str(error.value)
+    assert f"step {step} " in message and "Amidar, Qbert" in message and "Pong" not in message
+    assert f"checkpoint: {tmp_path / '4'}." in message if good else "no checkpoint yet" in message
+    checkpoints.close()
+    assert steps_on_disk(tmp_path) == good
+    if good:
+        assert jax.tree.all(jax.tree.map(lambda x: bool(np.isfinite(x).all()), checkpoints.restore(table_state())))
+
+
+def test_a_bad_gradient_under_a_finite_loss_is_never_written_to_a_checkpoint(tmp_path):
+    checkpoints = Checkpoints(tmp_path, ABOUT)
+    one = table_batch(2, size=1)
+    batches = [table_batch(1), one._replace(reward=np.float32([1.5e19])), *stream(3, 4)]
+    # 1.5e19 squared is a float32; the square of the gradient, in Adam's state, is not.
+    trained = training.train(
+        table_state(), table_step(), batches, GAMES, log_every=1, checkpoint_every=1, checkpoints=checkpoints
+    )
+    with pytest.raises(Diverged, match="step 2 "):
+        for _, row in trained:
+            assert math.isfinite(row["loss"])
+    checkpoints.close()
+    assert steps_on_disk(tmp_path) == [1]
+
+
+def test_metrics_log_goes_on_behind_the_checkpoint(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    log = MetricsLog(file, 0)
+    for step in (2, 4, 6):
+        log.append({"step": step, "loss": step / 2, "td_loss/Pong": math.nan})
+    with file.open("a") as torn:
+        torn.write('{"step": 8, "lo')
+    assert "NaN" not in file.read_text()
+    log = MetricsLog(file, 4)
+    assert [row["step"] for row in log.rows] == [2, 4]
+    log.append({"step": 6, "loss": 9.0, "td_loss/Pong": 1.0})
+    table = MetricsLog(file, 100).table()
+    assert table["step"].tolist() == [2, 4, 6] and table["loss"].tolist() == [1, 2, 9]
+    assert table["td_loss/Pong"].isna().tolist() == [True, True, False]
+
+
+# Checkpoints.
+
+
+def save_steps(folder, steps, keep_period=None, table=TABLE):
+    checkpoints, states = Checkpoints(folder, ABOUT, keep_period), {}
+    for step in steps:
+        states[step] = table_state(step, table + np.float32(step))
+        checkpoints.save(states[step])
+    checkpoints.close()
+    return states
+
+
+def restore(folder, about=ABOUT, table=TABLE):
+    checkpoints = Checkpoints(folder, about)
+    try:
+        return checkpoints.restore(table_state(table=table))
+    finally:
+        checkpoints.close()
+
+
+@pytest.mark.parametrize("keep_period, kept", [(None, [6, 7]), (3, [3, 6, 7]), (2, [2, 4, 6, 7])])
+def test_the_newest_two_and_multiples_of_the_period_are_kept(tmp_path, keep_period, kept):
+    states = save_steps(tmp_path, range(1, 8), keep_period)
+    assert steps_on_disk(tmp_path) == kept
+    for step in reversed(kept):
+        restored = restore(tmp_path)
+        assert isinstance(restored, training.TrainState) and restored.params["table"].dtype == jnp.float32
+        assert_same(restored, states[step])
+        shutil.rmtree(tmp_path / str(step))
+
+
+def test_restore_of_an_empty_folder_returns_the_state_given(tmp_path):
+    checkpoints, state = Checkpoints(tmp_path / "new" / "run", ABOUT), table_state(3)
+    assert checkpoints.latest_step() is None and checkpoints.restore(state) is state
+    checkpoints.close()
+
+
+def test_a_checkpoint_is_the_state_when_it_was_saved(tmp_path):
+    """Training goes on in the donated buffers while the checkpoint is still being written."""
+    table = np.random.default_rng(0).normal(size=(3, 4000, NUM_ACTIONS)).astype(np.float32)
+    checkpoints, state = Checkpoints(tmp_path, ABOUT), table_state(table=table)
+    for step in range(1, 4):
+        state, _ = table_step()(state, table_batch(step))
+        saved = jax.tree.map(np.array, state)
+        checkpoints.save(state)
+        for number in range(5):
+            state, _ = table_step()(state, table_batch(number))
+        checkpoints.wait()
+        assert_same(checkpoints.restore(state), saved)
+    checkpoints.close()
+
+
+def test_latest_step_is_complete_on_disk(tmp_path):
+    table = np.random.default_rng(0).normal(size=(3, 40_000, NUM_ACTIONS)).astype(np.float32)
+    checkpoints = Checkpoints(tmp_path, ABOUT)
+    checkpoints.save(table_state(4, table))
+    step, described = checkpoints.latest_step(), checkpoints.describe_latest()
+    there = steps_on_disk(tmp_path)
+    checkpoints.close()
+    assert step is None or step in there
+    assert there or "no checkpoint yet" in described
+    assert checkpoints.latest_step() == 4 and str(tmp_path / "4") in checkpoints.describe_latest()
+
+
+def test_a_checkpoint_of_something_else_is_refused_with_both_values(tmp_path):
+    save_steps(tmp_path, [1])
+    with pytest.raises(CheckpointError) as error:
+        restore(tmp_path, {"encoder": "resnet34", "games": GAMES, "dataset": "abc"})
+    message = str(error.value)
+    assert str(tmp_path / "1") in message and "games" not in message
+    assert "encoder: 'nature' in the checkpoint, 'resnet34' here" in message
+    assert "dataset: None in the checkpoint, 'abc' here" in message
+
+
+@refuses
+@pytest.mark.parametrize("shape", [(4, 5, 18), (2, 5, 18), (3, 6, 18), (3, 5, 18, 11)])
+def test_other_shapes_are_refused(tmp_path, shape):
+    save_steps(tmp_path, [1])
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        restore(tmp_path, table=np.zeros(shape, np.float32))
+
+
+def test_another_tree_is_refused(tmp_path):
+    save_steps(tmp_path, [1])
+    checkpoints, state = Checkpoints(tmp_path, ABOUT), table_state()
+    for params in ({"table": jnp.array(TABLE), "bias": jnp.zeros(3)}, {"kernel": jnp.array(TABLE)}):
+        with pytest.raises(CheckpointError, match="cannot be loaded"):
+            checkpoints.restore(state._replace(params=params))
+    checkpoints.close()
+
+
+def halve(file):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    file.write_bytes(content)
+
+
+@refuses
+@pytest.mark.parametrize("damage", [Path.unlink, halve, flip_a_bit])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_loads(tmp_path, damage):
+    """Damage one file at a time: either all values are right, or a CheckpointError says that they are not."""
+    table = np.random.default_rng(0).normal(size=(3, 200, NUM_ACTIONS)).astype(np.float32)
+    states = save_steps(tmp_path / "whole", [1, 2], table=table)
+    files = [path.relative_to(tmp_path) for path in (tmp_path / "whole" / "2").rglob("*") if path.is_file()]
+    holds_arrays = max(files, key=lambda path: (tmp_path / path).stat().st_size)
+    problems = []
+    for number, file in enumerate(sorted(files)):
+        copy = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", copy)
+        damage(copy / file.relative_to("whole"))
+        try:
+            if not same(restore(copy, table=table), states[2]):
+                problems.append(f"{file} loaded with other values")
+            elif file == holds_arrays:
+                problems.append(f"{file} was not read")
+        except CheckpointError as error:
+            if str(copy / "2") not in str(error):
+                problems.append(f"{file}: the error names no folder")
+            shutil.rmtree(copy / "2")
+            assert_same(restore(copy, table=table), states[1])
+        except Exception as error:
+            problems.append(f"{file}: {type(error).__name__}")
+    assert not problems
+
+
+FILL_THE_DISK = """
+import resource, sys
+import jax.numpy as jnp, numpy as np
+from scaled_ql.training import CheckpointError, Checkpoints, TrainState
+checkpoints = Checkpoints(sys.argv[1], {})
+def state(step):
+    params = {"table": jnp.array(np.random.default_rng(step).normal(size=100_000))}
+    return TrainState(jnp.int32(step), params, params, ())
+checkpoints.save(state(1))
+checkpoints.wait()
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+for step in (2, 3):
+    try:
+        checkpoints.save(state(step))
+        checkpoints.wait()
+    except CheckpointError as error:
+        print(error)
+print(checkpoints.describe_latest())
+"""
+
+
+def test_a_disk_that_takes_no_more_leaves_the_earlier_checkpoint(tmp_path):
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
+    command = [sys.executable, "-c", FILL_THE_DISK, str(tmp_path), "100000"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("could not be written") == 2 and "Make room on the disk" in process.stdout
+    assert process.stdout.endswith(f"Last good checkpoint: {tmp_path / '1'}.\n")
+    assert steps_on_disk(tmp_path) == [1]
+    params = {"table": jnp.zeros(100_000)}
+    checkpoints = Checkpoints(tmp_path, {})
+    restored = checkpoints.restore(training.TrainState(jnp.int32(0), params, params, ()))
+    expected = np.random.default_rng(1).normal(size=100_000).astype(np.float32)
+    assert restored.step == 1 and np.array_equal(restored.target_params["table"], expected)
+    checkpoints.save(restored._replace(step=jnp.int32(2)))  # there is room again
+    checkpoints.close()
+    assert steps_on_disk(tmp_path) == [1, 2]
