@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from scaled_ql import collect
 
 WORKSPACE = Path(__file__).resolve().parents[1]

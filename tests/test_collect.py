@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from scaled_ql.collect import SCRIPTED_PLAYERS, epsilon_at, play_episode, record, record_game
 from scaled_ql.environments import make_environment
 from scaled_ql.games import UnknownGame, action_names, rom_md5

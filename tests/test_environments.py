@@ -5,6 +5,7 @@ import cv2
 import numpy as np
 import pytest
 from ale_py import roms
+
 from scaled_ql.environments import make_environment, make_vector_environment
 from scaled_ql.games import UnknownGame, action_names, rom_name
 

@@ -6,6 +6,7 @@ import av
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from scaled_ql import evaluation, losses, networks, training
 from scaled_ql.environments import make_environment
 from scaled_ql.games import action_names

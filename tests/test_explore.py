@@ -5,6 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+
 from scaled_ql import explore, plots, runs
 from scaled_ql.replay import open_replay
 

@@ -9,6 +9,7 @@ import pytest
 from ale_py import roms
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from scaled_ql import games, metrics
 
 ALL_GAMES = games.TRAINING_GAMES + games.HELD_OUT_GAMES

@@ -11,14 +11,14 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from scaled_ql import losses, training
 from scaled_ql.games import NUM_ACTIONS
-from scaled_ql.networks import make_q_network
 from scaled_ql.replay.store import Batch
 
 ATOMS = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
 PRECISIONS = pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-4), ("float64", 1e-10)])
-hunt = settings(max_examples=60, deadline=None)
+hunt = settings(max_examples=40, deadline=None)
 
 
 # The references: plain Python floats, one number at a time.
@@ -356,33 +356,3 @@ def test_batch_loss_and_its_gradient_equal_the_references(head, double_q):
     visited = np.zeros(step.shape[:3], bool)
     visited[game, now] = GAME_MASKS[game]
     assert (step[~visited] == 0).all() and (step[visited] != 0).all()
-
-
-def test_batch_loss_of_a_real_network_equals_the_reference_on_its_outputs():
-    rng, atoms = np.random.default_rng(0), np.linspace(-3, 3, 11)
-    batch = Batch(
-        observation=rng.integers(0, 256, (6, 84, 84, 4), np.uint8),
-        action=np.array([0, 17, 6, 2, 9, 2], np.int32),
-        reward=rng.normal(size=6).astype(np.float32),
-        discount=np.array([0.97, 0, 0.97, 0.97, 0.97, 0], np.float32),
-        next_observation=rng.integers(0, 256, (6, 84, 84, 4), np.uint8),
-        game=np.array([0, 1, 2, 0, 1, 0], np.int32),
-    )
-    optimizer = training.make_optimizer()
-    (graph, state), (_, other) = (
-        training.init_state(make_q_network("nature", 3, seed=seed, num_atoms=11, hidden_sizes=(16, 16)), optimizer)
-        for seed in (0, 1)
-    )
-    state = state._replace(target_params=other.params)
-    evaluations = (
-        (state.params, batch.observation),
-        (state.target_params, batch.next_observation),
-        (state.params, batch.next_observation),
-    )
-    apply = jax.jit(lambda params, observation: training.apply(graph, params, observation, batch.game))
-    outputs = [np.asarray(apply(*arguments), np.float64) for arguments in evaluations]
-    train_step = training.make_train_step(
-        graph, optimizer, NUM_GAME_ACTIONS, alpha=0.3, atoms=jnp.array(atoms), double_q=True
-    )
-    _, metrics = train_step(state, batch)
-    assert_metrics(metrics, reference_metrics(*outputs, batch, atoms, 0.3), 1e-5)

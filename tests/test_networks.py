@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from scaled_ql import networks
 from scaled_ql.networks import ENCODERS, count_parameters, make_encoder, make_q_network
 from scaled_ql.networks.encoders import BasicBlock, BottleneckBlock
@@ -132,7 +133,7 @@ def forward(network, encode, observation, game, group_size=4):
     return np.stack([row @ kernel[number] + bias[number] for row, number in zip(x, game)])
 
 
-@pytest.mark.parametrize("stride, inputs", [(1, 8), (1, 4), (2, 8), (1, 32), (2, 32)])
+@pytest.mark.parametrize("stride, inputs", [(1, 8), (2, 8), (1, 32)])
 @pytest.mark.parametrize("block", [BasicBlock, BottleneckBlock])
 def test_blocks_equal_reference(block, stride, inputs):
     with jax.enable_x64(True):
@@ -305,7 +306,7 @@ def test_a_game_uses_its_own_head_alone():
 
 
 def test_a_row_does_not_depend_on_its_batch():
-    network = filled(lambda: small("resnet_narrow"))
+    network = filled(lambda: small("resnet_narrow", group_size=8))
     together = call(network, OBSERVATION, GAME)
     changed = OBSERVATION.copy()
     changed[1:] = 255 - changed[1:]
@@ -328,7 +329,7 @@ def test_initial_scales():
 
 
 def test_bfloat16_computes_roughly_the_same_with_float32_parameters():
-    exact, rough = (filled(lambda d=d: small("resnet_narrow", dtype=d)) for d in ("float32", "bfloat16"))
+    exact, rough = (filled(lambda d=d: small("resnet_narrow", dtype=d, group_size=8)) for d in ("float32", "bfloat16"))
     for a, b in zip(*(jax.tree.leaves(nnx.state(network, nnx.Param)) for network in (exact, rough))):
         assert b.dtype == jnp.float32
         np.testing.assert_array_equal(a, b)

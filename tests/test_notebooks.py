@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import papermill
 import pytest
+
 from scaled_ql import parameters, runs
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))

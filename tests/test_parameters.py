@@ -6,6 +6,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+
 from scaled_ql import parameters, runs
 from scaled_ql.parameters import NOTEBOOKS, ParameterError, check, from_notebook
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+
 from scaled_ql import runs
 from scaled_ql.parameters import ParameterError
 

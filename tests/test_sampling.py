@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scaled_ql.replay import ReplayError, ReplayWriter, open_replay, prefetch, sample_batch, sample_indices
 from scipy import stats
+
+from scaled_ql.replay import ReplayError, ReplayWriter, open_replay, prefetch, sample_batch, sample_indices
 
 # length and whether it terminated, per episode; very unequal on purpose
 EPISODES = {
@@ -171,16 +172,22 @@ def test_prefetch_hands_on_an_error_after_what_came_before():
     assert prefetch_threads() == []
 
 
-def test_prefetch_closed_early_stops_its_threads():
-    loaded = []
-    batches = prefetch(lambda step: loaded.append(step), 0, 10**9)
+def test_prefetch_closed_early_drops_what_is_pending_and_stops_its_threads():
+    loaded, waiting, gate = [], threading.Event(), threading.Event()
+
+    def load(step):
+        if step > 0:
+            waiting.set()
+            gate.wait(10)
+        loaded.append(step)
+
+    batches = prefetch(load, 0, 10**9, threads=1)
     next(batches)
-    assert prefetch_threads() != []
-    batches.close()
+    assert waiting.wait(10) and prefetch_threads() != []
+    threading.Timer(0.3, gate.set).start()
+    batches.close()  # waits for step 1, which is under way
     assert prefetch_threads() == []
-    count = len(loaded)
-    time.sleep(0.05)
-    assert len(loaded) == count <= 6
+    assert loaded == [0, 1]
 
 
 def test_prefetched_batches_equal_direct_ones(replay):

@@ -13,6 +13,7 @@ import pytest
 import tensorstore as ts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from scaled_ql.replay import ReplayError, ReplayWriter, open_replay, store
 
 ACTIONS = ("NOOP", "FIRE", "UP")

@@ -103,11 +103,12 @@ def record_game(
     """Record whole episodes of a game until the store holds at least `num_transitions`; returns how many it holds.
 
     Pong, Breakout and Freeway are played by a script that reads RAM, with epsilon annealed from 1 to
-    `final_epsilon`; every other game at random. Episode k depends on (seed, run, k) and the number of transitions
-    before it alone, so a recording that was stopped goes on as if it had not been.
+    `final_epsilon`; every other game at random. Episode k depends on these arguments and on the transitions before
+    it alone, so a recording that was stopped goes on as if it had not been.
     """
     player, actions = SCRIPTED_PLAYERS.get(game), action_names(game)
-    source = f"scripted player, epsilon 1 to {final_epsilon}, seed {seed}" if player else f"random player, seed {seed}"
+    how = f"scripted player, epsilon 1 to {final_epsilon} over {num_transitions}" if player else "random player"
+    source = f"{how}, seed {seed}, episodes of at most {max_steps} steps"
     environment = make_environment(game, sticky_actions=sticky_actions, max_steps=max_steps)
     with ReplayWriter(
         path, game, run, actions=actions, source=source, sticky_actions=sticky_actions, rom_md5=rom_md5(game)

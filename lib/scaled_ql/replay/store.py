@@ -105,14 +105,23 @@ def _episode_crc32(observation: np.ndarray, action: np.ndarray, reward: np.ndarr
     return crc
 
 
-def _check_manifest(manifest: Any, where: str) -> dict[str, Any]:
+def _read_manifest(content: bytes, where: str) -> dict[str, Any]:
+    try:
+        manifest = json.loads(content)
+    except ValueError as error:
+        raise ReplayError(f"{where}: not JSON ({error}). Restore the file from a copy.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ReplayError(f'{where}: not the manifest of a replay store (no "format": "{FORMAT}").')
+    if not isinstance(manifest.get("version"), int):
+        raise ReplayError(f"{where}: the manifest has no version. Restore the file from a copy.")
     if manifest["version"] > FORMAT_VERSION:
         raise ReplayError(
             f"{where}: store format {manifest['version']}, but this package reads up to {FORMAT_VERSION}. "
             "Update the package to read it."
         )
+    missing = [name for name in ("game", "run", "actions") if name not in manifest]
+    if missing:
+        raise ReplayError(f"{where}: the manifest lacks {', '.join(missing)}. Restore the file from a copy.")
     return manifest
 
 
@@ -124,6 +133,8 @@ def _parse_journal(content: bytes, where: str) -> pd.DataFrame:
         try:
             row = json.loads(line)
             start, length = row["start"], row["length"]
+            if (type(length), type(row["terminal"]), type(row["crc32"])) != (int, bool, int):
+                raise TypeError("length, terminal or crc32 of a wrong type")
         except (ValueError, KeyError, TypeError) as error:
             raise ReplayError(
                 f"{where}: line {number} is not an episode ({error}). The file was changed after it was written; "
@@ -177,7 +188,7 @@ class ReplayWriter:
         Raises:
             ReplayError: a folder of something else, other settings than before, or another writer.
         """
-        self.folder = Path(path) / game / str(run)
+        self.folder = Path(path).resolve() / game / str(run)
         self.manifest = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -205,6 +216,7 @@ class ReplayWriter:
             self._write_or_compare_manifest()
             self._arrays = {name: self._open_array(name) for name in ARRAYS}
             self._recover_journal()
+            self._check_last_transition()
         except BaseException:
             self._lock.release()
             raise
@@ -213,9 +225,12 @@ class ReplayWriter:
         file = self.folder / "manifest.json"
         if not file.exists():
             partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(self.manifest, indent=1) + "\n")
+            with partial.open("w") as target:
+                target.write(json.dumps(self.manifest, indent=1) + "\n")
+                target.flush()
+                os.fsync(target.fileno())
             partial.replace(file)
-        stored = _check_manifest(json.loads(file.read_text()), str(file))
+        stored = _read_manifest(file.read_bytes(), str(file))
         differences = [
             f"{key}: {stored.get(key)!r} there, {value!r} asked for"
             for key, value in self.manifest.items()
@@ -228,11 +243,22 @@ class ReplayWriter:
             )
 
     def _open_array(self, name: str) -> ts.TensorStore:
-        kvstore = {"driver": "file", "path": f"{self.folder.absolute()}/{name}/"}
+        exists = (self.folder / name / "zarr.json").exists()
+        spec = _array_spec({"driver": "file", "path": f"{self.folder}/{name}/"}, name)
+        if exists:
+            del spec["metadata"]["shape"]  # as long as it has become
         try:
-            return ts.open(_array_spec(kvstore, name), open=True, create=True).result()
+            return ts.open(spec, open=exists, create=not exists).result()
         except ValueError as error:
             raise ReplayError(f"{self.folder / name}: cannot open or create this array ({error}).") from error
+
+    def _check_last_transition(self) -> None:
+        """Read the end of every array: appending to a chunk that was lost would turn what it held into zeros."""
+        if self.num_transitions:
+            run = _open_run(ts.KvStore.open(self.folder.as_uri() + "/").result())
+            for name in ARRAYS:
+                last = run.open_array(name)[self.num_transitions - 1]
+                run.reading(lambda last=last: last.read().result(), name)
 
     def _recover_journal(self) -> None:
         """Count committed episodes and cut a torn last line, which a killed writer leaves behind."""
@@ -273,6 +299,10 @@ class ReplayWriter:
             np.asarray(reward, np.float32),
         )
         self._check_episode(observation, action, reward)
+        terminal = bool(terminal)
+        reserved = columns.keys() & {"start", "length", "episode_return", "truncated", "crc32", "run"}
+        if reserved:
+            raise ReplayError(f"{self.folder}: a column cannot be called {', '.join(sorted(reserved))}; rename it.")
         length, start = len(action), self.num_transitions
         last = np.arange(length) == length - 1
         data = {
@@ -286,10 +316,10 @@ class ReplayWriter:
             "start": start,
             "length": length,
             "episode_return": float(reward.sum(dtype=np.float64)),
-            "terminal": bool(terminal),
+            "terminal": terminal,
             "truncated": not terminal,
             "crc32": _episode_crc32(observation, data["action"], reward),
-            **columns,
+            **{name: getattr(value, "item", lambda value=value: value)() for name, value in columns.items()},
         }
         try:
             self._write_arrays(data, start)
@@ -304,6 +334,8 @@ class ReplayWriter:
 
     def _check_episode(self, observation: np.ndarray, action: np.ndarray, reward: np.ndarray) -> None:
         where = f"{self.folder}: episode {self.num_episodes}"
+        if action.ndim != 1:
+            raise ReplayError(f"{where}: actions must be a list of integers [L], got shape {list(action.shape)}.")
         length = len(action)
         if length == 0:
             raise ReplayError(f"{where} has no transitions; an episode has at least one.")
@@ -469,6 +501,8 @@ class Replay:
 
     def frames(self, game: str, start: int, stop: int) -> np.ndarray:
         """uint8 [stop - start, 84, 84], single frames of transitions start..stop-1, which lie in one run."""
+        if start >= stop:
+            raise ReplayError(f"{self.path}: {game} frames {start}..{stop - 1} are none; start must be below stop.")
         run, local = next(self._by_run(game, np.array([start, stop - 1])))[1:]
         if len(local) != 2:
             raise ReplayError(f"{self.path}: {game} frames {start}..{stop - 1} span two runs; read them one by one.")
@@ -529,8 +563,8 @@ class Replay:
         if n_step < 1 or stack_size < 1:
             raise ReplayError(f"n_step and stack_size are at least 1, got {n_step} and {stack_size}.")
         indices = np.atleast_1d(np.asarray(indices))
-        if not np.issubdtype(indices.dtype, np.integer):
-            raise ReplayError(f"indices are integers, got {indices.dtype} {indices!r}.")
+        if not np.issubdtype(indices.dtype, np.integer) or indices.ndim > 1:
+            raise ReplayError(f"indices are a list of integers, got {indices.dtype} {indices!r}.")
         runs, size = list(self._by_run(game, indices.astype(np.int64))), len(indices)
         batch = Batch(
             observation=np.zeros((size, *FRAME_SHAPE, stack_size), np.uint8),
@@ -644,7 +678,13 @@ def open_replay(path: str | os.PathLike) -> Replay:
     for folder in sorted(folders, key=lambda name: (name.split("/")[0], len(name), name)):
         run = _open_run(kvstore / f"{folder}/")
         if run is not None:
-            runs.setdefault(run.manifest["game"], []).append(run)
+            others = runs.setdefault(run.manifest["game"], [])
+            twins = [other.kvstore.url for other in others if other.manifest["run"] == run.manifest["run"]]
+            if twins:
+                raise ReplayError(
+                    f"{path}: holds the same run twice: {twins[0]} and {run.kvstore.url}. Open one dataset."
+                )
+            others.append(run)
     if not runs:
         raise ReplayError(
             f"{path}: not a replay store: no manifest.json of format {FORMAT!r} with complete episodes below it. "
@@ -655,11 +695,7 @@ def open_replay(path: str | os.PathLike) -> Replay:
 
 def _open_run(kvstore: ts.KvStore) -> _Run | None:
     """One game and run, or None where no episode was completed yet."""
-    where = f"{kvstore.url}manifest.json"
-    try:
-        manifest = _check_manifest(json.loads(kvstore.read("manifest.json").result().value), where)
-    except ValueError as error:
-        raise ReplayError(f"{where}: not JSON ({error}). Restore the file from a copy.") from error
+    manifest = _read_manifest(kvstore.read("manifest.json").result().value, f"{kvstore.url}manifest.json")
     journal = kvstore.read("episodes.jsonl").result()
     episodes = _parse_journal(journal.value, f"{kvstore.url}episodes.jsonl")
     return _Run(kvstore, manifest, episodes) if len(episodes) else None
