@@ -79,7 +79,7 @@ def test_replaying_the_actions_shows_the_recorded_frames(recording):
             frame, reward, terminated, truncated, _ = environment.step(int(action))
             frames.append(frame)
             rewards.append(reward)
-        np.testing.assert_array_equal(frames[:-1], replay.frames("Breakout", here.start, here.stop))
+        np.testing.assert_array_equal(frames[:-1], replay.frames_at("Breakout", np.arange(here.start, here.stop)))
         np.testing.assert_array_equal(rewards, replay.rewards("Breakout")[here])
         assert (terminated, truncated) == (episode.terminal, episode.truncated) == (False, True)
 
@@ -113,7 +113,7 @@ def test_sticky_actions_zero_makes_frames_a_function_of_actions(tmp_path):
     frames = [environment.reset(seed=99)[0]]
     for action in replay.actions("Freeway")[:59]:
         frames.append(environment.step(int(action))[0])
-    np.testing.assert_array_equal(frames, replay.frames("Freeway", 0, 60))
+    np.testing.assert_array_equal(frames, replay.frames_at("Freeway", np.arange(0, 60)))
 
 
 def test_other_player_settings_are_not_mixed_in(recording):

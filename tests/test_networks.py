@@ -282,7 +282,7 @@ def test_zero_features_stay_zero_with_finite_gradients():
 
 
 def test_normalize_features_switch():
-    features = jax.jit(lambda network: network.features(OBSERVATION))
+    features = jax.jit(lambda network: network.features(OBSERVATION, GAME))
     on, off = (np.asarray(features(filled(lambda s=s: small(normalize_features=s)))) for s in (True, False))
     lengths = np.linalg.norm(off, axis=1, keepdims=True)
     assert (abs(lengths - 1) > 0.01).all()
@@ -352,3 +352,20 @@ def test_unknown_names_are_refused_with_the_choices(make, names):
     with pytest.raises(ValueError) as error:
         make()
     assert all(name in str(error.value) for name in names)
+
+
+def test_mean_frames_are_subtracted_of_each_rows_own_game():
+    means = np.random.default_rng(1).integers(0, 256, (3, 84, 84))
+    plain, centred = small(seed=4), small(seed=4, mean_frames=means)
+    still = np.repeat(means[GAME].astype(np.uint8)[..., None], 4, axis=-1)  # a game's own mean: nothing is left of it
+    np.testing.assert_allclose(call(centred, still, GAME), call(plain, np.zeros_like(still), GAME), atol=1e-5)
+    zero = small(seed=4, mean_frames=np.zeros((3, 84, 84)))
+    np.testing.assert_array_equal(call(zero, OBSERVATION, GAME), call(plain, OBSERVATION, GAME))
+
+
+def test_mean_frames_have_no_gradient():
+    network = small(mean_frames=np.full((3, 84, 84), 100.0))
+    graph, params = nnx.split(network, nnx.Param)
+    gradient = jax.grad(lambda params: nnx.merge(graph, params)(OBSERVATION, GAME).sum())(params)
+    assert not gradient["mean_frames"][...].any()
+    assert gradient["head_bias"][...].any()

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from scaled_ql.replay import ReplayError, ReplayWriter, open_replay, prefetch, sample_batch, sample_indices
+from scaled_ql.replay import (
+    ReplayError,
+    ReplayWriter,
+    mean_frames,
+    open_replay,
+    prefetch,
+    sample_batch,
+    sample_indices,
+)
 
 # length and whether it terminated, per episode; very unequal on purpose
 EPISODES = {
@@ -197,3 +205,13 @@ def test_prefetched_batches_equal_direct_ones(replay):
     for step, batch in enumerate(prefetch(load, 10, 20, threads=3), 10):
         for field, expected in zip(batch, load(step)):
             np.testing.assert_array_equal(field, expected)
+
+
+def test_mean_frames_are_the_mean_of_each_game(replay):
+    means = mean_frames(replay, seed=0, num_frames=4_000)
+    assert (means.shape, means.dtype) == ((len(replay.games), 84, 84), np.float32)
+    for number, game in enumerate(replay.games):
+        frames = replay.frames_at(game, np.arange(replay.num_transitions(game)))
+        spread = frames.std(0) / np.sqrt(4_000)
+        assert (abs(means[number] - frames.mean(0)) < 5.5 * spread + 1e-3).all()
+    np.testing.assert_array_equal(means, mean_frames(replay, seed=0, num_frames=4_000))

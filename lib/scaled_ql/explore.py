@@ -68,7 +68,7 @@ def episode_view(replay: Replay, game: str, episode: int, step: int, stack_size:
     row = replay.episodes(game).iloc[episode]
     t, start = int(row["start"]) + step, int(row["start"])
     first = max(t - stack_size + 1, start)
-    frames = replay.frames(game, first, t + 1)
+    frames = replay.frames_at(game, np.arange(first, t + 1))
     stack = np.concatenate([np.zeros((stack_size - len(frames), 84, 84), np.uint8), frames])
     rewards = replay.rewards(game)[start : t + 1]
     action = replay.action_names(game)[replay.actions(game)[t]]

@@ -73,6 +73,7 @@ class ScaledTraining(Parameters):
     embedding: Literal["pointwise", "sum", "none"] = "pointwise"
     normalize_features: bool = True
     group_size: Count = 4
+    subtract_mean_frames: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     v_min: float = -20.0

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,7 +60,7 @@ def make_optimizer(learning_rate: float = 2e-4, adam_epsilon: float = 3.125e-4) 
 def init_state(network: QNetwork, optimizer: optax.GradientTransformation) -> tuple[nnx.GraphDef, TrainState]:
     """Split a network once into a static graph definition and the state of a fresh run."""
     graph, variables = nnx.split(network, nnx.Param)
-    params = nnx.to_pure_dict(variables)
+    params = jax.tree.map(jnp.copy, nnx.to_pure_dict(variables))  # steps donate them; the network keeps its own
     state = TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
     return graph, state
 
@@ -163,7 +164,7 @@ def train(
     Args:
         state: to start from; donated.
         train_step: from `make_train_step`.
-        batches: one per step, beginning with the one after `state.step`.
+        batches: one per step, beginning with the one after `state.step`; a multiple of `log_every` in all.
         games: names, for per-game metrics and errors.
         log_every: steps averaged into one row of metrics.
         checkpoint_every: a multiple of `log_every`.
@@ -174,7 +175,7 @@ def train(
         steps, `td_loss/<game>` (NaN where a game was not drawn), `steps_per_second`, `transitions_per_second`.
 
     Raises:
-        Diverged: a loss is NaN or infinite; names the step, the games in its batch and the last checkpoint.
+        Diverged: a loss or gradient is NaN or infinite; names the step, the games in its batch and the last checkpoint.
     """
     window: list[dict[str, np.ndarray]] = []
     unchecked: tuple[int, np.ndarray, Metrics] | None = None
@@ -182,7 +183,7 @@ def train(
     def check() -> None:
         step, drawn, metrics = unchecked
         values = jax.device_get(metrics)
-        if not math.isfinite(values["loss"]):
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             names = ", ".join(games[number] for number in np.unique(drawn))
             raise Diverged(
                 f"the loss is {values['loss']} at step {step} (TD {values['td_loss']}, CQL {values['cql_loss']}, "
@@ -279,12 +280,17 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "about"))
 
     def latest_step(self) -> int | None:
-        """The newest complete checkpoint's step, or None."""
+        """The newest complete checkpoint's step, or None; waits for one that is being written."""
+        self.wait()
+        self._manager.reload()
         return self._manager.latest_step()
 
     def describe_latest(self) -> str:
         """A sentence for error messages."""
-        step = self.latest_step()
+        try:
+            step = self.latest_step()
+        except CheckpointError as error:
+            return str(error)
         return "There is no checkpoint yet." if step is None else f"Last good checkpoint: {self.folder / str(step)}."
 
     def save(self, state: TrainState) -> None:
@@ -293,8 +299,8 @@ class Checkpoints:
         Raises:
             CheckpointError: the disk does not take it (also for the save before this one).
         """
-        step = int(state.step)
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), about=ocp.args.JsonSave(self.about))
+        step, about = int(state.step), {"run": self.about, "crc32": _crc32(state)}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), about=ocp.args.JsonSave(about))
         self._writing(lambda: self._manager.save(step, args=items, force=True), step)
 
     def wait(self) -> None:
@@ -328,11 +334,16 @@ class Checkpoints:
         if step is None:
             return state
         where = self.folder / str(step)
-        stored = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        damaged = f"{where}: cannot be loaded (%s). Delete this folder to go on from the checkpoint before it."
+        try:
+            stored = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+            theirs = stored["run"]
+        except Exception as error:  # Orbax raises many kinds
+            raise CheckpointError(damaged % error) from error
         differences = [
-            f"{key}: {stored.get(key)!r} in the checkpoint, {self.about.get(key)!r} here"
-            for key in sorted(stored.keys() | self.about.keys())
-            if stored.get(key) != self.about.get(key)
+            f"{key}: {theirs.get(key)!r} in the checkpoint, {self.about.get(key)!r} here"
+            for key in sorted(theirs.keys() | self.about.keys())
+            if theirs.get(key) != self.about.get(key)
         ]
         if differences:
             raise CheckpointError(
@@ -342,8 +353,16 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state._asdict())
         try:
             items = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                f"{where}: cannot be loaded ({error}). Delete this folder to go on from the checkpoint before it."
-            ) from error
-        return TrainState(**items["state"])
+        except Exception as error:
+            raise CheckpointError(damaged % error) from error
+        loaded = TrainState(**items["state"])
+        if _crc32(loaded) != stored["crc32"]:
+            raise CheckpointError(damaged % "its contents differ from their CRC-32")
+        return loaded
+
+
+def _crc32(state: TrainState) -> int:
+    crc = 0
+    for leaf in jax.tree.leaves(jax.device_get(state)):
+        crc = zlib.crc32(np.ascontiguousarray(leaf), crc)
+    return crc

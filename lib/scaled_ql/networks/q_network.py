@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from scaled_ql.games import NUM_ACTIONS
@@ -71,10 +72,13 @@ class QNetwork(nnx.Module):
         normalize: bool,
         group_size: int,
         stack_size: int,
+        mean_frames: np.ndarray | None,
         dtype: Dtype,
         rngs: nnx.Rngs,
     ):
         self.num_outputs, self.normalize, self.dtype = num_outputs, normalize, dtype
+        # A constant, kept among the parameters so that a checkpoint holds it; without a gradient Adam leaves it alone.
+        self.mean_frames = None if mean_frames is None else nnx.Param(jnp.asarray(mean_frames, jnp.float32))
         self.encoder = make_encoder(encoder, channels=stack_size, group_size=group_size, dtype=dtype, rngs=rngs)
         image = jax.ShapeDtypeStruct((1, 84, 84, stack_size), dtype)
         _, height, width, channels = jax.eval_shape(self.encoder, image).shape
@@ -89,9 +93,12 @@ class QNetwork(nnx.Module):
         self.head_kernel = nnx.Param(init(rngs.params(), (num_games, sizes[-1], width)))
         self.head_bias = nnx.Param(jnp.zeros((num_games, width)))
 
-    def features(self, observation: jax.Array) -> jax.Array:
-        """uint8 [B, 84, 84, 4] -> the representation before the heads, [B, last hidden size]."""
-        x = observation.astype(self.dtype) / 255
+    def features(self, observation: jax.Array, game: jax.Array) -> jax.Array:
+        """The representation before the heads, [B, last hidden size]; arguments as in `__call__`."""
+        x = observation.astype(self.dtype)
+        if self.mean_frames is not None:
+            x -= jax.lax.stop_gradient(self.mean_frames[...])[game][..., None].astype(self.dtype)
+        x /= 255
         x = self.embedding(self.encoder(x))
         for number, layer in enumerate(self.hidden):
             x = layer(x)
@@ -105,7 +112,7 @@ class QNetwork(nnx.Module):
             observation: uint8 [B, 84, 84, 4], oldest frame first.
             game: int32 [B], which head.
         """
-        x = self.features(observation).astype(self.dtype)
+        x = self.features(observation, game).astype(self.dtype)
         kernel, bias = self.head_kernel[...].astype(self.dtype), self.head_bias[...]
         # All heads for all rows, then each row's own: far cheaper than gathering a kernel per row.
         outputs = jnp.einsum("bf,gfo->bgo", x, kernel)
@@ -126,6 +133,7 @@ def make_q_network(
     normalize_features: bool = True,
     group_size: int = 4,
     stack_size: int = 4,
+    mean_frames: np.ndarray | None = None,
     dtype: str = "float32",
 ) -> QNetwork:
     """A Q-network with the paper's defaults (appendix B.1).
@@ -142,6 +150,9 @@ def make_q_network(
         normalize_features: divide the representation by its L2 norm.
         group_size: channels per group of the ResNets' group normalisation.
         stack_size: frames in an observation.
+        mean_frames: [num_games, 84, 84], subtracted from every frame (He et al., 2016, train on images "with the
+            per-pixel mean subtracted"; the paper does not say). Most of a game's screen never changes, and without
+            it a short training run sees little else.
         dtype: of the computation, ``float32`` or ``bfloat16``; parameters and outputs are float32.
 
     Raises:
@@ -158,6 +169,7 @@ def make_q_network(
         normalize=normalize_features,
         group_size=group_size,
         stack_size=stack_size,
+        mean_frames=mean_frames,
         dtype=jnp.dtype(dtype),
         rngs=nnx.Rngs(seed),
     )

@@ -79,6 +79,15 @@ def sample_batch(
     return Batch(*(np.concatenate(fields)[back] for fields in zip(*parts)))
 
 
+def mean_frames(replay: Replay, seed: int, num_frames: int = 1_000) -> np.ndarray:
+    """Mean of `num_frames` random frames of each game, float32 [games, 84, 84], from 0 to 255."""
+    means = []
+    for number, game in enumerate(replay.games):
+        times = np.random.default_rng([seed, number]).integers(replay.num_transitions(game), size=num_frames)
+        means.append(replay.frames_at(game, times).mean(0, dtype=np.float64))
+    return np.stack(means).astype(np.float32)
+
+
 def prefetch(load: Callable[[int], T], start: int, stop: int, *, depth: int = 4, threads: int = 2) -> Iterator[T]:
     """Yield load(start), ..., load(stop - 1) in order, reading up to `depth` ahead on `threads` threads."""
     with ThreadPoolExecutor(threads, thread_name_prefix="prefetch") as pool:

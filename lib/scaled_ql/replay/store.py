@@ -499,14 +499,13 @@ class Replay:
         """float32 [T], every stored reward of a game in time order, unclipped where known."""
         return np.concatenate([run.reward for run in self._game_runs(game)])
 
-    def frames(self, game: str, start: int, stop: int) -> np.ndarray:
-        """uint8 [stop - start, 84, 84], single frames of transitions start..stop-1, which lie in one run."""
-        if start >= stop:
-            raise ReplayError(f"{self.path}: {game} frames {start}..{stop - 1} are none; start must be below stop.")
-        run, local = next(self._by_run(game, np.array([start, stop - 1])))[1:]
-        if len(local) != 2:
-            raise ReplayError(f"{self.path}: {game} frames {start}..{stop - 1} span two runs; read them one by one.")
-        return run.read_windows(local[:1], local[1:])[0]
+    def frames_at(self, game: str, indices: np.ndarray) -> np.ndarray:
+        """uint8 [N, 84, 84], the single frames at time indices of a game."""
+        indices = np.asarray(indices, np.int64)
+        frames = np.empty((len(indices), *FRAME_SHAPE), np.uint8)
+        for rows, run, t in self._by_run(game, indices):
+            frames[rows] = np.concatenate(run.read_windows(t, t))
+        return frames
 
     def _by_run(self, game: str, indices: np.ndarray) -> Iterable[tuple[np.ndarray, _Run, np.ndarray]]:
         """Split indices of a game by run: (rows of `indices`, the run, indices within it)."""
