@@ -25,6 +25,8 @@ def test_a_run_writes_what_is_needed_to_repeat_it(tmp_path: Path) -> None:
     assert len(origin["git_commit"] or "0" * 40) == 40
     assert origin["packages"]["numpy"] == __import__("numpy").__version__
     assert runs.read_json(run.folder / "status.json")["state"] == "running"
+    run.note(dataset="abc")
+    assert runs.read_json(run.folder / "provenance.json") == origin | {"dataset": "abc"}
     run.finish({"score": 1})
     assert runs.read_json(run.folder / "status.json")["state"] == "finished"
     assert runs.read_json(run.folder / "summary.json") == {"score": 1}

@@ -146,6 +146,11 @@ class Run:
         status = {"state": state, "pid": os.getpid(), "started": self._started, "updated": time.time()} | more
         write_json(self.folder / "status.json", status)
 
+    def note(self, **facts: Any) -> None:
+        """Add to `provenance.json`: what the run turned out to be made from (dataset, ROMs, ...)."""
+        file = self.folder / "provenance.json"
+        write_json(file, read_json(file) | facts)
+
     def progress(self, done: int, total: int) -> None:
         """Note how far the run is; the runner shows it, and `status.json` keeps it."""
         self._status("running", done=done, total=total)

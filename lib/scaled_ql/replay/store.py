@@ -616,6 +616,10 @@ class Replay:
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
+    def rom_md5s(self) -> dict[str, str]:
+        """MD5 of the ROM that each game was recorded with (of its first run)."""
+        return {game: self.manifests(game)[0]["rom_md5"] for game in self.games}
+
     def stored_bytes(self, game: str) -> int:
         """Bytes that a game's files occupy on a local disk; 0 for a store elsewhere."""
         folder = Path(self.path) / game
