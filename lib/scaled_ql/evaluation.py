@@ -1,11 +1,11 @@
 """Evaluation in ALE: greedy policies, whole episodes, videos (appendix B.3)."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import av
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from flax import nnx
@@ -16,6 +16,14 @@ from scaled_ql.environments import MAX_STEPS, STACK_SIZE, make_environment, make
 from scaled_ql.games import action_names
 
 QFunction = Callable[[np.ndarray], np.ndarray]  # uint8 [N, 4, 84, 84] stacks -> float32 [N, actions]
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _q_values(
+    graph: nnx.GraphDef, params: training.PyTree, atoms: jax.Array, stacks: jax.Array, game: jax.Array
+) -> jax.Array:
+    outputs = training.apply(graph, params, stacks.transpose(0, 2, 3, 1), game)
+    return losses.expected_q(outputs, atoms) if outputs.ndim == 3 else outputs
 
 
 def make_q_function(
@@ -35,14 +43,11 @@ def make_q_function(
     """
     atoms = losses.support() if atoms is None else atoms
 
-    @jax.jit
-    def q_values(params: training.PyTree, stacks: jax.Array) -> jax.Array:
-        game = jnp.full(len(stacks), game_index)
-        outputs = training.apply(graph, params, stacks.transpose(0, 2, 3, 1), game)
-        q = losses.expected_q(outputs, atoms) if outputs.ndim == 3 else outputs
-        return q[:, :num_actions]
+    def q_function(stacks: np.ndarray) -> np.ndarray:
+        game = np.full(len(stacks), game_index, np.int32)
+        return np.asarray(_q_values(graph, params, atoms, stacks, game))[:, :num_actions]
 
-    return lambda stacks: np.asarray(q_values(params, stacks))
+    return q_function
 
 
 def play_randomly(stacks: np.ndarray) -> np.ndarray:
@@ -184,7 +189,8 @@ def write_video(file: str | Path, pictures: object, frames_per_second: int) -> N
         stream = None
         for picture in pictures:
             if stream is None:
-                stream = container.add_stream("libx264", rate=frames_per_second, options={"crf": "26"})
+                options = {"crf": "26", "preset": "veryfast"}
+                stream = container.add_stream("libx264", rate=frames_per_second, options=options)
                 stream.height, stream.width = picture.shape[:2]
                 stream.pix_fmt = "yuv420p"
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))

@@ -1,5 +1,6 @@
 """The paper's multi-game Q-network (Figure 3, appendix B.1)."""
 
+import functools
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -160,7 +161,8 @@ def make_q_network(
     """
     if head not in ("c51", "mse"):
         raise ValueError(f"unknown head {head!r}; there are c51, mse.")
-    return QNetwork(
+    create = functools.partial(
+        QNetwork,
         encoder,
         num_games,
         num_outputs=num_atoms if head == "c51" else 1,
@@ -171,8 +173,9 @@ def make_q_network(
         stack_size=stack_size,
         mean_frames=mean_frames,
         dtype=jnp.dtype(dtype),
-        rngs=nnx.Rngs(seed),
     )
+    # One compiled program draws all parameters: several times faster than layer by layer.
+    return nnx.jit(lambda: create(rngs=nnx.Rngs(seed)))()
 
 
 def count_parameters(*modules: Any) -> int:

@@ -70,13 +70,7 @@ def sample_batch(
         transitions_per_game=transitions_per_game,
         n_step=n_step,
     )
-    order = np.argsort(game, kind="stable")
-    parts = [
-        replay.batch(replay.games[number], index[game == number], n_step, discount, stack_size)
-        for number in np.unique(game)
-    ]
-    back = np.argsort(order, kind="stable")
-    return Batch(*(np.concatenate(fields)[back] for fields in zip(*parts)))
+    return replay.gather(game, index, n_step, discount, stack_size)
 
 
 def mean_frames(replay: Replay, seed: int, num_frames: int = 1_000) -> np.ndarray:

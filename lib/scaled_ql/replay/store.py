@@ -559,26 +559,44 @@ class Replay:
             ReplayError: an index out of range, a transition that has no successor because its episode was
                 truncated within the n steps, or a damaged chunk.
         """
-        if n_step < 1 or stack_size < 1:
-            raise ReplayError(f"n_step and stack_size are at least 1, got {n_step} and {stack_size}.")
         indices = np.atleast_1d(np.asarray(indices))
         if not np.issubdtype(indices.dtype, np.integer) or indices.ndim > 1:
             raise ReplayError(f"indices are a list of integers, got {indices.dtype} {indices!r}.")
-        runs, size = list(self._by_run(game, indices.astype(np.int64))), len(indices)
+        self._game_runs(game)
+        games = np.full(len(indices), self.games.index(game), np.int32)
+        return self.gather(games, indices, n_step, discount, stack_size, clip_rewards)
+
+    def gather(
+        self,
+        games: np.ndarray,
+        indices: np.ndarray,
+        n_step: int = 3,
+        discount: float = 0.99,
+        stack_size: int = 4,
+        clip_rewards: bool = True,
+    ) -> Batch:
+        """Transitions of several games: int32 [B] into `games` and int [B] time indices; otherwise as `batch`."""
+        if n_step < 1 or stack_size < 1:
+            raise ReplayError(f"n_step and stack_size are at least 1, got {n_step} and {stack_size}.")
+        size = len(indices)
+        stacks = np.zeros((2, size, stack_size, *FRAME_SHAPE), np.uint8)
         batch = Batch(
-            observation=np.zeros((size, *FRAME_SHAPE, stack_size), np.uint8),
+            # Frames are written whole and shown last: views, so that nothing is transposed here.
+            observation=stacks[0].transpose(0, 2, 3, 1),
             action=np.empty(size, np.int32),
             reward=np.empty(size, np.float32),
             discount=np.empty(size, np.float32),
-            next_observation=np.zeros((size, *FRAME_SHAPE, stack_size), np.uint8),
-            game=np.full(size, self.games.index(game), np.int32),
+            next_observation=stacks[1].transpose(0, 2, 3, 1),
+            game=games,
         )
-        for rows, run, t in runs:
-            self._fill(batch, rows, run, t, n_step, discount, stack_size, clip_rewards)
+        for number in np.unique(games):
+            rows = np.flatnonzero(games == number)
+            for part, run, t in self._by_run(self.games[number], indices[rows].astype(np.int64)):
+                self._fill(batch, stacks, rows[part], run, t, n_step, discount, stack_size, clip_rewards)
         return batch
 
     def _fill(
-        self, batch: Batch, rows: np.ndarray, run: _Run, t: np.ndarray,
+        self, batch: Batch, stacks: np.ndarray, rows: np.ndarray, run: _Run, t: np.ndarray,
         n_step: int, discount: float, stack_size: int, clip_rewards: bool,
     ) -> None:  # fmt: skip
         """Write the transitions at times t of one run into the given rows of the batch."""
@@ -605,9 +623,9 @@ class Replay:
         earliest = np.maximum(t - stack_size + 1, first)
         windows = run.read_windows(earliest, following)
         for row, window, begin, now, then in zip(rows, windows, earliest, t, following):
-            for target, end in ((batch.observation, now), (batch.next_observation, then)):
+            for target, end in ((stacks[0, row], now), (stacks[1, row], then)):
                 stack = window[max(end - stack_size + 1, begin) - begin : end - begin + 1]
-                target[row, :, :, stack_size - len(stack) :] = stack.transpose(1, 2, 0)
+                target[stack_size - len(stack) :] = stack
 
     def identity(self) -> str:
         """A short id of the contents: equal for equal episodes, whatever the folder is called."""
