@@ -17,6 +17,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -268,26 +269,27 @@ def _papermill(notebook: str, values: Parameters, folder: Path) -> None:
     import papermill
     from traitlets.config import Config
 
-    # Sockets in the file system instead of TCP ports: reachable by this user alone, and no ports to collide.
-    local = Config(KernelManager={"transport": "ipc"})
     source, partial = workspace() / "notebooks" / f"{notebook}.ipynb", folder / ".run.ipynb"
     given = values.model_dump(exclude_defaults=True)
     for attempt in range(3):
-        try:
-            papermill.execute_notebook(
-                source, partial, given, kernel_name="python3", cwd=workspace(), progress_bar=False, config=local
-            )
-            break
-        except papermill.PapermillExecutionError as error:
-            partial.replace(folder / "run.ipynb")
-            raise RunError(
-                f"{source.name}: {error.ename}: {error.evalue}\nThe notebook as far as it came: "
-                f"{folder / 'run.ipynb'}. Running the same command again goes on from what is on disk."
-            ) from None
-        except RuntimeError as error:  # a kernel that did not start: its ports collided with another's
-            if attempt == 2 or read_json(folder / "status.json").get("pid") is not None:
-                raise RunError(f"{source.name}: the kernel died ({error}). Run again to resume.") from error
-            time.sleep(1 + attempt)
+        # Sockets in a folder of this user's own instead of TCP ports: private, and nothing collides.
+        with tempfile.TemporaryDirectory(prefix="scaled-ql-") as sockets:
+            local = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
+            try:
+                papermill.execute_notebook(
+                    source, partial, given, kernel_name="python3", cwd=workspace(), progress_bar=False, config=local
+                )
+                break
+            except papermill.PapermillExecutionError as error:
+                partial.replace(folder / "run.ipynb")
+                raise RunError(
+                    f"{source.name}: {error.ename}: {error.evalue}\nThe notebook as far as it came: "
+                    f"{folder / 'run.ipynb'}. Running the same command again goes on from what is on disk."
+                ) from None
+            except RuntimeError as error:  # the kernel did not start, or died
+                if attempt == 2 or read_json(folder / "status.json").get("pid") is not None:
+                    raise RunError(f"{source.name}: the kernel died ({error}). Run again to resume.") from error
+                time.sleep(1 + attempt)
     partial.replace(folder / "run.ipynb")
 
 
