@@ -1,7 +1,6 @@
 """Scores: normalisation by human play and aggregates over games."""
 
 import numpy as np
-from scipy import stats
 
 from scaled_ql.games import reference_score
 
@@ -18,4 +17,6 @@ def human_normalized(game: str, score: float) -> float:
 
 def iqm(scores: np.ndarray) -> float:
     """Interquartile mean over all entries: the mean of the middle half (Agarwal et al., 2021)."""
+    from scipy import stats  # takes longer to import than all else here
+
     return float(stats.trim_mean(np.asarray(scores, np.float64), 0.25, axis=None))

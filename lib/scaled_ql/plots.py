@@ -5,7 +5,6 @@ from itertools import pairwise
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -14,6 +13,8 @@ PLAYERS = {"random": "#999999", "dataset": "#0072b2", "agent": "#d55e00", "human
 
 def set_style() -> None:
     """Call once per notebook."""
+    import seaborn as sns  # takes longer to import than all else here
+
     sns.set_theme(style="whitegrid", context="notebook", palette="colorblind")
     plt.rcParams |= {
         "figure.dpi": 90,
@@ -25,6 +26,8 @@ def set_style() -> None:
 
 def game_colors(games: list[str]) -> dict[str, tuple[float, float, float]]:
     """A colour per game: ten told apart by hue, then the cycle repeats."""
+    import seaborn as sns
+
     return dict(zip(games, sns.color_palette("colorblind", 10) * (len(games) // 10 + 1)))
 
 
