@@ -45,8 +45,8 @@ SCRIPTED_PLAYERS: dict[str, Player] = {"Breakout": play_breakout, "Freeway": pla
 
 
 def epsilon_at(transition: int, num_transitions: int, final_epsilon: float) -> float:
-    """Probability of a random action: from 1 at the recording's start linearly to `final_epsilon` at its end."""
-    return 1.0 + (final_epsilon - 1.0) * min(transition / num_transitions, 1.0)
+    """Probability of a random action: from 1 linearly to `final_epsilon` over the first half, then constant."""
+    return 1.0 + (final_epsilon - 1.0) * min(2 * transition / num_transitions, 1.0)
 
 
 def play_episode(
@@ -103,7 +103,7 @@ def record_game(
     """Record whole episodes of a game until the store holds at least `num_transitions`; returns how many it holds.
 
     Pong, Breakout and Freeway are played by a script that reads RAM, with epsilon annealed from 1 to
-    `final_epsilon`; every other game at random. Episode k depends on these arguments and on the transitions before
+    `final_epsilon` over the first half; every other game at random. Episode k depends on these arguments and on the transitions before
     it alone, so a recording that was stopped goes on as if it had not been.
     """
     player, actions = SCRIPTED_PLAYERS.get(game), action_names(game)
