@@ -43,6 +43,7 @@ def test_committed_clean_and_readable(file: Path) -> None:
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny batch, run by the command once for all tests."""
     folder = tmp_path_factory.mktemp("outputs")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))  # one compilation for all runs
     done = run("params/batches/tiny.yaml", folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
@@ -130,46 +131,31 @@ def kernel_of(folder: Path) -> int:
     return json.loads((folder / "status.json").read_text())["pid"]
 
 
-@pytest.mark.parametrize(("victim", "moments"), [("runner", (1, 5)), ("kernel", (3,))])
-def test_a_killed_run_resumes_bit_identically(outputs: Path, victim: str, moments: tuple[int, ...]) -> None:
-    """SIGKILL in the middle of training; the result equals that of a run which was left alone."""
-    more = ["-p", "num_steps", "40", "-p", "eval_max_steps", "5", "-p", "video_steps", "2"]
-    more += ["-p", "dataset", str(outputs / "00_data_collection" / "tiny" / "replay")]
+def test_a_run_stopped_in_three_ways_resumes_bit_identically(outputs: Path) -> None:
+    """SIGKILL of the runner, Ctrl-C, SIGKILL of the kernel, each in the middle of training; then to its end."""
     target = "02_scaled_training"
-    undisturbed, killed = outputs / target / "undisturbed", outputs / target / f"killed-{victim}"
-    if not undisturbed.exists():
-        done = run(target, outputs, TINY[target], "-p", "run", "undisturbed", *more)
-        assert done.returncode == 0, done.stderr
-    for rows in moments:
-        process = subprocess.Popen(
-            arguments(target, outputs, TINY[target], "-p", "run", killed.name, *more),
-            cwd=runs.workspace(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        log = killed / "metrics.jsonl"
-        while not (log.exists() and log.read_bytes().count(b"\n") >= rows):
-            assert process.poll() is None, "it ended before it could be killed"
-            time.sleep(0.01)
-        os.kill(process.pid if victim == "runner" else kernel_of(killed), signal.SIGKILL)
-        process.wait(timeout=120)
-        assert json.loads((killed / "status.json").read_text())["state"] != "finished"
-    done = run(target, outputs, TINY[target], "-p", "run", killed.name, *more)
+    more = ["-p", "num_steps", "40", "-p", "eval_max_steps", "5", "-p", "video_steps", "2"]
+    done = run(target, outputs, TINY[target], "-p", "run", "undisturbed", *more)
     assert done.returncode == 0, done.stderr
-    assert metrics(killed) == metrics(undisturbed)
-    for left, right in zip(final_state(killed), final_state(undisturbed), strict=True):
+    undisturbed, stopped = outputs / target / "undisturbed", outputs / target / "stopped"
+    command = arguments(target, outputs, TINY[target], "-p", "run", "stopped", *more)
+    log = stopped / "metrics.jsonl"
+    for rows, way in ((1, "kill the runner"), (3, "interrupt"), (5, "kill the kernel")):
+        process = subprocess.Popen(
+            command, cwd=runs.workspace(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        while not (log.exists() and log.read_bytes().count(b"\n") >= rows):
+            assert process.poll() is None, "it ended before it could be stopped"
+            time.sleep(0.01)
+        number = signal.SIGINT if way == "interrupt" else signal.SIGKILL
+        os.kill(kernel_of(stopped) if way == "kill the kernel" else process.pid, number)
+        _, stderr = process.communicate(timeout=120)
+        assert json.loads((stopped / "status.json").read_text())["state"] != "finished"
+        if way == "interrupt":
+            assert process.returncode == 130
+            assert "goes on from here" in stderr
+    done = run(target, outputs, TINY[target], "-p", "run", "stopped", *more)
+    assert done.returncode == 0, done.stderr
+    assert metrics(stopped) == metrics(undisturbed)
+    for left, right in zip(final_state(stopped), final_state(undisturbed), strict=True):
         np.testing.assert_array_equal(left, right)
-
-
-def test_interrupting_stops_cleanly_and_resumes(outputs: Path) -> None:
-    """Ctrl-C in the terminal: a word to the reader, status interrupted or running, and the same command goes on."""
-    target, more = "02_scaled_training", ["-p", "eval_max_steps", "5", "-p", "video_steps", "2"]
-    folder = outputs / target / "interrupted"
-    command = arguments(target, outputs, TINY[target], "-p", "run", "interrupted", *more)
-    process = subprocess.Popen(command, cwd=runs.workspace(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (folder / "metrics.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "goes on from here" in stderr
-    assert subprocess.run(command, cwd=runs.workspace(), capture_output=True).returncode == 0
