@@ -103,8 +103,8 @@ def record_game(
     """Record whole episodes of a game until the store holds at least `num_transitions`; returns how many it holds.
 
     Pong, Breakout and Freeway are played by a script that reads RAM, with epsilon annealed from 1 to
-    `final_epsilon` over the first half; every other game at random. Episode k depends on these arguments and on the transitions before
-    it alone, so a recording that was stopped goes on as if it had not been.
+    `final_epsilon` over the first half; every other game at random. Episode k depends on these arguments and on
+    the transitions before it alone, so a recording that was stopped goes on as if it had not been.
     """
     player, actions = SCRIPTED_PLAYERS.get(game), action_names(game)
     how = f"scripted player, epsilon 1 to {final_epsilon} over {num_transitions}" if player else "random player"
