@@ -107,7 +107,8 @@ def record_game(
     the transitions before it alone, so a recording that was stopped goes on as if it had not been.
     """
     player, actions = SCRIPTED_PLAYERS.get(game), action_names(game)
-    how = f"scripted player, epsilon 1 to {final_epsilon} over {num_transitions}" if player else "random player"
+    epsilons = f"epsilon 1 to {final_epsilon} over the first half of {num_transitions} transitions"
+    how = f"scripted player, {epsilons}" if player else "random player"
     source = f"{how}, seed {seed}, episodes of at most {max_steps} steps"
     environment = make_environment(game, sticky_actions=sticky_actions, max_steps=max_steps)
     with ReplayWriter(
