@@ -14,7 +14,7 @@ import tensorstore as ts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaled_ql.replay import ReplayError, ReplayWriter, open_replay, store
+from scaled_ql.replay import ReplayError, ReplayWriter, format, open_replay
 
 ACTIONS = ("NOOP", "FIRE", "UP")
 
@@ -75,7 +75,7 @@ def small_chunks():
     """A few frames fill a file, so small stores have many chunks and shards."""
     with pytest.MonkeyPatch.context() as patch:
         for name, size in {"INNER_CHUNK": 4, "FRAME_SHARD": 16, "SCALAR_CHUNK": 4, "SCALAR_SHARD": 16}.items():
-            patch.setattr(store, name, size)
+            patch.setattr(format, name, size)
         yield
 
 
@@ -541,7 +541,7 @@ def shards(folder, name="*"):
 @given(data=st.data())
 def test_damage_is_named_and_never_yields_other_data(sound, data):
     folder, expected = sound
-    name = data.draw(st.sampled_from(sorted(store.ARRAYS)))
+    name = data.draw(st.sampled_from(sorted(format.ARRAYS)))
     file = data.draw(st.sampled_from(shards(folder, name)))
     kind = data.draw(st.sampled_from(["flip", "cut", "delete"]))
     content = file.read_bytes()

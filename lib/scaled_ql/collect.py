@@ -12,7 +12,7 @@ import numpy as np
 
 from scaled_ql.environments import MAX_STEPS, make_environment
 from scaled_ql.games import action_names, rom_md5
-from scaled_ql.replay.store import ReplayWriter
+from scaled_ql.replay.writer import ReplayWriter
 
 Player = Callable[[np.ndarray], str]  # the console's 128 bytes of RAM -> the name of an action
 

@@ -1,13 +1,18 @@
 """Replay: stores of whole episodes on disk, and reproducible batches from them."""
 
+from scaled_ql.replay.format import ReplayError
 from scaled_ql.replay.sampling import mean_frames, prefetch, sample_batch, sample_indices
-from scaled_ql.replay.store import Batch, Replay, ReplayError, ReplayWriter, open_replay
+from scaled_ql.replay.store import Batch, Replay, open_replay
+from scaled_ql.replay.views import View, load_view
+from scaled_ql.replay.writer import ReplayWriter
 
 __all__ = [
     "Batch",
     "Replay",
     "ReplayError",
     "ReplayWriter",
+    "View",
+    "load_view",
     "mean_frames",
     "open_replay",
     "prefetch",

@@ -20,11 +20,12 @@ def sample_indices(
     games_per_batch: int = 128,
     transitions_per_game: int = 4,
     n_step: int = 3,
+    stack_size: int = 4,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw batch number `step`, stratified by game (appendix B.3).
 
     `games_per_batch` games are drawn with replacement, then `transitions_per_game` transitions from each,
-    uniformly over all transitions of that game that have n-step returns.
+    uniformly over all transitions of that game that may be sampled (`Replay.sampleable`).
 
     Returns:
         (game, index): int32 [B] into `replay.games` and int64 [B] time indices of that game, with
@@ -37,17 +38,8 @@ def sample_indices(
     for number in np.unique(game):
         rows = np.flatnonzero(game == number)
         name = replay.games[number]
-        index[rows] = _nth_sampleable(replay, name, n_step, uniform[rows])
+        index[rows] = replay.draw(name, uniform[rows], n_step, stack_size)
     return game, index
-
-
-def _nth_sampleable(replay: Replay, game: str, n_step: int, uniform: np.ndarray) -> np.ndarray:
-    """Map uniform numbers in [0, 1) to time indices, each sampleable transition equally likely."""
-    start, count = replay.sampleable(game, n_step)
-    ends = np.cumsum(count)
-    rank = (uniform * ends[-1]).astype(np.int64)
-    episode = np.searchsorted(ends, rank, side="right")
-    return start[episode] + rank - (ends[episode] - count[episode])
 
 
 def sample_batch(
@@ -60,8 +52,17 @@ def sample_batch(
     n_step: int = 3,
     discount: float = 0.99,
     stack_size: int = 4,
+    shard: tuple[int, int] = (0, 1),
 ) -> Batch:
-    """Batch number `step` of a training run, rewards clipped; see `sample_indices` and `Replay.batch`."""
+    """Batch number `step` of a training run, rewards clipped; see `sample_indices` and `Replay.batch`.
+
+    Args:
+        shard: (i, n): the i-th of n equal, disjoint shares of the batch, for one of n processes; together, in
+            order, they are the whole batch.
+
+    Raises:
+        ValueError: the batch cannot be shared out evenly.
+    """
     game, index = sample_indices(
         replay,
         seed,
@@ -69,8 +70,13 @@ def sample_batch(
         games_per_batch=games_per_batch,
         transitions_per_game=transitions_per_game,
         n_step=n_step,
+        stack_size=stack_size,
     )
-    return replay.gather(game, index, n_step, discount, stack_size)
+    number, shards = shard
+    if len(game) % shards or not 0 <= number < shards:
+        raise ValueError(f"a batch of {len(game)} transitions has no share {number} of {shards} equal ones")
+    mine = slice(number * len(game) // shards, (number + 1) * len(game) // shards)
+    return replay.gather(game[mine], index[mine], n_step, discount, stack_size)
 
 
 def mean_frames(replay: Replay, seed: int, num_frames: int = 1_000) -> np.ndarray:

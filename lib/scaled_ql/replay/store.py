@@ -1,55 +1,27 @@
-"""The replay store: whole episodes of single frames, one folder per dataset, game and run.
-
-::
-
-    dataset/
-      Pong/1/                     game, run
-        manifest.json             what this is: format version, source, actions, stickiness, ROM; written once
-        episodes.jsonl            one line per complete episode, appended after its arrays are on disk
-        observation/  uint8  [T, 84, 84]   zarr v3, single frames, never stacks
-        action/       int32  [T]           index in the game's minimal set
-        reward/       float32[T]           unclipped where known
-        terminal/     bool   [T]           the episode ended in the game
-        truncated/    bool   [T]           the episode was cut (time limit), its last state has no successor
-
-A line of ``episodes.jsonl`` commits its episode: whatever the arrays hold beyond the last complete line was
-being written when the writer died and is never read. Every chunk carries a CRC-32C, every episode a CRC-32.
-"""
+"""Reading a replay store; `scaled_ql.replay.format` says how it lies on disk."""
 
 import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import unquote, urlsplit
 
-import filelock
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import tensorstore as ts
+
+from scaled_ql.replay import format as fmt
+from scaled_ql.replay.format import ARRAYS, FORMAT, FRAME_SHAPE, ReplayError
+from scaled_ql.replay.views import Episodes, View, drawn_transitions, load_view, select_episodes
 
 T = TypeVar("T")
 
-FORMAT = "scaled-ql replay"
-FORMAT_VERSION = 1
-FRAME_SHAPE = (84, 84)
-INNER_CHUNK = 16  # frames decoded together: small enough for random windows, large enough to compress well
-FRAME_SHARD = 65_536  # frames a file: about 8 MB compressed
-SCALAR_CHUNK = 4_096
-SCALAR_SHARD = 1_048_576
-ARRAYS = {
-    "observation": "uint8",
-    "action": "int32",
-    "reward": "float32",
-    "terminal": "bool",
-    "truncated": "bool",
-}
-
-
-class ReplayError(Exception):
-    """A store that cannot be read or written; the message names the file and the remedy."""
+READ_TOGETHER = 4_096  # rows between two stretches that are read in one go
 
 
 class Batch(NamedTuple):
@@ -72,358 +44,41 @@ class Batch(NamedTuple):
     game: np.ndarray
 
 
-def _array_spec(kvstore: Any, name: str) -> dict[str, Any]:
-    """TensorStore spec of one array, with all its settings: what a writer creates and continues."""
-    frames = name == "observation"
-    tail = list(FRAME_SHAPE) if frames else []
-    bytes_codec = {"name": "bytes", "configuration": {"endian": "little"}}
-    inner_codecs = [bytes_codec, {"name": "zstd", "configuration": {"level": 3}}, {"name": "crc32c"}]
-    sharding = {
-        "chunk_shape": [INNER_CHUNK if frames else SCALAR_CHUNK, *tail],
-        "codecs": inner_codecs,
-        "index_codecs": [bytes_codec, {"name": "crc32c"}],
-    }
-    shard = [FRAME_SHARD if frames else SCALAR_SHARD, *tail]
-    return {
-        "driver": "zarr3",
-        "kvstore": kvstore,
-        "store_data_equal_to_fill_value": True,
-        "metadata": {
-            "shape": [0, *tail],
-            "data_type": ARRAYS[name],
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-            "dimension_names": ["time", "height", "width"][: 1 + len(tail)],
-        },
-    }
+class Run:
+    """One game and run on disk or behind a URL, read-only: its manifest, its episode table, its arrays.
 
-
-def _episode_crc32(observation: np.ndarray, action: np.ndarray, reward: np.ndarray) -> int:
-    crc = 0
-    for array in (observation, action, reward):
-        crc = zlib.crc32(np.ascontiguousarray(array), crc)
-    return crc
-
-
-def _read_manifest(content: bytes, where: str) -> dict[str, Any]:
-    try:
-        manifest = json.loads(content)
-    except ValueError as error:
-        raise ReplayError(f"{where}: not JSON ({error}). Restore the file from a copy.") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ReplayError(f'{where}: not the manifest of a replay store (no "format": "{FORMAT}").')
-    if not isinstance(manifest.get("version"), int):
-        raise ReplayError(f"{where}: the manifest has no version. Restore the file from a copy.")
-    if manifest["version"] > FORMAT_VERSION:
-        raise ReplayError(
-            f"{where}: store format {manifest['version']}, but this package reads up to {FORMAT_VERSION}. "
-            "Update the package to read it."
-        )
-    missing = [name for name in ("game", "run", "actions") if name not in manifest]
-    if missing:
-        raise ReplayError(f"{where}: the manifest lacks {', '.join(missing)}. Restore the file from a copy.")
-    return manifest
-
-
-def _parse_journal(content: bytes, where: str) -> pd.DataFrame:
-    """Complete lines of an episodes.jsonl as a table; a torn last line is an episode that was not committed."""
-    complete = content[: content.rfind(b"\n") + 1]
-    rows, expected = [], 0
-    for number, line in enumerate(complete.splitlines(), 1):
-        try:
-            row = json.loads(line)
-            start, length = row["start"], row["length"]
-            if (type(length), type(row["terminal"]), type(row["crc32"])) != (int, bool, int):
-                raise TypeError("length, terminal or crc32 of a wrong type")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ReplayError(
-                f"{where}: line {number} is not an episode ({error}). The file was changed after it was written; "
-                "restore it from a copy, or delete this line and all after it to keep the episodes before."
-            ) from error
-        if start != expected or length < 1:
-            raise ReplayError(
-                f"{where}: line {number} says start {start}, length {length}; expected start {expected} and a "
-                "positive length. Restore the file from a copy."
-            )
-        expected += length
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-class ReplayWriter:
-    """Appends whole episodes of one game and run to a store on a local disk.
-
-    Each `append` is on disk (fsync) when it returns. Reopening a store that was being written when its
-    process died continues after the last complete episode. A file lock keeps a second writer out.
+    Attributes:
+        kvstore: its folder.
+        manifest: what it is.
+        table: Arrow table of its episodes, in time order.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike,
-        game: str,
-        run: int = 1,
-        *,
-        actions: Iterable[str],
-        source: str,
-        sticky_actions: float,
-        frame_skip: int = 4,
-        rom_md5: str = "",
-        rewards: str = "raw",
-        lock_timeout: float = 30,
-    ):
-        """Open `path`/`game`/`run` for appending, creating it where needed.
-
-        Args:
-            path: the dataset's folder.
-            game: name as in the paper.
-            run: number of the recording, so that several agents' experience of a game stays apart.
-            actions: names of the minimal action set; stored actions index it.
-            source: who played, in words.
-            sticky_actions: the probability with which the emulator repeated an action.
-            frame_skip: emulator frames per transition.
-            rom_md5: of the ROM that was played.
-            rewards: ``"raw"`` or ``"clipped"``.
-            lock_timeout: seconds to wait for another writer (a killed one lets go within a moment).
-
-        Raises:
-            ReplayError: a folder of something else, other settings than before, or another writer.
-        """
-        self.folder = Path(path).resolve() / game / str(run)
-        self.manifest = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "game": game,
-            "run": run,
-            "source": source,
-            "actions": list(actions),
-            "sticky_actions": sticky_actions,
-            "frame_skip": frame_skip,
-            "rom_md5": rom_md5,
-            "rewards": rewards,
-        }
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ReplayError(f"{self.folder}: cannot create the store ({error}).") from error
-        self._lock = filelock.FileLock(self.folder / ".lock")
-        try:
-            self._lock.acquire(timeout=lock_timeout)
-        except filelock.Timeout as error:
-            raise ReplayError(
-                f"{self.folder}: another process is writing this store; wait for it or stop it."
-            ) from error
-        try:
-            self._write_or_compare_manifest()
-            self._arrays = {name: self._open_array(name) for name in ARRAYS}
-            self._recover_journal()
-            self._check_last_transition()
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def _write_or_compare_manifest(self) -> None:
-        file = self.folder / "manifest.json"
-        if not file.exists():
-            partial = file.with_suffix(".partial")
-            with partial.open("w") as target:
-                target.write(json.dumps(self.manifest, indent=1) + "\n")
-                target.flush()
-                os.fsync(target.fileno())
-            partial.replace(file)
-        stored = _read_manifest(file.read_bytes(), str(file))
-        differences = [
-            f"{key}: {stored.get(key)!r} there, {value!r} asked for"
-            for key, value in self.manifest.items()
-            if stored.get(key) != value
-        ]
-        if differences:
-            raise ReplayError(
-                f"{file}: the store was recorded with other settings ({'; '.join(differences)}). "
-                "Use another folder or run number, or delete the store."
-            )
-
-    def _open_array(self, name: str) -> ts.TensorStore:
-        exists = (self.folder / name / "zarr.json").exists()
-        spec = _array_spec({"driver": "file", "path": f"{self.folder}/{name}/"}, name)
-        if exists:
-            del spec["metadata"]["shape"]  # as long as it has become
-        try:
-            return ts.open(spec, open=exists, create=not exists).result()
-        except ValueError as error:
-            raise ReplayError(f"{self.folder / name}: cannot open or create this array ({error}).") from error
-
-    def _check_last_transition(self) -> None:
-        """Read the end of every array: appending to a chunk that was lost would turn what it held into zeros."""
-        if self.num_transitions:
-            run = _open_run(ts.KvStore.open(self.folder.as_uri() + "/").result())
-            for name in ARRAYS:
-                last = run.open_array(name)[self.num_transitions - 1]
-                run.reading(lambda last=last: last.read().result(), name)
-
-    def _recover_journal(self) -> None:
-        """Count committed episodes and cut a torn last line, which a killed writer leaves behind."""
-        file = self.folder / "episodes.jsonl"
-        content = file.read_bytes() if file.exists() else b""
-        episodes = _parse_journal(content, str(file))
-        self.num_episodes = len(episodes)
-        self.num_transitions = int(episodes["length"].sum()) if len(episodes) else 0
-        self._journal_size = content.rfind(b"\n") + 1
-        if self._journal_size < len(content):
-            os.truncate(file, self._journal_size)
-
-    def append(
-        self,
-        observation: np.ndarray,
-        action: np.ndarray,
-        reward: np.ndarray,
-        *,
-        terminal: bool,
-        **columns: float | int | str,
-    ) -> None:
-        """Append one episode of L >= 1 transitions.
-
-        Args:
-            observation: uint8 [L, 84, 84], the frame on which each action was chosen.
-            action: integers [L], indices into the store's actions.
-            reward: [L], what each action earned.
-            terminal: whether the episode ended in the game; if not, it was truncated.
-            **columns: further columns of the episode table (say, the player's epsilon).
-
-        Raises:
-            ReplayError: data that is no episode of this game, or a disk that does not take it; the episodes
-                appended before stay valid.
-        """
-        observation, action, reward = (
-            np.asarray(observation),
-            np.asarray(action),
-            np.asarray(reward, np.float32),
-        )
-        self._check_episode(observation, action, reward)
-        terminal = bool(terminal)
-        reserved = columns.keys() & {"start", "length", "episode_return", "truncated", "crc32", "run"}
-        if reserved:
-            raise ReplayError(f"{self.folder}: a column cannot be called {', '.join(sorted(reserved))}; rename it.")
-        length, start = len(action), self.num_transitions
-        last = np.arange(length) == length - 1
-        data = {
-            "observation": observation,
-            "action": action.astype(np.int32),
-            "reward": reward,
-            "terminal": last & terminal,
-            "truncated": last & (not terminal),
-        }
-        row = {
-            "start": start,
-            "length": length,
-            "episode_return": float(reward.sum(dtype=np.float64)),
-            "terminal": terminal,
-            "truncated": not terminal,
-            "crc32": _episode_crc32(observation, data["action"], reward),
-            **{name: getattr(value, "item", lambda value=value: value)() for name, value in columns.items()},
-        }
-        try:
-            self._write_arrays(data, start)
-            self._commit(row)
-        except (OSError, ValueError) as error:
-            raise ReplayError(
-                f"{self.folder}: episode {self.num_episodes} could not be written ({error}). The {start} transitions "
-                "before it are safe; make room on the disk and run again to continue."
-            ) from error
-        self.num_episodes += 1
-        self.num_transitions += length
-
-    def _check_episode(self, observation: np.ndarray, action: np.ndarray, reward: np.ndarray) -> None:
-        where = f"{self.folder}: episode {self.num_episodes}"
-        if action.ndim != 1:
-            raise ReplayError(f"{where}: actions must be a list of integers [L], got shape {list(action.shape)}.")
-        length = len(action)
-        if length == 0:
-            raise ReplayError(f"{where} has no transitions; an episode has at least one.")
-        if observation.shape != (length, *FRAME_SHAPE) or observation.dtype != np.uint8:
-            raise ReplayError(
-                f"{where}: observation is {observation.dtype} {list(observation.shape)}, expected uint8 "
-                f"[{length}, 84, 84]: single frames, one per action."
-            )
-        if reward.shape != (length,) or not np.isfinite(reward).all():
-            raise ReplayError(f"{where}: rewards must be {length} finite numbers, got {reward!r}.")
-        allowed = len(self.manifest["actions"])
-        if not np.issubdtype(action.dtype, np.integer) or action.min() < 0 or action.max() >= allowed:
-            raise ReplayError(
-                f"{where}: actions must be integers from 0 to {allowed - 1} ({self.manifest['game']} has "
-                f"{', '.join(self.manifest['actions'])}), got {np.unique(action).tolist()}."
-            )
-
-    def _write_arrays(self, data: dict[str, np.ndarray], start: int) -> None:
-        stop = start + len(data["action"])
-        for name, array in self._arrays.items():
-            if array.shape[0] < stop:
-                shape = [stop, *array.shape[1:]]
-                self._arrays[name] = array.resize(exclusive_max=shape, expand_only=True).result()
-        for write in [array[start:stop].write(data[name]) for name, array in self._arrays.items()]:
-            write.result()
-
-    def _commit(self, row: dict[str, Any]) -> None:
-        with (self.folder / "episodes.jsonl").open("ab") as journal:
-            journal.truncate(self._journal_size)  # what a failed commit before this one may have left
-            journal.write(json.dumps(row).encode() + b"\n")
-            journal.flush()
-            os.fsync(journal.fileno())
-            self._journal_size = journal.tell()
-
-    def close(self) -> None:
-        """Let another writer in."""
-        self._lock.release()
-
-    def __enter__(self) -> "ReplayWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class _Run:
-    """One game and run, read-only: its manifest, its episode table, its arrays."""
-
-    def __init__(self, kvstore: ts.KvStore, manifest: dict[str, Any], episodes: pd.DataFrame):
-        self.kvstore, self.manifest, self.episodes = kvstore, manifest, episodes
-        self.num_transitions = int(episodes["length"].sum())
-        self.starts = episodes["start"].to_numpy(np.int64)
-        self.lasts = self.starts + episodes["length"].to_numpy(np.int64) - 1
-        self.terminal = episodes["terminal"].to_numpy(bool)
+    def __init__(self, kvstore: ts.KvStore, manifest: dict[str, Any], table: pa.Table):
+        self.kvstore, self.manifest, self.table = kvstore, manifest, table
+        self.starts = table["start"].to_numpy()
+        self.lengths = table["length"].to_numpy()
+        self.num_transitions = int(self.starts[-1] + self.lengths[-1])
+        self.num_rows = int((table["row"].to_numpy() + table["frames"].to_numpy()).max())
 
     def open_array(self, name: str) -> ts.TensorStore:
+        """One of the arrays, for reading."""
         where = f"{self.kvstore.url}{name}"
         kvstore = (self.kvstore / f"{name}/").spec().to_json()
-        spec = {
-            "driver": "zarr3",
-            "kvstore": kvstore,
-            "fill_missing_data_reads": False,
-        }  # missing is not zero
+        spec = {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}  # missing is not zero
         try:
             array = ts.open(spec, open=True, read=True, dtype=ARRAYS[name]).result()
         except ValueError as error:
             raise ReplayError(f"{where}: cannot open this array ({error}). Restore the folder from a copy.") from error
-        if array.shape[0] < self.num_transitions:
+        if array.shape[0] < self.num_rows:
             raise ReplayError(
-                f"{where}: holds {array.shape[0]} transitions, but episodes.jsonl promises {self.num_transitions}. "
+                f"{where}: holds {array.shape[0]} rows, but the episode table promises {self.num_rows}. "
                 "Restore the folder from a copy."
             )
         return array
 
     @cached_property
-    def frames(self) -> ts.TensorStore:
-        return self.open_array("observation")
-
-    @cached_property
-    def action(self) -> np.ndarray:
-        return self.read_column("action")
-
-    @cached_property
-    def reward(self) -> np.ndarray:
-        return self.read_column("reward")
-
-    def read_column(self, name: str) -> np.ndarray:
-        return self.reading(lambda: self.open_array(name)[: self.num_transitions].read().result(), name)
+    def arrays(self) -> dict[str, ts.TensorStore]:
+        return {name: self.open_array(name) for name in ARRAYS}
 
     def reading(self, read: Callable[[], T], name: str) -> T:
         """Run a read; a checksum or decoding error names the array and the remedy."""
@@ -435,106 +90,195 @@ class _Run:
                 "from a copy, or delete it and record or import it again."
             ) from error
 
-    def read_windows(self, first: np.ndarray, last: np.ndarray) -> list[np.ndarray]:
+    def values_at(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """One column at any rows, in their shape."""
+        return self.reading(lambda: self.arrays[name][rows].read().result(), name)
+
+    def windows(self, first: np.ndarray, last: np.ndarray) -> list[np.ndarray]:
         """Frames first[i]..last[i], inclusive: one read operation for all windows."""
 
         def read() -> list[np.ndarray]:
+            frames = self.arrays["observation"]
             with ts.Batch() as batch:
-                reads = [self.frames[a : b + 1].read(batch=batch) for a, b in zip(first.tolist(), last.tolist())]
+                reads = [frames[a : b + 1].read(batch=batch) for a, b in zip(first.tolist(), last.tolist())]
             return [read.result() for read in reads]
 
         return self.reading(read, "observation")
 
+    def stretches(self, name: str, first: np.ndarray, length: np.ndarray) -> np.ndarray:
+        """Rows first[i] .. first[i] + length[i] - 1 of a column, one stretch after another."""
+        if not len(first):
+            return np.empty(0, ARRAYS[name])
+        stops = first + length
+        breaks = np.flatnonzero((first[1:] < stops[:-1]) | (first[1:] - stops[:-1] > READ_TOGETHER)) + 1
+        parts = []
+        for group in np.split(np.arange(len(first)), breaks):
+            low, high = int(first[group[0]]), int(stops[group[-1]])
+            column = self.reading(lambda low=low, high=high: self.arrays[name][low:high].read().result(), name)
+            if (first[group[1:]] == stops[group[:-1]]).all():
+                parts.append(column)
+            else:
+                parts += [column[a - low : b - low] for a, b in zip(first[group], stops[group])]
+        return np.concatenate(parts)
+
 
 class Replay:
-    """A read-only dataset; see `open_replay`.
+    """A read-only dataset, or the part of it that a view shows; see `open_replay`.
 
     Attributes:
         path: where it lies.
+        view: which part of it this is.
         games: names of its games, sorted; a batch's `game` indexes this list.
     """
 
-    def __init__(self, path: str, runs: dict[str, list[_Run]]):
-        self.path = path
-        self.games = sorted(runs)
-        self._runs = runs
+    def __init__(self, path: str, runs: dict[str, list[Run]], view: View | None = None):
+        self.path, self.view = path, view or View()
+        missing = sorted(set(self.view.games) - runs.keys())
+        if missing:
+            raise ReplayError(f"{path}: the view asks for {', '.join(missing)}; it has {', '.join(sorted(runs))}.")
+        self.games = sorted(set(self.view.games) or runs)
+        self._runs = {
+            game: [run for run in runs[game] if not self.view.runs or run.manifest["run"] in self.view.runs]
+            for game in self.games
+        }
         self._episodes = {game: self._join_episodes(game) for game in self.games}
+        for game, episodes in self._episodes.items():
+            if not len(episodes.start):
+                has = [run.manifest["run"] for run in runs[game]]
+                raise ReplayError(
+                    f"{path}: the view leaves nothing of {game}: {self.view.model_dump(exclude_defaults=True)}; "
+                    f"it has the runs {has}."
+                )
         self.sampleable = lru_cache(maxsize=None)(self._sampleable)
+        self._ranks = lru_cache(maxsize=None)(self._sampleable_ranks)
 
-    def _game_runs(self, game: str) -> list[_Run]:
+    def _join_episodes(self, game: str) -> Episodes:
+        columns: dict[str, list[np.ndarray]] = {name: [] for name in Episodes._fields}
+        for number, run in enumerate(self._runs[game]):
+            chosen = select_episodes(self.view, run.starts, run.lengths)
+            columns["run"].append(np.full(chosen.stop - chosen.start, number, np.int32))
+            columns["entry"].append(np.arange(chosen.start, chosen.stop))
+            for name in ("length", "row", "frames", "terminal", "continued"):
+                columns[name].append(run.table[name].to_numpy()[chosen])
+        joined = {name: np.concatenate(parts) for name, parts in columns.items() if parts and name != "start"}
+        if not joined:
+            return Episodes(*[np.empty(0, np.int64)] * len(Episodes._fields))
+        return Episodes(start=np.cumsum(joined["length"]) - joined["length"], **joined)
+
+    def _game_runs(self, game: str) -> list[Run]:
         if game not in self._runs:
             raise ReplayError(f"{self.path}: no game {game!r}; it has {', '.join(self.games)}.")
         return self._runs[game]
 
     def num_transitions(self, game: str) -> int:
-        """Stored transitions of a game, all runs together."""
-        return sum(run.num_transitions for run in self._game_runs(game))
+        """Transitions of a game in this view, all runs together, before `view.uniform` thins them out."""
+        self._game_runs(game)
+        episodes = self._episodes[game]
+        return int(episodes.start[-1] + episodes.length[-1])
 
     def manifests(self, game: str) -> list[dict[str, Any]]:
         """What is known of each recording of a game: source, actions, stickiness, ROM, ..."""
         return [run.manifest for run in self._game_runs(game)]
 
+    def import_reports(self, game: str) -> list[dict[str, Any]]:
+        """Of each imported recording of a game: its files, gaps and what was left out; see `scaled_ql.replay.imports`."""
+        reports = []
+        for run in self._game_runs(game):
+            content = run.kvstore.read("import.json").result().value
+            if content:
+                reports.append({"run": run.manifest["run"], **json.loads(content)})
+        return reports
+
     def action_names(self, game: str) -> list[str]:
         """The game's minimal action set, as recorded."""
         return self._game_runs(game)[0].manifest["actions"]
 
-    def _join_episodes(self, game: str) -> pd.DataFrame:
-        tables, offset = [], 0
-        for run in self._game_runs(game):
-            tables.append(run.episodes.assign(run=run.manifest["run"], start=run.episodes["start"] + offset))
-            offset += run.num_transitions
+    def episodes(self, game: str) -> pd.DataFrame:
+        """Episode table in time order: start (index t of the first transition), length, row, frames, episode_return,
+        terminal, truncated, continued, crc32, whatever the recorder added, and run."""
+        runs, episodes = self._game_runs(game), self._episodes[game]
+        tables = []
+        for number, run in enumerate(runs):
+            here = episodes.run == number
+            chosen = run.table.take(pa.array(episodes.entry[here]))
+            tables.append(chosen.to_pandas().assign(run=run.manifest["run"], start=episodes.start[here]))
         return pd.concat(tables, ignore_index=True)
 
-    def episodes(self, game: str) -> pd.DataFrame:
-        """Episode table in time order: start (index t of the first transition), length, episode_return,
-        terminal, truncated, crc32, whatever the recorder added, and run."""
-        self._game_runs(game)
-        return self._episodes[game].copy()
-
     def actions(self, game: str) -> np.ndarray:
-        """int32 [T], every stored action of a game in time order."""
-        return np.concatenate([run.action for run in self._game_runs(game)])
+        """int32 [T], every action of a game in time order."""
+        return self._column(game, "action")
 
     def rewards(self, game: str) -> np.ndarray:
-        """float32 [T], every stored reward of a game in time order, unclipped where known."""
-        return np.concatenate([run.reward for run in self._game_runs(game)])
+        """float32 [T], every reward of a game in time order, unclipped where known."""
+        return self._column(game, "reward")
+
+    def _column(self, game: str, name: str) -> np.ndarray:
+        parts = []
+        for number, run in enumerate(self._game_runs(game)):
+            here = self._episodes[game].run == number
+            parts.append(run.stretches(name, self._episodes[game].row[here], self._episodes[game].length[here]))
+        return np.concatenate(parts)
 
     def frames_at(self, game: str, indices: np.ndarray) -> np.ndarray:
         """uint8 [N, 84, 84], the single frames at time indices of a game."""
         indices = np.asarray(indices, np.int64)
         frames = np.empty((len(indices), *FRAME_SHAPE), np.uint8)
-        for rows, run, t in self._by_run(game, indices):
-            frames[rows] = np.concatenate(run.read_windows(t, t))
+        for part, run, episode, step in self._locate(game, indices):
+            rows = self._episodes[game].row[episode] + step
+            frames[part] = np.concatenate(run.windows(rows, rows))
         return frames
 
-    def _by_run(self, game: str, indices: np.ndarray) -> Iterable[tuple[np.ndarray, _Run, np.ndarray]]:
-        """Split indices of a game by run: (rows of `indices`, the run, indices within it)."""
+    def _locate(self, game: str, indices: np.ndarray) -> Iterator[tuple[np.ndarray, Run, np.ndarray, np.ndarray]]:
+        """Split time indices of a game by run: (places in `indices`, the run, episode, step within the episode)."""
         total = self.num_transitions(game)
         if len(indices) and (indices.min() < 0 or indices.max() >= total):
             raise ReplayError(
                 f"{self.path}: {game} has transitions 0..{total - 1}, asked for {indices.min()}..{indices.max()}."
             )
-        offset = 0
-        for run in self._game_runs(game):
-            rows = np.flatnonzero((indices >= offset) & (indices < offset + run.num_transitions))
-            if len(rows):
-                yield rows, run, indices[rows] - offset
-            offset += run.num_transitions
+        episodes = self._episodes[game]
+        episode = np.searchsorted(episodes.start, indices, side="right") - 1
+        step = indices - episodes.start[episode]
+        for number, run in enumerate(self._game_runs(game)):
+            part = np.flatnonzero(episodes.run[episode] == number)
+            if len(part):
+                yield part, run, episode[part], step[part]
 
-    def _sampleable(self, game: str, n_step: int) -> tuple[np.ndarray, np.ndarray]:
-        """(start, count), int64 [episodes]: transitions start..start+count-1 of each episode have n-step returns.
+    def _sampleable(self, game: str, n_step: int, stack_size: int = 4) -> tuple[np.ndarray, np.ndarray]:
+        """(start, count), int64: transitions start .. start + count - 1 of each stretch may be sampled.
 
-        All of an episode that terminated; in a truncated one those whose successor n steps later is stored.
+        That is all of an episode that terminated; in a truncated one those whose state n steps later is stored; in
+        one whose beginning was lost those whose whole frame stack is stored. A uniform view has a stretch of one
+        for each transition that it drew and that may be sampled.
         """
-        episodes = self.episodes(game)
-        cut = np.where(episodes["terminal"], 0, n_step)
-        counts = np.maximum(episodes["length"].to_numpy(np.int64) - cut, 0)
-        if not counts.any():
+        self._game_runs(game)
+        episodes = self._episodes[game]
+        skip = np.where(episodes.continued, stack_size - 1, 0)
+        beyond = episodes.frames - episodes.length
+        cut = np.where(episodes.terminal, 0, np.maximum(n_step - beyond, 0))
+        start = episodes.start + skip
+        count = np.maximum(episodes.length - skip - cut, 0)
+        if self.view.uniform < 1:
+            drawn = drawn_transitions(self.view, game, self.num_transitions(game))
+            episode = np.searchsorted(episodes.start, drawn, side="right") - 1
+            start = drawn[(drawn >= start[episode]) & (drawn < start[episode] + count[episode])]
+            count = np.ones_like(start)
+        if not count.any():
             raise ReplayError(
                 f"{self.path}: {game} has no transition with a state {n_step} steps later: all its episodes are "
                 f"truncated and no longer than n_step = {n_step}. Use a smaller n_step or more data."
             )
-        return episodes["start"].to_numpy(np.int64), counts
+        return start, count
+
+    def _sampleable_ranks(self, game: str, n_step: int, stack_size: int) -> np.ndarray:
+        return np.cumsum(self.sampleable(game, n_step, stack_size)[1])
+
+    def draw(self, game: str, uniform: np.ndarray, n_step: int, stack_size: int = 4) -> np.ndarray:
+        """Map uniform numbers in [0, 1) to time indices, int64, each sampleable transition equally likely."""
+        start, count = self.sampleable(game, n_step, stack_size)
+        ends = self._ranks(game, n_step, stack_size)
+        rank = (uniform * ends[-1]).astype(np.int64)
+        stretch = np.searchsorted(ends, rank, side="right")
+        return start[stretch] + rank - (ends[stretch] - count[stretch])
 
     def batch(
         self,
@@ -549,7 +293,7 @@ class Replay:
 
         Args:
             game: one of `games`.
-            indices: integers [B]; t is the game's t-th stored transition in time order.
+            indices: integers [B]; t is the game's t-th transition in time order.
             n_step: steps summed before bootstrapping.
             discount: per step.
             stack_size: frames in an observation.
@@ -590,52 +334,58 @@ class Replay:
             game=games,
         )
         for number in np.unique(games):
-            rows = np.flatnonzero(games == number)
-            for part, run, t in self._by_run(self.games[number], indices[rows].astype(np.int64)):
-                self._fill(batch, stacks, rows[part], run, t, n_step, discount, stack_size, clip_rewards)
+            game, places = self.games[number], np.flatnonzero(games == number)
+            for part, run, episode, step in self._locate(game, indices[places].astype(np.int64)):
+                span = self._span(game, run, episode, step, n_step, stack_size)
+                rows = places[part]
+                batch.action[rows] = run.values_at("action", span.now)
+                batch.reward[rows] = span.returns(run, n_step, discount, clip_rewards)
+                batch.discount[rows] = np.where(span.ended, 0.0, discount**n_step)
+                windows = run.windows(span.earliest, span.then)
+                for row, window, begin, now, then in zip(rows, windows, span.earliest, span.now, span.then):
+                    for target, end in ((stacks[0, row], now), (stacks[1, row], then)):
+                        stack = window[max(end - stack_size + 1, begin) - begin : end - begin + 1]
+                        target[stack_size - len(stack) :] = stack
         return batch
 
-    def _fill(
-        self, batch: Batch, stacks: np.ndarray, rows: np.ndarray, run: _Run, t: np.ndarray,
-        n_step: int, discount: float, stack_size: int, clip_rewards: bool,
-    ) -> None:  # fmt: skip
-        """Write the transitions at times t of one run into the given rows of the batch."""
-        episode = np.searchsorted(run.starts, t, side="right") - 1
-        first, last = run.starts[episode], run.lasts[episode]
-        ended = t + n_step > last
-        lost = ended & ~run.terminal[episode]
+    def _span(
+        self, game: str, run: Run, episode: np.ndarray, step: np.ndarray, n_step: int, stack_size: int
+    ) -> "Span":
+        """Which rows of a run's arrays make the transitions at the given steps of episodes."""
+        episodes = self._episodes[game]
+        first, length = episodes.row[episode], episodes.length[episode]
+        frames = episodes.frames[episode]
+        ended = episodes.terminal[episode] & (step + n_step >= length)
+        lost = ~ended & (step + n_step >= frames)
         if lost.any():
+            t = episodes.start[episode[lost][0]] + step[lost][0]
+            last = episodes.start[episode[lost][0]] + length[lost][0] - 1
             raise ReplayError(
-                f"{self.path}: {run.manifest['game']} transition {t[lost][0]} of run {run.manifest['run']} cannot be "
-                f"used with n_step = {n_step}: its episode was truncated at {last[lost][0]}, before the state that "
+                f"{self.path}: {game} transition {t} of run {run.manifest['run']} cannot be used with "
+                f"n_step = {n_step}: its episode was truncated at {last}, before the state that "
                 "the return bootstraps from. Draw indices with sample_indices, which leaves such transitions out."
             )
-        steps = t[:, None] + np.arange(n_step)
-        rewards = run.reward[np.minimum(steps, last[:, None])].astype(np.float64)
-        if clip_rewards:
-            rewards = rewards.clip(-1, 1)
-        weights = np.where(steps <= last[:, None], discount ** np.arange(n_step), 0.0)
-        batch.action[rows] = run.action[t]
-        batch.reward[rows] = (rewards * weights).sum(1)
-        batch.discount[rows] = np.where(ended, 0.0, discount**n_step)
-
-        following = np.minimum(t + n_step, last)
-        earliest = np.maximum(t - stack_size + 1, first)
-        windows = run.read_windows(earliest, following)
-        for row, window, begin, now, then in zip(rows, windows, earliest, t, following):
-            for target, end in ((stacks[0, row], now), (stacks[1, row], then)):
-                stack = window[max(end - stack_size + 1, begin) - begin : end - begin + 1]
-                target[stack_size - len(stack) :] = stack
+        return Span(
+            first=first,
+            last=first + length - 1,
+            now=first + step,
+            then=first + np.minimum(step + n_step, frames - 1),
+            earliest=first + np.maximum(step - stack_size + 1, 0),
+            ended=ended,
+        )
 
     def identity(self) -> str:
-        """A short id of the contents: equal for equal episodes, whatever the folder is called."""
-        content = [
-            [run.manifest, run.episodes.to_csv(index=False)] for game in self.games for run in self._game_runs(game)
-        ]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+        """A short id of the contents: equal for equal episodes and views, whatever the folder is called."""
+        digest = hashlib.sha256(json.dumps(self.view.model_dump(exclude_defaults=True), sort_keys=True).encode())
+        for game in self.games:
+            for run in self._game_runs(game):
+                digest.update(json.dumps(run.manifest, sort_keys=True).encode())
+                for name in ("length", "frames", "terminal", "continued", "crc32"):
+                    digest.update(np.ascontiguousarray(run.table[name].to_numpy()))
+        return digest.hexdigest()[:12]
 
     def rom_md5s(self) -> dict[str, str]:
-        """MD5 of the ROM that each game was recorded with (of its first run)."""
+        """MD5 of the ROM that each game was recorded with (of its first run); "" where it is not known."""
         return {game: self.manifests(game)[0]["rom_md5"] for game in self.games}
 
     def stored_bytes(self, game: str) -> int:
@@ -643,61 +393,109 @@ class Replay:
         folder = Path(self.path) / game
         return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
-    def validate(self) -> list[str]:
-        """Read everything and compare with the episode tables; returns one line per problem (none: all is well)."""
+    def validate(self, progress: Callable[[int], None] = lambda transitions: None) -> list[str]:
+        """Read everything and compare with the episode tables; returns one line per problem (none: all is well).
+
+        Args:
+            progress: called with the number of transitions of each episode that was compared.
+        """
         problems = []
         for game in self.games:
             for run in self._game_runs(game):
                 try:
-                    problems += self._validate_run(run)
+                    problems += validate_run(run, progress)
                 except ReplayError as error:
                     problems.append(str(error))
         return problems
 
-    def _validate_run(self, run: _Run) -> list[str]:
-        problems = []
-        flags = {name: run.read_column(name) for name in ("terminal", "truncated")}
-        limit = len(run.manifest["actions"])
-        for number, row in enumerate(run.episodes.itertuples()):
-            where = f"{run.kvstore.url} episode {number} (transitions {row.start}..{row.start + row.length - 1})"
-            here = slice(row.start, row.start + row.length)
-            action, reward = run.action[here], run.reward[here]
-            try:
-                frames = run.read_windows(np.array([row.start]), np.array([here.stop - 1]))[0]
-            except ReplayError as error:
-                problems.append(f"{where}: {error}")
-                continue
-            if _episode_crc32(frames, action, reward) != row.crc32:
-                problems.append(f"{where}: contents differ from the recorded CRC-32.")
-            if action.min() < 0 or action.max() >= limit:
-                problems.append(f"{where}: actions outside 0..{limit - 1}.")
-            for name, flag in flags.items():
-                if flag[here][-1] != getattr(row, name) or flag[here][:-1].any():
-                    problems.append(f"{where}: {name} flags differ from the episode table.")
-        return problems
+
+class Span(NamedTuple):
+    """Rows of a run's arrays, int64 [B], that make B transitions.
+
+    Attributes:
+        first, last: of the episode's transitions.
+        now: the transition.
+        then: the frame that `next_observation` ends with.
+        earliest: the first frame of the observation.
+        ended: the episode terminates within the n steps.
+    """
+
+    first: np.ndarray
+    last: np.ndarray
+    now: np.ndarray
+    then: np.ndarray
+    earliest: np.ndarray
+    ended: np.ndarray
+
+    def returns(self, run: Run, n_step: int, discount: float, clip_rewards: bool) -> np.ndarray:
+        """float64 [B], n-step returns, cut at the episode's end."""
+        rows = self.now[:, None] + np.arange(n_step)
+        rewards = run.values_at("reward", np.minimum(rows, self.last[:, None])).astype(np.float64)
+        if clip_rewards:
+            rewards = rewards.clip(-1, 1)
+        weights = np.where(rows <= self.last[:, None], discount ** np.arange(n_step), 0.0)
+        return (rewards * weights).sum(1)
 
 
-def open_replay(path: str | os.PathLike) -> Replay:
+def validate_run(run: Run, progress: Callable[[int], None] = lambda transitions: None) -> list[str]:
+    """Read a run and compare it with its episode table; returns one line per problem.
+
+    Raises:
+        ReplayError: an array cannot be opened.
+    """
+    problems = []
+    limit = len(run.manifest["actions"])
+    names = ("action", "reward", "terminal", "truncated")
+    run.arrays  # noqa: B018 - an array that cannot be opened is one problem, not one per episode
+    for number, row in enumerate(run.table.to_pandas().itertuples()):
+        where = f"{run.kvstore.url} episode {number} (transitions {row.start}..{row.start + row.length - 1})"
+        rows = np.array([row.row]), np.array([row.length])
+        try:
+            columns = {name: run.stretches(name, *rows) for name in names}
+            frames = run.windows(rows[0], rows[0] + row.frames - 1)[0]
+        except ReplayError as error:
+            problems.append(f"{where}: {error}")
+            continue
+        if zlib.crc32(fmt.step_records(frames, columns["action"], columns["reward"])) != row.crc32:
+            problems.append(f"{where}: contents differ from the recorded CRC-32.")
+        if columns["action"].min() < 0 or columns["action"].max() >= limit:
+            problems.append(f"{where}: actions outside 0..{limit - 1}.")
+        for name in ("terminal", "truncated"):
+            if columns[name][-1] != getattr(row, name) or columns[name][:-1].any():
+                problems.append(f"{where}: {name} flags differ from the episode table.")
+        progress(row.length)
+    return problems
+
+
+def open_replay(path: str | os.PathLike, view: View | str | os.PathLike | None = None) -> Replay:
     """Open a dataset for reading.
 
     Args:
         path: a folder, or any URL that TensorStore reads (``file://``, ``gs://``, ``s3://``, ...).
+        view: the part of it to use, or a file that says so; see `View`.
 
     Raises:
-        ReplayError: nothing there, something else there, a newer format, or a damaged episode table.
+        ReplayError: nothing there, something else there, a newer format, a damaged episode table, or a view that
+            asks for what is not there.
     """
+    if view is not None and not isinstance(view, View):
+        view = load_view(view)
     url = str(path)
     if "://" not in url:
         folder = Path(path).absolute()
         if not folder.is_dir():
             raise ReplayError(f"{folder}: no such replay folder. Record one with notebooks/00_data_collection.ipynb.")
         url = folder.as_uri()
-    kvstore = ts.KvStore.open(url.rstrip("/") + "/").result()
+    try:
+        kvstore = ts.KvStore.open(url.rstrip("/") + "/").result()
+        keys = kvstore.list().result()
+    except ValueError as error:
+        raise ReplayError(f"{url}: cannot be listed ({error}). Check the address and your permissions.") from error
     suffix = b"/manifest.json"
-    folders = [key[: -len(suffix)].decode() for key in kvstore.list().result() if key.endswith(suffix)]
-    runs: dict[str, list[_Run]] = {}
+    folders = [key[: -len(suffix)].decode() for key in keys if key.endswith(suffix)]
+    runs: dict[str, list[Run]] = {}
     for folder in sorted(folders, key=lambda name: (name.split("/")[0], len(name), name)):
-        run = _open_run(kvstore / f"{folder}/")
+        run = open_run(kvstore / f"{folder}/")
         if run is not None:
             others = runs.setdefault(run.manifest["game"], [])
             twins = [other.kvstore.url for other in others if other.manifest["run"] == run.manifest["run"]]
@@ -711,12 +509,33 @@ def open_replay(path: str | os.PathLike) -> Replay:
             f"{path}: not a replay store: no manifest.json of format {FORMAT!r} with complete episodes below it. "
             "Expected the dataset's folder, which holds one folder per game."
         )
-    return Replay(str(path), runs)
+    return Replay(str(path), runs, view)
 
 
-def _open_run(kvstore: ts.KvStore) -> _Run | None:
+def open_run(kvstore: ts.KvStore) -> Run | None:
     """One game and run, or None where no episode was completed yet."""
-    manifest = _read_manifest(kvstore.read("manifest.json").result().value, f"{kvstore.url}manifest.json")
-    journal = kvstore.read("episodes.jsonl").result()
-    episodes = _parse_journal(journal.value, f"{kvstore.url}episodes.jsonl")
-    return _Run(kvstore, manifest, episodes) if len(episodes) else None
+    manifest = fmt.read_manifest(kvstore.read("manifest.json").result().value, f"{kvstore.url}manifest.json")
+    # The journal first: a writer that moves it into the table meanwhile leaves both, never neither.
+    journal = kvstore.read("episodes.jsonl").result().value
+    table = _read_table(kvstore)
+    starts, lengths = table["start"].to_numpy(), table["length"].to_numpy()
+    if not np.array_equal(starts, np.cumsum(lengths) - lengths):
+        raise ReplayError(f"{kvstore.url}episodes.arrow: its episodes do not follow one another. Restore it.")
+    rows, _ = fmt.parse_journal(journal, f"{kvstore.url}episodes.jsonl", int(lengths.sum()))
+    if rows:
+        tables = [table] if table.num_rows else []
+        table = pa.concat_tables([*tables, pa.Table.from_pylist(rows)], promote_options="permissive")
+    return Run(kvstore, manifest, table.combine_chunks()) if table.num_rows else None
+
+
+def _read_table(kvstore: ts.KvStore) -> pa.Table:
+    where = f"{kvstore.url}episodes.arrow"
+    parts = urlsplit(kvstore.url)
+    if parts.scheme == "file":
+        file = Path(unquote(parts.path)) / "episodes.arrow"
+        if not file.exists():
+            return fmt.empty_table()
+        with pa.memory_map(str(file)) as mapped:
+            return fmt.read_table(mapped.read_buffer(), where)
+    content = kvstore.read("episodes.arrow").result()
+    return fmt.read_table(pa.py_buffer(content.value), where) if content.state == "value" else fmt.empty_table()

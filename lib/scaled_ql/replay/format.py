@@ -1,0 +1,269 @@
+"""The replay store on disk: whole episodes of single frames, one folder per dataset, game and run.
+
+::
+
+    dataset/
+      Pong/1/                     game, run
+        manifest.json             what this is: format version, source, actions, stickiness, ROM; written once
+        episodes.arrow            the episode table (an Arrow stream and a CRC-32), memory-mapped
+        episodes.jsonl            episodes appended since that table was written, one line each
+        observation/  uint8  [T, 84, 84]   zarr v3, single frames, never stacks
+        action/       int32  [T]           index in the game's minimal set
+        reward/       float32[T]           unclipped where known
+        terminal/     bool   [T]           the episode ended in the game
+        truncated/    bool   [T]           the episode was cut (time limit), its last state has no successor
+        import.json               of an imported run: its files, gaps, and what was left out
+
+A row of the table, or a line of the journal, commits its episode: whatever the arrays hold beside them was being
+written when the writer died and is never read. An episode's transitions are rows ``row .. row + length - 1`` of the
+arrays; where ``frames`` is ``length + 1``, one more frame is the state after the last action. Every chunk carries a
+CRC-32C, every episode a CRC-32.
+"""
+
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import tensorstore as ts
+
+FORMAT = "scaled-ql replay"
+FORMAT_VERSION = 1
+FRAME_SHAPE = (84, 84)
+INNER_CHUNK = 16  # frames decoded together: small enough for random windows, large enough to compress well
+FRAME_SHARD = 16_384  # frames a file: about 2 MB compressed; its index, read with every window, is 16 KB
+SCALAR_CHUNK = 1_024
+SCALAR_SHARD = 262_144
+ARRAYS = {
+    "observation": "uint8",
+    "action": "int32",
+    "reward": "float32",
+    "terminal": "bool",
+    "truncated": "bool",
+}
+EPISODE = {
+    "start": np.int64, "length": np.int64, "row": np.int64, "frames": np.int64, "episode_return": np.float64,
+    "terminal": np.bool_, "truncated": np.bool_, "continued": np.bool_, "crc32": np.int64,
+}  # fmt: skip
+
+
+class ReplayError(Exception):
+    """A store that cannot be read or written; the message names the file and the remedy."""
+
+
+def array_spec(kvstore: Any, name: str) -> dict[str, Any]:
+    """TensorStore spec of one array, with all its settings: what a writer creates and continues."""
+    frames = name == "observation"
+    tail = list(FRAME_SHAPE) if frames else []
+    bytes_codec = {"name": "bytes", "configuration": {"endian": "little"}}
+    inner_codecs = [bytes_codec, {"name": "zstd", "configuration": {"level": 3}}, {"name": "crc32c"}]
+    sharding = {
+        "chunk_shape": [INNER_CHUNK if frames else SCALAR_CHUNK, *tail],
+        "codecs": inner_codecs,
+        "index_codecs": [bytes_codec, {"name": "crc32c"}],
+    }
+    shard = [FRAME_SHARD if frames else SCALAR_SHARD, *tail]
+    return {
+        "driver": "zarr3",
+        "kvstore": kvstore,
+        "store_data_equal_to_fill_value": True,
+        "metadata": {
+            "shape": [0, *tail],
+            "data_type": ARRAYS[name],
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            "dimension_names": ["time", "height", "width"][: 1 + len(tail)],
+        },
+    }
+
+
+def open_arrays(folder: Path) -> dict[str, ts.TensorStore]:
+    """A run's arrays for writing, created where they are absent.
+
+    Raises:
+        ReplayError: something else is there, or the folder cannot be written.
+    """
+    arrays = {}
+    for name in ARRAYS:
+        exists = (folder / name / "zarr.json").exists()
+        spec = array_spec({"driver": "file", "path": f"{folder}/{name}/"}, name)
+        if exists:
+            del spec["metadata"]["shape"]  # as long as it has become
+        try:
+            arrays[name] = ts.open(spec, open=exists, create=not exists).result()
+        except ValueError as error:
+            raise ReplayError(f"{folder / name}: cannot open or create this array ({error}).") from error
+    return arrays
+
+
+def write_rows(arrays: dict[str, ts.TensorStore], row: int, data: dict[str, np.ndarray]) -> None:
+    """Write equally long columns at rows row, row + 1, ...; the arrays grow where needed."""
+    stop = row + len(data["action"])
+    for name, array in arrays.items():
+        if array.shape[0] < stop:
+            shape = [stop, *array.shape[1:]]
+            arrays[name] = array.resize(exclusive_max=shape, expand_only=True).result()
+    for write in [array[row:stop].write(data[name]) for name, array in arrays.items()]:
+        write.result()
+
+
+def step_records(observation: np.ndarray, action: np.ndarray, reward: np.ndarray) -> bytes:
+    """What an episode's CRC-32 is of: for each frame its own CRC-32, its action and its reward, 12 bytes.
+
+    `observation` may have one frame more than there are actions; action and reward beside it are zero.
+    """
+    records = np.zeros(len(observation), [("frame", "<u4"), ("action", "<i4"), ("reward", "<f4")])
+    records["frame"] = [zlib.crc32(frame) for frame in np.ascontiguousarray(observation)]
+    records["action"][: len(action)] = action
+    records["reward"][: len(reward)] = reward
+    return records.tobytes()
+
+
+def write_file(file: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of it; on disk when it returns."""
+    partial = file.with_name(f".{file.name}.partial")
+    with partial.open("wb") as target:
+        target.write(content)
+        target.flush()
+        os.fsync(target.fileno())
+    partial.replace(file)
+
+
+def make_manifest(
+    game: str,
+    run: int,
+    *,
+    actions: list[str],
+    source: str,
+    sticky_actions: float,
+    frame_skip: int = 4,
+    rom_md5: str = "",
+    rewards: str = "raw",
+) -> dict[str, Any]:
+    """What `manifest.json` holds; see `ReplayWriter` for the values."""
+    return {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "game": game,
+        "run": run,
+        "source": source,
+        "actions": list(actions),
+        "sticky_actions": sticky_actions,
+        "frame_skip": frame_skip,
+        "rom_md5": rom_md5,
+        "rewards": rewards,
+    }
+
+
+def write_or_compare_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Create a run's folder and manifest; one that exists must be the same.
+
+    Raises:
+        ReplayError: other settings than before, or a folder that cannot be written.
+    """
+    file = folder / "manifest.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            write_file(file, json.dumps(manifest, indent=1).encode() + b"\n")
+    except OSError as error:
+        raise ReplayError(f"{folder}: cannot create the store ({error}).") from error
+    stored = read_manifest(file.read_bytes(), str(file))
+    differences = [
+        f"{key}: {stored.get(key)!r} there, {value!r} asked for"
+        for key, value in manifest.items()
+        if stored.get(key) != value
+    ]
+    if differences:
+        raise ReplayError(
+            f"{file}: the store was recorded with other settings ({'; '.join(differences)}). "
+            "Use another folder or run number, or delete the store."
+        )
+
+
+def read_manifest(content: bytes, where: str) -> dict[str, Any]:
+    """Parse and check a manifest."""
+    try:
+        manifest = json.loads(content)
+    except ValueError as error:
+        raise ReplayError(f"{where}: not JSON ({error}). Restore the file from a copy.") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ReplayError(f'{where}: not the manifest of a replay store (no "format": "{FORMAT}").')
+    if not isinstance(manifest.get("version"), int):
+        raise ReplayError(f"{where}: the manifest has no version. Restore the file from a copy.")
+    if manifest["version"] > FORMAT_VERSION:
+        raise ReplayError(
+            f"{where}: store format {manifest['version']}, but this package reads up to {FORMAT_VERSION}. "
+            "Update the package to read it."
+        )
+    missing = [name for name in ("game", "run", "actions") if name not in manifest]
+    if missing:
+        raise ReplayError(f"{where}: the manifest lacks {', '.join(missing)}. Restore the file from a copy.")
+    return manifest
+
+
+def empty_table() -> pa.Table:
+    """An episode table without episodes."""
+    return pa.table({name: np.empty(0, dtype) for name, dtype in EPISODE.items()})
+
+
+def write_table(file: Path, table: pa.Table) -> None:
+    """Write an episode table, atomically: one record batch, uncompressed, so that its columns can be mapped."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    content = sink.getvalue().to_pybytes()
+    write_file(file, content + zlib.crc32(content).to_bytes(4, "little"))
+
+
+def read_table(content: pa.Buffer, where: str) -> pa.Table:
+    """Read an episode table from a buffer, which may be a memory map.
+
+    Raises:
+        ReplayError: damaged.
+    """
+    size = content.size - 4
+    if size < 0 or zlib.crc32(memoryview(content)[:size]) != int.from_bytes(memoryview(content)[size:], "little"):
+        raise ReplayError(f"{where}: its checksum is wrong. Restore the folder from a copy, or import it again.")
+    return pa.ipc.open_stream(content.slice(0, size)).read_all()
+
+
+def parse_journal(content: bytes, where: str, covered: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """Complete lines of an episodes.jsonl; a torn last line is an episode that was not committed.
+
+    Args:
+        content: of the file.
+        where: its name, for messages.
+        covered: transitions that the episode table holds; lines about those are skipped.
+
+    Returns:
+        the episodes after them, and the number of bytes up to the last complete line.
+    """
+    complete = content[: content.rfind(b"\n") + 1]
+    rows, expected = [], None
+    for number, line in enumerate(complete.splitlines(), 1):
+        try:
+            row = json.loads(line)
+            start, length = row["start"], row["length"]
+            wrong = [name for name, dtype in EPISODE.items() if type(row[name]) is not type(dtype(0).item())]
+            if wrong or start < 0:
+                raise TypeError(f"{', '.join(wrong) or 'start'} of a wrong type or sign")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ReplayError(
+                f"{where}: line {number} is not an episode ({error}). The file was changed after it was written; "
+                "restore it from a copy, or delete this line and all after it to keep the episodes before."
+            ) from error
+        if expected is None:
+            expected = min(start, covered)
+        if start != expected or length < 1:
+            raise ReplayError(
+                f"{where}: line {number} says start {start}, length {length}; expected start {expected} and a "
+                "positive length. Restore the file from a copy."
+            )
+        expected += length
+        if start >= covered:
+            rows.append(row)
+    return rows, len(complete)

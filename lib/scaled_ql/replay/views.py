@@ -1,0 +1,102 @@
+"""Subsets of a dataset without copying: a few lines of YAML that say which of its transitions may be sampled."""
+
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import pydantic
+import yaml
+from pydantic import Field
+
+from scaled_ql.replay.format import ReplayError
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class View(pydantic.BaseModel):
+    """Which part of a dataset is used; the default is all of it.
+
+    Trajectories stay whole: one belongs to a stretch of time if it begins there.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    games: list[str] = []  # those of the dataset to use; [] is all
+    runs: list[Annotated[int, Field(ge=0)]] = []  # recordings of each game; [] is all
+    first: Fraction = 1.0  # trajectories that begin in this first fraction of each recording's transitions
+    between: list[Annotated[int, Field(ge=0)]] = []  # [a, b]: those that begin at its transitions a .. b - 1
+    uniform: Fraction = 1.0  # of what is left, this fraction of each game's transitions, drawn uniformly
+    seed: Annotated[int, Field(ge=0)] = 0  # of that draw
+
+    @pydantic.model_validator(mode="after")
+    def _between_is_a_range(self) -> "View":
+        if self.between and (len(self.between) != 2 or self.between[0] >= self.between[1]):
+            raise ValueError(f"between is [a, b] with a < b, got {self.between}")
+        return self
+
+
+def load_view(file: str | Path) -> View:
+    """Read a view from YAML (or JSON, which is YAML).
+
+    Raises:
+        ReplayError: not readable, or not a view: all mistakes.
+    """
+    try:
+        values = yaml.safe_load(Path(file).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ReplayError(f"{file}: cannot be read as YAML ({error}).") from error
+    try:
+        return View.model_validate(values or {})
+    except pydantic.ValidationError as error:
+        mistakes = "; ".join(
+            f"{'.'.join(map(str, mistake['loc'])) or 'together'}: {mistake['msg']}, got {mistake['input']!r}"
+            for mistake in error.errors()
+        )
+        fields = ", ".join(View.model_fields)
+        raise ReplayError(f"{file}: not a view of a dataset ({mistakes}). It may set {fields}.") from None
+
+
+class Episodes(NamedTuple):
+    """A game's episodes in time order, one array per column, [episodes].
+
+    Attributes:
+        run: number of the recording in the game's list of recordings.
+        entry: number of the episode in that recording's table.
+        start: index t of the first transition, counting what the view holds.
+        length: transitions.
+        row: of the first transition in the recording's arrays.
+        frames: frames from there on, one more than `length` where the state after the last action is stored.
+        terminal: the episode ended in the game.
+        continued: it begins in the middle: what came before was lost.
+    """
+
+    run: np.ndarray
+    entry: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    row: np.ndarray
+    frames: np.ndarray
+    terminal: np.ndarray
+    continued: np.ndarray
+
+
+def select_episodes(view: View, start: np.ndarray, length: np.ndarray) -> slice:
+    """The trajectories of one recording that a view takes: those that begin in its stretch of time.
+
+    Args:
+        view: what to take.
+        start: int64 [episodes], index of the first transition, from 0, increasing.
+        length: int64 [episodes], transitions.
+    """
+    total = int(start[-1] + length[-1]) if len(start) else 0
+    low, high = view.between or (0, total)
+    high = min(high, round(view.first * total)) if view.first < 1 else high
+    first, last = np.searchsorted(start, [low, high])
+    return slice(int(first), int(last))
+
+
+def drawn_transitions(view: View, game: str, num_transitions: int) -> np.ndarray:
+    """Sorted int64 indices of the transitions that `view.uniform` keeps of a game, without replacement."""
+    rng = np.random.default_rng([view.seed, *game.encode()])
+    count = max(1, round(view.uniform * num_transitions))
+    return np.sort(rng.choice(num_transitions, count, replace=False, shuffle=False).astype(np.int64))

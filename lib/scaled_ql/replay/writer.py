@@ -1,0 +1,276 @@
+"""Appending to a replay store, episode by episode."""
+
+import json
+import os
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import pyarrow as pa
+import tensorstore as ts
+
+from scaled_ql.replay import format as fmt
+from scaled_ql.replay.format import FRAME_SHAPE, ReplayError
+from scaled_ql.replay.store import open_run
+
+JOURNAL_LINES = 4_096  # longer journals go into the table when a writer closes
+
+
+class ReplayWriter:
+    """Appends whole episodes of one game and run to a store on a local disk.
+
+    Each `append` is on disk (fsync) when it returns. Reopening a store that was being written when its
+    process died continues after the last complete episode. A file lock keeps a second writer out.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        game: str,
+        run: int = 1,
+        *,
+        actions: Iterable[str],
+        source: str,
+        sticky_actions: float,
+        frame_skip: int = 4,
+        rom_md5: str = "",
+        rewards: str = "raw",
+        lock_timeout: float = 30,
+    ):
+        """Open `path`/`game`/`run` for appending, creating it where needed.
+
+        Args:
+            path: the dataset's folder.
+            game: name as in the paper.
+            run: number of the recording, so that several agents' experience of a game stays apart.
+            actions: names of the minimal action set; stored actions index it.
+            source: who played, in words.
+            sticky_actions: the probability with which the emulator repeated an action.
+            frame_skip: emulator frames per transition.
+            rom_md5: of the ROM that was played.
+            rewards: ``"raw"`` or ``"clipped"``.
+            lock_timeout: seconds to wait for another writer (a killed one lets go within a moment).
+
+        Raises:
+            ReplayError: a folder of something else, other settings than before, or another writer.
+        """
+        self.folder = Path(path).resolve() / game / str(run)
+        self.manifest = fmt.make_manifest(
+            game,
+            run,
+            actions=list(actions),
+            source=source,
+            sticky_actions=sticky_actions,
+            frame_skip=frame_skip,
+            rom_md5=rom_md5,
+            rewards=rewards,
+        )
+        self._lock = lock_run(self.folder, lock_timeout)
+        try:
+            fmt.write_or_compare_manifest(self.folder, self.manifest)
+            self._arrays = fmt.open_arrays(self.folder)
+            self._recover()
+            self._check_last_row()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _recover(self) -> None:
+        """Count committed episodes and cut a torn last line, which a killed writer leaves behind."""
+        self._table = self.folder / "episodes.arrow"
+        self._journal = self.folder / "episodes.jsonl"
+        table = fmt.empty_table()
+        if self._table.exists():
+            table = fmt.read_table(pa.py_buffer(self._table.read_bytes()), str(self._table))
+        content = self._journal.read_bytes() if self._journal.exists() else b""
+        covered = int(table["length"].to_numpy().sum())
+        self._appended, self._journal_size = fmt.parse_journal(content, str(self._journal), covered)
+        self.num_episodes = table.num_rows + len(self._appended)
+        self.num_transitions = covered + sum(row["length"] for row in self._appended)
+        self._next_row = max(
+            int((table["row"].to_numpy() + table["frames"].to_numpy()).max(initial=0)),
+            max((row["row"] + row["frames"] for row in self._appended), default=0),
+        )
+        if self._journal_size < len(content):
+            os.truncate(self._journal, self._journal_size)
+
+    def _check_last_row(self) -> None:
+        """Read the end of every array: appending to a chunk that was lost would turn what it held into zeros."""
+        if self.num_transitions:
+            run = open_run(ts.KvStore.open(self.folder.as_uri() + "/").result())
+            for name in fmt.ARRAYS:
+                last = run.open_array(name)[self._next_row - 1]
+                run.reading(lambda last=last: last.read().result(), name)
+
+    def append(
+        self,
+        observation: np.ndarray,
+        action: np.ndarray,
+        reward: np.ndarray,
+        *,
+        terminal: bool,
+        final_observation: np.ndarray | None = None,
+        **columns: float | int | str,
+    ) -> None:
+        """Append one episode of L >= 1 transitions.
+
+        Args:
+            observation: uint8 [L, 84, 84], the frame on which each action was chosen.
+            action: integers [L], indices into the store's actions.
+            reward: [L], what each action earned.
+            terminal: whether the episode ended in the game; if not, it was truncated.
+            final_observation: uint8 [84, 84], the frame after the last action, where it is known.
+            **columns: further columns of the episode table (say, the player's epsilon).
+
+        Raises:
+            ReplayError: data that is no episode of this game, or a disk that does not take it; the episodes
+                appended before stay valid.
+        """
+        observation, action = np.asarray(observation), np.asarray(action)
+        reward = np.asarray(reward, np.float32)
+        check_episode(self.manifest, f"{self.folder}: episode {self.num_episodes}", observation, action, reward)
+        reserved = columns.keys() & {*fmt.EPISODE, "run"}
+        if reserved:
+            raise ReplayError(f"{self.folder}: a column cannot be called {', '.join(sorted(reserved))}; rename it.")
+        if final_observation is not None:
+            final = np.asarray(final_observation)
+            if final.shape != FRAME_SHAPE or final.dtype != np.uint8:
+                raise ReplayError(
+                    f"{self.folder}: episode {self.num_episodes}: final_observation is {final.dtype} "
+                    f"{list(final.shape)}, expected uint8 [84, 84]."
+                )
+            observation = np.concatenate([observation, final[None]])
+        data, row = episode_rows(observation, action, reward, bool(terminal), self.num_transitions, self._next_row)
+        row |= {name: getattr(value, "item", lambda value=value: value)() for name, value in columns.items()}
+        try:
+            fmt.write_rows(self._arrays, self._next_row, data)
+            self._commit(row)
+        except (OSError, ValueError) as error:
+            raise ReplayError(
+                f"{self.folder}: episode {self.num_episodes} could not be written ({error}). The "
+                f"{self.num_transitions} transitions before it are safe; make room on the disk and run again to "
+                "continue."
+            ) from error
+        self.num_episodes += 1
+        self.num_transitions += row["length"]
+        self._next_row += row["frames"]
+
+    def _commit(self, row: dict[str, Any]) -> None:
+        with self._journal.open("ab") as journal:
+            journal.truncate(self._journal_size)  # what a failed commit before this one may have left
+            journal.write(json.dumps(row).encode() + b"\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+            self._journal_size = journal.tell()
+        self._appended.append(row)
+
+    def _compact(self) -> None:
+        """Move a long journal into the table. Killed in between, the journal repeats what the table has: harmless."""
+        table = pa.Table.from_pylist(self._appended)
+        if self._table.exists():
+            before = fmt.read_table(pa.py_buffer(self._table.read_bytes()), str(self._table))
+            table = pa.concat_tables([before, table], promote_options="permissive")
+        fmt.write_table(self._table, table)
+        os.truncate(self._journal, 0)
+        self._appended, self._journal_size = [], 0
+
+    def close(self) -> None:
+        """Let another writer in."""
+        if self._lock.is_locked:
+            if len(self._appended) > JOURNAL_LINES:
+                self._compact()
+            self._lock.release()
+
+    def __enter__(self) -> "ReplayWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def lock_run(folder: Path, timeout: float) -> filelock.BaseFileLock:
+    """Create a run's folder and take the lock of its one writer.
+
+    Raises:
+        ReplayError: the folder cannot be made, or another process holds the lock.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ReplayError(f"{folder}: cannot create the store ({error}).") from error
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=timeout)
+    except filelock.Timeout as error:
+        raise ReplayError(f"{folder}: another process is writing this store; wait for it or stop it.") from error
+    except OSError as error:
+        raise ReplayError(f"{folder}: cannot write here ({error}).") from error
+    return lock
+
+
+def check_episode(
+    manifest: dict[str, Any], where: str, observation: np.ndarray, action: np.ndarray, reward: np.ndarray
+) -> None:
+    """Check one episode's arrays.
+
+    Raises:
+        ReplayError: a wrong shape or dtype, an action that the game has not, a reward that is no number.
+    """
+    if action.ndim != 1:
+        raise ReplayError(f"{where}: actions must be a list of integers [L], got shape {list(action.shape)}.")
+    length = len(action)
+    if length == 0:
+        raise ReplayError(f"{where} has no transitions; an episode has at least one.")
+    if observation.shape != (length, *FRAME_SHAPE) or observation.dtype != np.uint8:
+        raise ReplayError(
+            f"{where}: observation is {observation.dtype} {list(observation.shape)}, expected uint8 "
+            f"[{length}, 84, 84]: single frames, one per action."
+        )
+    if reward.shape != (length,) or not np.isfinite(reward).all():
+        raise ReplayError(f"{where}: rewards must be {length} finite numbers, got {reward!r}.")
+    allowed = len(manifest["actions"])
+    if not np.issubdtype(action.dtype, np.integer) or action.min() < 0 or action.max() >= allowed:
+        raise ReplayError(
+            f"{where}: actions must be integers from 0 to {allowed - 1} ({manifest['game']} has "
+            f"{', '.join(manifest['actions'])}), got {np.unique(action).tolist()}."
+        )
+
+
+def episode_rows(
+    observation: np.ndarray, action: np.ndarray, reward: np.ndarray, terminal: bool, start: int, row: int
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """One episode as rows of the arrays and as a row of the table.
+
+    Args:
+        observation: uint8 [L, 84, 84], or [L + 1, 84, 84] with the frame after the last action.
+        action: [L].
+        reward: float32 [L].
+        terminal: whether it ended in the game.
+        start: index of its first transition in the run.
+        row: of its first transition in the arrays.
+    """
+    length, frames = len(action), len(observation)
+    last = np.arange(frames) == length - 1
+    beyond = np.zeros(frames - length, np.int32)
+    data = {
+        "observation": observation,
+        "action": np.concatenate([action.astype(np.int32), beyond]),
+        "reward": np.concatenate([reward, beyond.astype(np.float32)]),
+        "terminal": last & terminal,
+        "truncated": last & (not terminal),
+    }
+    entry = {
+        "start": start,
+        "length": length,
+        "row": row,
+        "frames": frames,
+        "episode_return": float(reward.sum(dtype=np.float64)),
+        "terminal": terminal,
+        "truncated": not terminal,
+        "continued": False,
+        "crc32": zlib.crc32(fmt.step_records(observation, action, reward)),
+    }
+    return data, entry

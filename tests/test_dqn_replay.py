@@ -1,0 +1,739 @@
+"""An imported DQN-Replay log holds what was added to it, never rows that did not follow each other; exports return."""
+
+import gzip
+import io
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dopamine_log import DopamineLog, column_file, load, read_log, save
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+
+from scaled_ql.games import action_names
+from scaled_ql.replay import ReplayError, ReplayWriter, export_dqn_replay, import_dqn_replay, open_replay
+
+SAMPLE = Path(os.environ.get("SCALED_QL_DQN_REPLAY_SAMPLE", "absent"))
+COLUMNS = ("observation", "action", "reward", "terminal")
+
+
+def write_log(source, lengths=(9, 14, 5, 20, 7, 11, 13), capacity=20, finish=True, **where):
+    """By default 100 rows in the files 0 to 5; at each border between two files an episode goes on."""
+    log = DopamineLog(source, capacity=capacity, **where)
+    for length in lengths:
+        log.add_episode(length)
+    if finish:
+        log.finish()
+    return log
+
+
+def table_of(episodes):
+    lengths = [len(episode["indices"]) for episode in episodes]
+    return {
+        "start": np.cumsum([0, *lengths])[:-1].tolist(),
+        "length": lengths,
+        "terminal": [episode["terminal"] for episode in episodes],
+        "truncated": [not episode["terminal"] for episode in episodes],
+        "continued": [episode["continued"] for episode in episodes],
+    }
+
+
+def check_holds(path, episodes, game="Pong", runs=None):
+    """The store holds exactly these episodes, bit for bit and in this order."""
+    replay = open_replay(path)
+    assert replay.validate() == []
+    expected, table = table_of(episodes), replay.episodes(game)
+    assert {name: table[name].tolist() for name in expected} == expected
+    for name, stored in (("action", replay.actions(game)), ("reward", replay.rewards(game))):
+        np.testing.assert_array_equal(stored, np.concatenate([episode[name] for episode in episodes]))
+    assert (replay.actions(game).dtype, replay.rewards(game).dtype) == ("int32", "float32")
+    frames = replay.frames_at(game, np.arange(replay.num_transitions(game)))
+    np.testing.assert_array_equal(frames, np.concatenate([episode["observation"] for episode in episodes]))
+    if runs is not None:
+        assert table["run"].tolist() == runs
+    return replay
+
+
+def check_batches(replay, logs_and_episodes, game="Pong", stack_size=4):
+    """What may be sampled is what the kept rows determine, and equals the transitions of the unbroken log."""
+    truth = [
+        (log, e, step) for log, episodes in logs_and_episodes for e in episodes for step in range(len(e["indices"]))
+    ]
+    for n_step, clip_rewards in ((1, True), (3, False), (3, True), (6, True)):
+        usable = [
+            t
+            for t, (_, episode, step) in enumerate(truth)
+            if (episode["terminal"] or step + n_step < len(episode["indices"]))
+            and not (episode["continued"] and step < stack_size - 1)
+        ]
+        if not usable:
+            with pytest.raises(ReplayError, match=f"n_step = {n_step}"):
+                replay.sampleable(game, n_step)
+            continue
+        start, count = replay.sampleable(game, n_step)
+        assert [t for a, n in zip(start.tolist(), count.tolist()) for t in range(a, a + n)] == usable
+        batch = replay.batch(game, usable, n_step, 0.9, stack_size, clip_rewards)
+        arguments = n_step, 0.9, stack_size, clip_rewards
+        wanted = [truth[t][0].transition(truth[t][1]["indices"][truth[t][2]], *arguments) for t in usable]
+        observation, action, reward, discount, following = (np.array(field) for field in zip(*wanted))
+        np.testing.assert_array_equal(batch.observation, observation)
+        np.testing.assert_array_equal(batch.action, action)
+        np.testing.assert_allclose(batch.reward, reward, rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(batch.discount, discount.astype(np.float32))
+        np.testing.assert_array_equal(batch.next_observation, following)
+
+
+def contents(path):
+    """Every file of a store with its bytes, locks left out."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in store_files(path)}
+
+
+def store_files(path):
+    return sorted(file for file in Path(path).rglob("*") if file.is_file() and "lock" not in file.name)
+
+
+def mtimes(path):
+    return {file: file.stat().st_mtime_ns for file in store_files(path)}
+
+
+def report_text(path, game="Pong", run=1):
+    return (Path(path) / game / str(run) / "import.json").read_text()
+
+
+# What was added comes out
+
+
+@st.composite
+def episode_lists(draw, max_rows=90):
+    """Lengths of episodes, and whether the last of them is over when the log ends."""
+    lengths = draw(st.lists(st.one_of(st.integers(1, 4), st.integers(1, 30)), min_size=1, max_size=12))
+    while sum(lengths) > max_rows and len(lengths) > 1:
+        lengths.pop()
+    return lengths, draw(st.booleans())
+
+
+def build(source, run, capacity, lengths, last_is_over, finish, damage=None):
+    log = DopamineLog(source, run=run, capacity=capacity, seed=run)
+    for number, length in enumerate(lengths):
+        terminal = last_is_over or number < len(lengths) - 1
+        log.add_episode(length, terminal, {step: change for at, step, change in damage or () if at == number})
+    # A last file says only where the cursor is: a cycle jumped over just before it cannot be told, see below.
+    before = log.ends[-1] if log.ends else 0
+    if finish and len(log.rows) - before < capacity and len(log.rows) != before:
+        log.finish()
+    return log
+
+
+LOGS = st.dictionaries(
+    st.sampled_from([1, 2, 10]), st.tuples(st.integers(5, 40), episode_lists(), st.booleans()), min_size=1, max_size=3
+)
+SLOW = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.filter_too_much]}
+
+
+@settings(max_examples=15, **SLOW)
+@given(logs=LOGS)
+@example(logs={1: (5, ([1] * 12, True), False)})  # padding and cycles jumped over everywhere
+@example(logs={1: (8, ([1, 1, 1, 30], False), True)})
+def test_every_transition_is_the_one_that_was_added(logs):
+    with tempfile.TemporaryDirectory() as folder:
+        built = {
+            run: build(f"{folder}/source", run, capacity, *lengths, finish)
+            for run, (capacity, lengths, finish) in sorted(logs.items())
+        }
+        kept = [(log, log.episodes()) for log in built.values() if log.ends and log.episodes()]
+        assume(len(kept) == len(built))
+        import_dqn_replay(f"{folder}/source", f"{folder}/store")
+        runs = [run for run, (_, episodes) in zip(built, kept) for _ in episodes]
+        replay = check_holds(f"{folder}/store", [e for _, episodes in kept for e in episodes], runs=runs)
+        check_batches(replay, kept)
+
+
+@settings(max_examples=25, **SLOW)
+@given(
+    capacity=st.integers(5, 20),
+    episodes=episode_lists(),
+    finish=st.booleans(),
+    lost=st.sets(st.integers(0, 12), min_size=1, max_size=4),
+)
+def test_nothing_mixes_rows_across_lost_files(capacity, episodes, finish, lost):
+    with tempfile.TemporaryDirectory() as folder:
+        log = build(f"{folder}/source", 1, capacity, *episodes, finish)
+        lost = {number for number in lost if number < len(log.ends)}
+        assume(lost and len(lost) < len(log.ends))
+        expected = log.episodes(lost)
+        assume(expected)
+        for number in lost:
+            log.remove(number)
+        import_dqn_replay(f"{folder}/source", f"{folder}/store")
+        check_batches(check_holds(f"{folder}/store", expected), [(log, expected)])
+
+
+DAMAGE = [
+    {"reward": np.nan},
+    {"reward": np.inf},
+    {"reward": -np.inf},
+    {"action": 99},
+    {"action": -1},
+    {"action": 6},  # Pong has 0..5
+    {"terminal": 7},
+    {"reward": np.nan, "action": -1, "terminal": 2},
+]
+
+
+@settings(max_examples=15, **SLOW)
+@given(
+    capacity=st.integers(5, 40),
+    episodes=episode_lists(),
+    damage=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 12), st.sampled_from(DAMAGE)), min_size=1, max_size=5),
+)
+def test_bad_rows_are_left_out_and_reported(capacity, episodes, damage):
+    with tempfile.TemporaryDirectory() as folder:
+        log = build(f"{folder}/source", 1, capacity, *episodes, finish=True, damage=damage)
+        bad = sorted(log.damaged & log.kept())
+        assume(bad and log.episodes())
+        report = import_dqn_replay(f"{folder}/source", f"{folder}/store")
+        check_batches(check_holds(f"{folder}/store", log.episodes()), [(log, log.episodes())])
+        assert reported_rows(report) == [log.place(index) for index in bad]
+
+
+def reported_rows(report):
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=str)
+@pytest.mark.parametrize("step", [0, 4, 13])
+def test_one_bad_row_by_hand(tmp_path, damage, step):
+    log = DopamineLog(tmp_path / "source", capacity=30)
+    for number in range(4):
+        log.add_episode(14, damage={step: damage} if number == 1 else None)
+    log.finish()
+    import_dqn_replay(tmp_path / "source", tmp_path / "store")
+    table = check_holds(tmp_path / "store", log.episodes()).episodes("Pong")
+    pieces = {0: [14, 13, 14, 14], 4: [14, 4, 9, 14, 14], 13: [14, 13, 14, 14]}
+    assert table["length"].tolist() == pieces[step]
+    row = log.damaged.pop() % 30
+    assert str(row) in report_text(tmp_path / "store")
+
+
+def test_zero_rows_that_are_no_padding_are_kept(tmp_path):
+    """An episode may begin, go on and end on a black screen."""
+    log = DopamineLog(tmp_path / "source", capacity=9)
+    black = np.zeros((84, 84), np.uint8)
+    for _ in range(3):
+        for _ in range(5):
+            log.add(black, 0, 0.0, 0)
+        log.add_episode(4, terminal=False)
+        for step in range(6):
+            log.add(black, 0, 0.0, int(step == 5))
+    log.finish()
+    import_dqn_replay(tmp_path / "source", tmp_path / "store")
+    check_holds(tmp_path / "store", log.episodes())
+    assert open_replay(tmp_path / "store").episodes("Pong")["length"].tolist() == [15, 15, 15]
+
+
+@pytest.mark.parametrize("begin", range(12))
+def test_padding_straddles_the_border_of_two_files(tmp_path, begin):
+    log = write_log(tmp_path / "source", [3 + begin, 20, 20], capacity=16)
+    import_dqn_replay(tmp_path / "source", tmp_path / "store")
+    check_batches(check_holds(tmp_path / "store", log.episodes()), [(log, log.episodes())])
+
+
+def test_jumped_cycle_is_a_gap(tmp_path):
+    """Padding that carries the count over the dump: file 0 shows what cycle 1 wrote."""
+    log = write_log(tmp_path / "source", [12, 3, 24, 5], capacity=20)
+    assert log.ends[0] == 39 and len(log.episodes()) > 1  # row 19 and on, where the second episode begins
+    import_dqn_replay(tmp_path / "source", tmp_path / "store")
+    replay = check_holds(tmp_path / "store", log.episodes())
+    check_batches(replay, [(log, log.episodes())])
+
+
+def test_last_file_without_a_new_row(tmp_path):
+    log = write_log(tmp_path / "source", [16, 17, 11], capacity=20, finish=False)
+    log.add_episode(79 - len(log.rows) - 3, terminal=False)
+    assert len(log.rows) == log.ends[-1] == 79
+    before = log.episodes()
+    log.finish()
+    import_dqn_replay(tmp_path / "source", tmp_path / "store")
+    check_holds(tmp_path / "store", before)
+
+
+def test_cycle_jumped_over_before_the_last_file_mixes_nothing(tmp_path):
+    log = write_log(tmp_path / "source", [30, 2], capacity=20, finish=False)
+    while len(log.rows) % 20 != 16:
+        log.add_episode(1, terminal=len(log.rows) % 20 == 15) if not log.begins else log.add_episode(1, terminal=False)
+    assert log.begins
+    log.add_episode(6, terminal=False)
+    assert len(log.rows) - log.ends[-1] > 20
+    log.finish()
+    import_dqn_replay(tmp_path / "source", tmp_path / "store")
+    replay = open_replay(tmp_path / "store")
+    true_frames = {row[0].tobytes(): index for index, row in enumerate(log.rows) if row is not None}
+    indices = [
+        true_frames[frame.tobytes()] for frame in replay.frames_at("Pong", range(replay.num_transitions("Pong")))
+    ]
+    for row in replay.episodes("Pong").itertuples():
+        piece = indices[row.start : row.start + row.length]
+        assert piece == list(range(piece[0], piece[0] + row.length))
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_first_transitions_after_a_gap_by_hand(tmp_path, lost):
+    """In the middle of one long episode: their frame stacks are unknown, so they are not drawn."""
+    log = write_log(tmp_path / "source", [70], capacity=20)
+    log.remove(lost)
+    import_dqn_replay(tmp_path / "source", tmp_path / "store")
+    replay = open_replay(tmp_path / "store")
+    table = replay.episodes("Pong")
+    after = table[table["continued"]]
+    assert len(after) == 1 and table["continued"].tolist()[-1]
+    first, length = int(after["start"].iloc[0]), int(after["length"].iloc[0])
+    start, count = replay.sampleable("Pong", 3)
+    assert (start[-1], count[-1]) == (first + 3, length - 3)  # it ended in the game
+    batch = replay.batch("Pong", np.arange(first, first + 4), 3, 0.99)
+    known = (batch.observation != 0).any((1, 2))
+    assert known.tolist() == [[False] * 3 + [True], [False] * 2 + [True] * 2, [False] + [True] * 3, [True] * 4]
+    np.testing.assert_array_equal(batch.observation[:, :, :, -1], replay.frames_at("Pong", np.arange(first, first + 4)))
+
+
+# Real frames
+
+
+@pytest.fixture(scope="module")
+def recorded_log(recording, tmp_path_factory):
+    """The Breakout recording as Dopamine would have logged it, and its episodes."""
+    replay, source = open_replay(recording), tmp_path_factory.mktemp("recorded")
+    table = replay.episodes("Breakout")
+    log = DopamineLog(source, "Breakout", capacity=130)
+    for row in table.itertuples():
+        here = np.arange(row.start, row.start + row.length)
+        columns = replay.frames_at("Breakout", here), replay.actions("Breakout")[here], replay.rewards("Breakout")[here]
+        for step, (observation, action, reward) in enumerate(zip(*columns)):
+            log.add(observation, action, np.clip(reward, -1, 1), int(row.terminal and step == row.length - 1))
+    log.finish()
+    return source, log
+
+
+def test_real_frames(recorded_log, tmp_path):
+    source, log = recorded_log
+    import_dqn_replay(source, tmp_path)
+    replay = check_holds(tmp_path, log.episodes(), "Breakout")
+    check_batches(replay, [(log, log.episodes())], "Breakout")
+    manifest = replay.manifests("Breakout")[0]
+    assert manifest["rewards"] == "clipped" and tuple(manifest["actions"]) == action_names("Breakout")
+    assert manifest["sticky_actions"] == 0.25
+
+
+@pytest.mark.skipif(not SAMPLE.is_dir(), reason="no log of Dopamine's own in SCALED_QL_DQN_REPLAY_SAMPLE")
+def test_log_of_dopamines_own(tmp_path):
+    import_dqn_replay(SAMPLE, tmp_path)
+    episodes = read_log(SAMPLE / "Breakout/1/replay_logs")
+    replay = open_replay(tmp_path)
+    assert replay.validate() == []
+    table = replay.episodes("Breakout")
+    assert table["length"].tolist() == [len(episode) for episode in episodes]
+    assert table["terminal"].tolist() == [bool(episode[-1][3]) for episode in episodes]
+    assert not table["continued"].any()
+    rows = [row for episode in episodes for row in episode]
+    np.testing.assert_array_equal(replay.actions("Breakout"), [row[1] for row in rows])
+    np.testing.assert_array_equal(replay.rewards("Breakout"), [row[2] for row in rows])
+    np.testing.assert_array_equal(replay.frames_at("Breakout", np.arange(len(rows))), [row[0] for row in rows])
+
+
+# Which games, which runs, and again
+
+
+def test_games_and_runs_that_were_asked_for(tmp_path):
+    logs = {
+        (game, run): write_log(tmp_path / "source", game=game, run=run, seed=run)
+        for game, run in (("Pong", 1), ("Pong", 2), ("Pong", 10), ("Breakout", 1))
+    }
+    import_dqn_replay(tmp_path / "source", tmp_path / "some", games=["Pong"], runs=[2, 10])
+    assert open_replay(tmp_path / "some").games == ["Pong"]
+    assert open_replay(tmp_path / "some").episodes("Pong")["run"].unique().tolist() == [2, 10]
+    import_dqn_replay((tmp_path / "source").as_uri(), tmp_path / "all")
+    assert open_replay(tmp_path / "all").games == ["Breakout", "Pong"]
+    expected = [episode for (game, _), log in logs.items() if game == "Pong" for episode in log.episodes()]
+    check_holds(tmp_path / "all", expected)
+    for request in ({"games": ["Freeway"]}, {"games": ["Pong"], "runs": [3]}, {"games": ["Pnog"]}):
+        with pytest.raises(ReplayError, match=r"Freeway|3|Pnog"):
+            import_dqn_replay(tmp_path / "source", tmp_path / "none", **request)
+
+
+def test_files_that_are_no_columns_are_ignored(tmp_path):
+    """Newer logs also pickle where episodes end; training wrote checkpoints beside them."""
+    log = write_log(tmp_path / "source")
+    for number in range(len(log.ends)):
+        (log.folder / f"episode_end_indices_ckpt.{number}.gz").write_bytes(gzip.compress(b"\x80\x04."))
+        (log.folder / f"invalid_range_ckpt.{number}.gz").unlink()
+    (log.folder.parent / "checkpoints").mkdir()
+    (tmp_path / "source/README.md").write_text("mine")
+    import_dqn_replay(tmp_path / "source", tmp_path / "store")
+    check_holds(tmp_path / "store", log.episodes())
+
+
+def test_importing_again_changes_nothing(tmp_path):
+    write_log(tmp_path / "source")
+    write_log(tmp_path / "source", run=2, finish=False)
+    import_dqn_replay(tmp_path / "source", tmp_path / "store")
+    before = mtimes(tmp_path / "store")
+    import_dqn_replay(tmp_path / "source", tmp_path / "store")
+    assert mtimes(tmp_path / "store") == before
+
+
+@pytest.mark.parametrize("parts", [[1], [2, 3], [1, 2, 3, 4, 5]])
+def test_log_that_grew(tmp_path, parts):
+    log = write_log(tmp_path / "whole")
+    for part in [*parts, len(log.ends)]:
+        growing = tmp_path / "growing/Pong/1/replay_logs"
+        growing.mkdir(parents=True, exist_ok=True)
+        for number in range(part):
+            for file in log.folder.glob(f"*_ckpt.{number}.gz"):
+                if not (growing / file.name).exists():
+                    shutil.copy2(file, growing)
+        import_dqn_replay(tmp_path / "growing", tmp_path / "store")
+        assert open_replay(tmp_path / "store").validate() == []
+    check_holds(tmp_path / "store", log.episodes())
+    import_dqn_replay(tmp_path / "whole", tmp_path / "undisturbed")
+    assert open_replay(tmp_path / "store").identity() == open_replay(tmp_path / "undisturbed").identity()
+
+
+def test_runs_side_by_side(tmp_path):
+    logs = [write_log(tmp_path / "source", run=run, seed=run) for run in (1, 2)]
+    import_dqn_replay(tmp_path / "source", tmp_path / "store", workers=2)
+    check_holds(tmp_path / "store", [episode for log in logs for episode in log.episodes()], runs=[1] * 7 + [2] * 7)
+
+
+# Bad files
+
+
+def npy(array, **options):
+    buffer = io.BytesIO()
+    np.save(buffer, array, **options)
+    return buffer.getvalue()
+
+
+def column(log, name, number=2):
+    return column_file(log.folder, name, number)
+
+
+def rewrite(name, change):
+    """Replace one array by what `change` makes of it."""
+
+    def damage(log):
+        save(column(log, name), change(load(column(log, name))))
+        return column(log, name)
+
+    return damage
+
+
+def rewrite_bytes(name, change):
+    """Replace the bytes inside the gzip by what `change` makes of them."""
+
+    def damage(log):
+        file = column(log, name)
+        file.write_bytes(gzip.compress(change(gzip.decompress(file.read_bytes()))))
+        return file
+
+    return damage
+
+
+def cut_gzip(log):
+    file = column(log, "observation")
+    file.write_bytes(file.read_bytes()[:-40])
+    return file
+
+
+def flip_bit(log):
+    file = column(log, "observation")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    return file
+
+
+def empty_file(log):
+    column(log, "action").write_bytes(b"")
+    return column(log, "action")
+
+
+def plain_npy(log):
+    column(log, "action").write_bytes(npy(load(column(log, "action"))))
+    return column(log, "action")
+
+
+def missing(name):
+    def damage(log):
+        column(log, name).unlink()
+        return column(log, name)
+
+    return damage
+
+
+def change_add_count(content):
+    def damage(log):
+        file = log.folder / "add_count_ckpt.2.gz"
+        file.unlink() if content is None else file.write_bytes(gzip.compress(content))
+        return file
+
+    return damage
+
+
+def other_capacity(log):
+    for name in COLUMNS:
+        array = load(column(log, name))
+        save(column(log, name), np.concatenate([array, array[:1]]))
+    return log.folder / "*ckpt.2.gz"
+
+
+def too_many_rows(content):
+    return content.replace(b"(20,", b"(21,")
+
+
+BAD_FILES = {
+    "truncated gzip": cut_gzip,
+    "flipped bit": flip_bit,
+    "empty": empty_file,
+    "not gzip": plain_npy,
+    "not npy": rewrite_bytes("action", lambda content: b"<html>403 Forbidden</html>"),
+    "observation float32": rewrite("observation", lambda array: array.astype(np.float32)),
+    "observation of 83 columns": rewrite("observation", lambda array: array[:, :, :83]),
+    "observation with a channel": rewrite("observation", lambda array: array[..., None]),
+    "action float32": rewrite("action", lambda array: array.astype(np.float32)),
+    "action [C, 1]": rewrite("action", lambda array: array[:, None]),
+    "reward of strings": rewrite("reward", lambda array: array.astype("U8")),
+    "reward complex": rewrite("reward", lambda array: array.astype(np.complex64)),
+    "terminal float32": rewrite("terminal", lambda array: array.astype(np.float32)),
+    "one action short": rewrite("action", lambda array: array[:-1]),
+    "no rows": rewrite("reward", lambda array: array[:0]),
+    "scalar": rewrite("reward", lambda array: array[0]),
+    "more data than the header says": rewrite_bytes("reward", lambda content: content + bytes(1000)),
+    "fewer frames than the header says": rewrite_bytes("observation", too_many_rows),
+    "fewer actions than the header says": rewrite_bytes("action", too_many_rows),
+    "header only": rewrite_bytes("observation", lambda content: content[:128]),
+    "broken header": rewrite_bytes("reward", lambda content: content.replace(b"descr", b"descx")),
+    "other capacity": other_capacity,
+    **{f"no {name}": missing(name) for name in COLUMNS},
+    "no add_count": change_add_count(None),
+    "add_count of two": change_add_count(npy(np.array([39, 40]))),
+    "add_count negative": change_add_count(npy(np.array(-1))),
+    "add_count not a number": change_add_count(npy(np.array(np.nan))),
+    "add_count not npy": change_add_count(b"59"),
+    "add_count of an earlier file": change_add_count(npy(np.array(19))),
+}
+
+
+def check_refused_and_left_out(folder, log, damage):
+    """The file is named; what lay before it stays; the rest comes with skip_bad; repairing it is enough."""
+    source, store = folder / "source", folder / "store"
+    import_dqn_replay(source, folder / "undisturbed")
+    shutil.copytree(source, folder / "good")
+    bad = damage(log)
+    name = bad.name.replace("$", r"\$").replace(".", r"\.").replace("*", ".*")
+    with pytest.raises(ReplayError, match=name):
+        import_dqn_replay(source, store)
+
+    before = log.episodes(set(range(2, len(log.ends))))
+    replay = open_replay(store)
+    assert replay.validate() == []
+    whole = sum(episode["terminal"] for episode in before)
+    lengths = replay.episodes("Pong")["length"].tolist()
+    assert whole <= len(lengths) and lengths[:whole] == [len(episode["indices"]) for episode in before][:whole]
+    assert not set(lengths[len(before) :])
+
+    import_dqn_replay(source, folder / "rest", skip_bad=True)
+    expected = log.episodes({2})
+    check_batches(check_holds(folder / "rest", expected), [(log, expected)])
+    assert bad.name.lstrip("*") in report_text(folder / "rest")
+
+    shutil.rmtree(source)
+    (folder / "good").rename(source)
+    import_dqn_replay(source, store)
+    check_holds(store, log.episodes())
+    assert contents(store) == contents(folder / "undisturbed")
+
+
+@pytest.mark.parametrize("damage", BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_file(tmp_path, damage):
+    check_refused_and_left_out(tmp_path, write_log(tmp_path / "source"), damage)
+
+
+@pytest.mark.parametrize("number", [0, 5])
+def test_bad_first_or_last_file(tmp_path, number):
+    log = write_log(tmp_path / "source")
+    file = column_file(log.folder, "observation", number)
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(ReplayError, match=rf"observation_ckpt\.{number}\.gz"):
+        import_dqn_replay(tmp_path / "source", tmp_path / "store")
+    import_dqn_replay(tmp_path / "source", tmp_path / "rest", skip_bad=True)
+    check_batches(check_holds(tmp_path / "rest", log.episodes({number})), [(log, log.episodes({number}))])
+
+
+def test_bomb(tmp_path):
+    """A few hundred kilobytes that unpack to 300 MB behind an honest header."""
+
+    def damage(log):
+        file = column(log, "terminal")
+        file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes()) + bytes(300_000_000), compresslevel=1))
+        return file
+
+    check_refused_and_left_out(tmp_path, write_log(tmp_path / "source"), damage)
+
+
+class Payload:
+    """What it unpickles to is a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("name", [*COLUMNS, "add_count"])
+def test_pickle_is_refused_and_never_loaded(tmp_path, name):
+    import pickle
+
+    trap = tmp_path / "it was loaded"
+    pickle.loads(pickle.dumps(Payload(trap)))  # the trap works
+    trap.unlink()
+    log = write_log(tmp_path / "source")
+    file = log.folder / "add_count_ckpt.2.gz" if name == "add_count" else column(log, name)
+    for content in (npy(np.array([Payload(trap)] * 20), allow_pickle=True), pickle.dumps(Payload(trap))):
+        file.write_bytes(gzip.compress(content))
+        with pytest.raises(ReplayError, match=rf"{name}_ckpt\.2\.gz"):
+            import_dqn_replay(tmp_path / "source", tmp_path / "store")
+        report = import_dqn_replay(tmp_path / "source", tmp_path / "rest", skip_bad=True)
+        assert not trap.exists() and report is not None
+        shutil.rmtree(tmp_path / "rest")
+
+
+# Bad folders
+
+
+def test_unknown_game(tmp_path):
+    log = write_log(tmp_path / "source")
+    write_log(tmp_path / "source", game="Pnog")
+    with pytest.raises(ReplayError, match="Pnog"):
+        import_dqn_replay(tmp_path / "source", tmp_path / "store")
+    import_dqn_replay(tmp_path / "source", tmp_path / "pong", games=["Pong"])
+    check_holds(tmp_path / "pong", log.episodes())
+
+
+def test_source_without_a_log(tmp_path):
+    with pytest.raises(ReplayError, match="absent"):
+        import_dqn_replay(tmp_path / "absent", tmp_path / "store")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ReplayError, match="empty"):
+        import_dqn_replay(tmp_path / "empty", tmp_path / "store")
+    (tmp_path / "empty/Pong/1/replay_logs").mkdir(parents=True)
+    with pytest.raises(ReplayError, match="empty"):
+        import_dqn_replay(tmp_path / "empty", tmp_path / "store")
+    assert not (tmp_path / "store/Pong/1/manifest.json").exists()
+
+
+def test_every_file_bad(tmp_path):
+    log = write_log(tmp_path / "source")
+    for file in log.folder.glob("*observation*"):
+        file.write_bytes(b"")
+    with pytest.raises(ReplayError, match="observation"):
+        import_dqn_replay(tmp_path / "source", tmp_path / "store")
+
+
+def test_destination_in_the_way(tmp_path):
+    write_log(tmp_path / "source")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ReplayError, match="file"):
+        import_dqn_replay(tmp_path / "source", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_destination_is_a_recording(tmp_path, recording):
+    """A run of another origin is neither continued nor replaced."""
+    shutil.copytree(recording, tmp_path / "store")
+    before = contents(tmp_path / "store")
+    write_log(tmp_path / "source", game="Breakout")
+    with pytest.raises(ReplayError, match="Breakout"):
+        import_dqn_replay(tmp_path / "source", tmp_path / "store")
+    assert contents(tmp_path / "store") == before
+
+
+# Export
+
+
+def write_store(path, runs, seed, game="Pong"):
+    """A store of our own making: {run: [(length, terminal), ...]}."""
+    for run, episodes in runs.items():
+        with ReplayWriter(path, game, run, actions=action_names(game), source="a test", sticky_actions=0.25) as writer:
+            for number, (length, terminal) in enumerate(episodes):
+                rng = np.random.default_rng([seed, run, number])
+                frames = rng.integers(0, 3, (length, 1, 84), dtype=np.uint8).repeat(84, 1)
+                rewards = rng.normal(scale=2, size=length).astype(np.float32)
+                writer.append(frames, rng.integers(6, size=length), rewards, terminal=terminal)
+
+
+def check_equal_replays(one, other, game="Pong"):
+    columns = ["start", "length", "terminal", "truncated", "run"]
+    assert one.episodes(game)[columns].to_dict("list") == other.episodes(game)[columns].to_dict("list")
+    np.testing.assert_array_equal(one.actions(game), other.actions(game))
+    np.testing.assert_array_equal(one.rewards(game), other.rewards(game))
+    every = np.arange(one.num_transitions(game))
+    np.testing.assert_array_equal(one.frames_at(game, every), other.frames_at(game, every))
+
+
+STORES = st.dictionaries(
+    st.sampled_from([1, 2, 10]),
+    st.lists(st.tuples(st.integers(1, 25), st.booleans()), min_size=1, max_size=5),
+    min_size=1,
+    max_size=2,
+)
+
+
+@settings(max_examples=12, **SLOW)
+@given(runs=STORES, rows_per_file=st.integers(5, 40), seed=st.integers(0, 99))
+@example(runs={1: [(1, True)]}, rows_per_file=5, seed=0)
+@example(runs={1: [(1, True)] * 5}, rows_per_file=5, seed=0)
+@example(runs={1: [(2, True), (25, True)]}, rows_per_file=5, seed=0)  # 5 rows, then 28
+def test_import_of_an_export_is_the_original(runs, rows_per_file, seed):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_store(folder / "store", runs, seed)
+        export_dqn_replay(folder / "store", folder / "log", rows_per_file=rows_per_file)
+        check_exported_files(folder / "log", open_replay(folder / "store"), rows_per_file)
+        import_dqn_replay(folder / "log", folder / "again")
+        again = open_replay(folder / "again")
+        assert again.validate() == []
+        check_equal_replays(again, open_replay(folder / "store"))
+
+
+def check_exported_files(source, replay, rows_per_file):
+    table = replay.episodes("Pong")
+    for run, of_run in table.groupby("run"):
+        logs = source / "Pong" / str(run) / "replay_logs"
+        episodes = read_log(logs)
+        assert [len(episode) for episode in episodes] == of_run["length"].tolist()
+        for row, episode in zip(of_run.itertuples(), episodes):
+            here = np.arange(row.start, row.start + row.length)
+            frames, actions, rewards, terminals = zip(*episode)
+            np.testing.assert_array_equal(frames, replay.frames_at("Pong", here))
+            np.testing.assert_array_equal(actions, replay.actions("Pong")[here])
+            np.testing.assert_array_equal(rewards, replay.rewards("Pong")[here])
+            assert list(terminals) == [0] * (row.length - 1) + [1]
+        for number in range(len(list(logs.glob("add_count*")))):
+            arrays = [load(column_file(logs, name, number)) for name in COLUMNS]
+            assert [array.dtype for array in arrays] == ["uint8", "int32", "float32", "uint8"]
+            assert [array.shape for array in arrays] == [(rows_per_file, 84, 84), *[(rows_per_file,)] * 3]
+            assert load(logs / f"add_count_ckpt.{number}.gz").shape == ()
+            assert load(logs / f"invalid_range_ckpt.{number}.gz").shape == (5,)
+
+
+def test_export_of_an_import_holds_the_same_episodes(tmp_path):
+    log = write_log(tmp_path / "source")
+    import_dqn_replay(tmp_path / "source", tmp_path / "store")
+    export_dqn_replay(open_replay(tmp_path / "store"), tmp_path / "log", rows_per_file=20)
+    import_dqn_replay(tmp_path / "log", tmp_path / "again")
+    check_holds(tmp_path / "again", log.episodes())
+    assert json.loads(report_text(tmp_path / "again"))
