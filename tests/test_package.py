@@ -10,7 +10,9 @@ import pytest
 
 # From the bottom up; a module imports only what stands before it.
 ORDER = (
-    "games", "environments", "metrics", "plots", "replay.store", "replay.sampling", "replay", "collect",
+    "games", "environments", "metrics", "plots",
+    "replay.format", "replay.views", "replay.store", "replay.writer", "replay.sampling",
+    "replay.importing", "replay.dqn_replay", "replay.rl_unplugged", "replay.minari", "replay", "collect",
     "networks.encoders", "networks.q_network", "networks", "losses", "training", "evaluation",
     "parameters", "runs", "explore", "command",
 )  # fmt: skip

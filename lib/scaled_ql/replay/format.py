@@ -99,15 +99,16 @@ def open_arrays(folder: Path) -> dict[str, ts.TensorStore]:
     return arrays
 
 
-def write_rows(arrays: dict[str, ts.TensorStore], row: int, data: dict[str, np.ndarray]) -> None:
-    """Write equally long columns at rows row, row + 1, ...; the arrays grow where needed."""
-    stop = row + len(data["action"])
+def grow(arrays: dict[str, ts.TensorStore], rows: int) -> None:
+    """Make the arrays at least `rows` long."""
     for name, array in arrays.items():
-        if array.shape[0] < stop:
-            shape = [stop, *array.shape[1:]]
-            arrays[name] = array.resize(exclusive_max=shape, expand_only=True).result()
-    for write in [array[row:stop].write(data[name]) for name, array in arrays.items()]:
-        write.result()
+        if array.shape[0] < rows:
+            arrays[name] = array.resize(exclusive_max=[rows, *array.shape[1:]], expand_only=True).result()
+
+
+def write_rows(arrays: dict[str, ts.TensorStore], row: int, columns: dict[str, np.ndarray]) -> list[ts.Future]:
+    """Begin to write columns at rows row, row + 1, ...; wait for each of the results."""
+    return [arrays[name][row : row + len(column)].write(column) for name, column in columns.items()]
 
 
 def step_records(observation: np.ndarray, action: np.ndarray, reward: np.ndarray) -> bytes:

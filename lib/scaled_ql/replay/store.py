@@ -78,6 +78,7 @@ class Run:
 
     @cached_property
     def arrays(self) -> dict[str, ts.TensorStore]:
+        """All of them, opened on first use."""
         return {name: self.open_array(name) for name in ARRAYS}
 
     def reading(self, read: Callable[[], T], name: str) -> T:
@@ -181,7 +182,7 @@ class Replay:
         return [run.manifest for run in self._game_runs(game)]
 
     def import_reports(self, game: str) -> list[dict[str, Any]]:
-        """Of each imported recording of a game: its files, gaps and what was left out; see `scaled_ql.replay.imports`."""
+        """`import.json` of each imported recording of a game, with its run: files, gaps, what was left out."""
         reports = []
         for run in self._game_runs(game):
             content = run.kvstore.read("import.json").result().value
@@ -348,9 +349,7 @@ class Replay:
                         target[stack_size - len(stack) :] = stack
         return batch
 
-    def _span(
-        self, game: str, run: Run, episode: np.ndarray, step: np.ndarray, n_step: int, stack_size: int
-    ) -> "Span":
+    def _span(self, game: str, run: Run, episode: np.ndarray, step: np.ndarray, n_step: int, stack_size: int) -> "Span":
         """Which rows of a run's arrays make the transitions at the given steps of episodes."""
         episodes = self._episodes[game]
         first, length = episodes.row[episode], episodes.length[episode]

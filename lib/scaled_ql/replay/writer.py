@@ -146,7 +146,9 @@ class ReplayWriter:
         data, row = episode_rows(observation, action, reward, bool(terminal), self.num_transitions, self._next_row)
         row |= {name: getattr(value, "item", lambda value=value: value)() for name, value in columns.items()}
         try:
-            fmt.write_rows(self._arrays, self._next_row, data)
+            fmt.grow(self._arrays, self._next_row + row["frames"])
+            for write in fmt.write_rows(self._arrays, self._next_row, data):
+                write.result()
             self._commit(row)
         except (OSError, ValueError) as error:
             raise ReplayError(

@@ -1,0 +1,465 @@
+"""DQN-Replay logs (Agarwal et al., 2020): what Dopamine's replay buffer wrote while it was filled again and again.
+
+::
+
+    Breakout/1/replay_logs/$store$_observation_ckpt.0.gz   gzip over npy, uint8 [C, 84, 84]
+                           $store$_action_ckpt.0.gz        int32 [C]
+                           $store$_reward_ckpt.0.gz        float32 [C]
+                           $store$_terminal_ckpt.0.gz      uint8 [C]
+                           add_count_ckpt.0.gz             int64 []
+
+The buffer is a ring of C rows that has seen `add_count` rows when it is dumped. So row r holds the row with the
+global number g, the largest below add_count with g % C == r, and a file is new from the number on where the file
+before it ended. The dump comes one row early: the last row of file k is the row between files k - 1 and k. An
+episode begins with three rows of zeros. The last dump of a log saves the ring's position in place of add_count.
+
+Here a row of the arrays is the row with that global number: files do not depend on one another.
+"""
+
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import fsspec
+import numpy as np
+from isal import igzip
+
+from scaled_ql.games import action_names
+from scaled_ql.replay import format as fmt
+from scaled_ql.replay import importing
+from scaled_ql.replay.format import FRAME_SHAPE, ReplayError
+from scaled_ql.replay.importing import Part, Plan, Progress, Report, RowWriter, Unreadable
+
+SOURCE = "DQN-Replay"
+PADDING = 3  # rows of zeros before an episode: Dopamine's stack size less one
+STICKY_ACTIONS = 0.25
+MAX_CAPACITY = 20_000_000  # rows a file; beyond that its small columns would not fit in memory
+READ_ROWS = 2_048  # frames decoded together
+COLUMNS = {"action": np.int32, "reward": np.float32, "terminal": np.uint8}
+BOUNDARY = "boundary"  # a column of our own beside Dopamine's: 1 truncated here, 2 its beginning was lost
+FILE = re.compile(r"^\$store\$_(observation|action|reward|terminal)_ckpt\.(\d+)\.gz$|^add_count_ckpt\.(\d+)\.gz$")
+
+
+def import_dqn_replay(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    games: list[str] | None = None,
+    runs: list[int] | None = None,
+    *,
+    skip_bad: bool = False,
+    workers: int = 0,
+    scheduler: str = "",
+    progress: Progress | None = None,
+) -> Report:
+    """Import logs of Dopamine's replay buffer; a killed import goes on when it is called again.
+
+    Args:
+        source: the folder or URL (``gs://`` with gcsfs, ``s3://`` with s3fs, ...) that holds the game folders.
+        destination: the dataset's folder, on a local disk.
+        games: those to import; None is all there.
+        runs: those to import of each game; None is all there.
+        skip_bad: go on after a file that cannot be read, and list it in the report and in ``import.json``.
+        workers: processes that convert files side by side; 0 converts in this one.
+        scheduler: address of a running Dask scheduler to use instead, whose workers see both folders.
+        progress: called with (files done, files known).
+
+    Returns:
+        what was imported, what is missing, what was excluded.
+
+    Raises:
+        ReplayError: what is wrong with which file, and from which row on.
+    """
+    filesystem, root = importing.open_source(source)
+    url, destination = filesystem.unstrip_protocol(root), Path(destination).absolute()
+    found = _find_runs(filesystem, root, games, runs)
+
+    def plan(game: str, run: int) -> Plan:
+        return plan_run(url, found[game, run], destination, game, run)
+
+    return importing.run_import(
+        destination, sorted(found), plan, convert,
+        order_by=["row"], skip_bad=skip_bad, workers=workers, scheduler=scheduler, progress=progress,
+    )  # fmt: skip
+
+
+def _find_runs(
+    filesystem: fsspec.AbstractFileSystem, root: str, games: list[str] | None, runs: list[int] | None
+) -> dict[tuple[str, int], str]:
+    found = {}
+    for game, folder in importing.game_folders(filesystem, root, games).items():
+        names = {
+            int(name): entry["name"].rstrip("/")
+            for entry in importing.list_folder(filesystem, folder)
+            if entry["type"] == "directory" and (name := entry["name"].rstrip("/").rsplit("/", 1)[-1]).isdigit()
+        }
+        absent = sorted(set(runs or ()) - names.keys())
+        if absent or not names:
+            raise ReplayError(
+                f"{folder}: no run {', '.join(map(str, absent)) or 'folder'}; it has {sorted(names)}. "
+                f"Expected {folder}/<run>/replay_logs/."
+            )
+        found |= {(game, run): f"{names[run]}/replay_logs" for run in sorted(runs or names)}
+    return found
+
+
+def plan_run(source: str, logs: str, destination: Path, game: str, run: int) -> Plan:
+    """Which files a run has, which global numbers each of them adds, and what none of them holds.
+
+    A file that is found to be bad here stays in the plan, to be reported in its turn.
+
+    Raises:
+        ReplayError: there are no files, or the destination cannot be written.
+    """
+    filesystem, _ = importing.open_source(source)
+    dumps: dict[int, set[str]] = {}
+    for entry in importing.list_folder(filesystem, logs):
+        match = FILE.match(entry["name"].rsplit("/", 1)[-1])
+        if match:
+            dumps.setdefault(int(match[2] or match[3]), set()).add(match[1] or "add_count")
+    if not dumps:
+        raise ReplayError(f"{logs}: holds no $store$_observation_ckpt.<number>.gz; expected Dopamine's replay logs.")
+    actions, folder = list(action_names(game)), str(destination / game / str(run))
+    parts, gaps = [], []
+    capacity, before, previous = 0, 0, None  # of the file before: rows a file, rows added, number
+    for number in sorted(dumps):
+        address = _address(logs, "observation", number)
+        try:
+            _expect_all(logs, number, dumps[number])
+            capacity = _capacity(filesystem, logs, number, capacity)
+            count = _read_add_count(filesystem, _address(logs, "add_count", number))
+            if number == max(dumps) and number > 0 and count < capacity:  # the ring's position, not a count
+                cycle = number if previous is None else before // capacity + number - previous
+                if previous == number - 1 and not _repeats(filesystem, logs, number, count, capacity):
+                    cycle += 1  # a whole cycle went by without a dump
+                count += cycle * capacity
+            if count <= before:
+                raise Unreadable(
+                    f"{_address(logs, 'add_count', number)}: {count} rows added, but {before} by the file before it. "
+                    "Expected counts that grow with the number of the dump: files of different logs are mixed."
+                )
+        except Unreadable as error:
+            parts.append(Part(folder, number, address, {"bad": str(error)}))
+            continue
+        low = max(before, count - capacity)
+        if low > before:
+            gaps.append({"first": before, "last": low - 1, "before": address})
+        content = {
+            "source": source, "logs": logs, "number": number, "capacity": capacity, "low": low, "stop": count,
+            "previous": previous if low == before else None, "actions": len(actions),
+        }  # fmt: skip
+        parts.append(Part(folder, number, address, content))
+        before, previous = count, number
+    manifest = fmt.make_manifest(game, run, actions=actions, source=SOURCE, sticky_actions=STICKY_ACTIONS)
+    importing.prepare_run(Path(folder), before)
+    return Plan(manifest, parts, {"gaps": gaps})
+
+
+def _expect_all(logs: str, number: int, there: set[str]) -> None:
+    absent = {*COLUMNS, "observation", "add_count"} - there
+    if absent:
+        names = ", ".join(_address(logs, name, number) for name in sorted(absent))
+        raise Unreadable(f"{names}: missing, while other files of dump {number} are there. Restore it.")
+
+
+def _capacity(filesystem: fsspec.AbstractFileSystem, logs: str, number: int, before: int) -> int:
+    address = _address(logs, "action", number)
+    with _opened(filesystem, address) as file:
+        rows = file.expect(COLUMNS["action"], ())
+    if before and rows != before:
+        raise Unreadable(
+            f"{address}: {rows} rows, but the files before it have {before}. Expected the dumps of one buffer: logs "
+            "of different ones cannot be mixed."
+        )
+    return rows
+
+
+def _address(logs: str, column: str, number: int) -> str:
+    name = column if column == "add_count" else f"$store$_{column}"
+    return f"{logs}/{name}_ckpt.{number}.gz"
+
+
+def _repeats(filesystem: fsspec.AbstractFileSystem, logs: str, number: int, position: int, capacity: int) -> bool:
+    """Whether the old rows of a last, partial dump are those of the dump before it: no cycle was missed."""
+    old = slice(position, capacity - 1)
+    for name in COLUMNS:
+        ours, theirs = (
+            read_column(filesystem, _address(logs, name, k), COLUMNS[name], capacity) for k in (number, number - 1)
+        )
+        if ours[old].tobytes() != theirs[old].tobytes():
+            return False
+    return True
+
+
+class _Npy:
+    """A gzipped npy file, read front to back; never unpickles, never reads beyond what its header promises."""
+
+    def __init__(self, address: str, raw: BinaryIO):
+        self.address, self.row = address, 0
+        self.stream = igzip.IGzipFile(fileobj=raw)
+        version = np.lib.format.read_magic(self.stream)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+        if read is None:
+            raise Unreadable(f"{address}: npy version {version}, expected 1.0 or 2.0.")
+        self.shape, fortran, self.dtype = read(self.stream)
+        if self.dtype.hasobject:
+            raise Unreadable(f"{address}: holds pickled objects, which are never loaded; expected numbers.")
+        if fortran and len(self.shape) > 1:
+            raise Unreadable(f"{address}: in Fortran order; expected C order.")
+
+    def expect(self, dtype: Any, tail: tuple[int, ...], rows: int | None = None) -> int:
+        """Check dtype and shape; returns the number of rows."""
+        wanted = f"{np.dtype(dtype)} [{rows or 'C'}{''.join(f', {n}' for n in tail)}]"
+        if self.dtype != np.dtype(dtype) or len(self.shape) != 1 + len(tail) or self.shape[1:] != tail:
+            raise Unreadable(f"{self.address}: is {self.dtype} {list(self.shape)}, expected {wanted}.")
+        if not 0 < self.shape[0] <= MAX_CAPACITY or (rows is not None and self.shape[0] != rows):
+            raise Unreadable(
+                f"{self.address}: its header says {self.shape[0]} rows, expected {rows or f'1 to {MAX_CAPACITY}'}."
+            )
+        return self.shape[0]
+
+    def blocks(self, rows: int) -> Iterator[np.ndarray]:
+        """Its rows, so many at a time; ends only when the file ends where its header says."""
+        total, tail = self.shape[0], self.shape[1:]
+        while self.row < total:
+            block = np.empty((min(rows, total - self.row), *tail), self.dtype)
+            target, filled = memoryview(block).cast("B"), 0
+            while filled < len(target):
+                count = self.stream.readinto(target[filled:])
+                if not count:
+                    self.row += filled * len(block) // len(target)
+                    raise EOFError(f"it ends there, its header promises {total} rows")
+                filled += count
+            self.row += len(block)
+            yield block
+        if self.stream.read(1):
+            raise Unreadable(
+                f"{self.address}: goes on after the {total} rows that its header promises: it is not what it says. "
+                "Restore it from its source.",
+                total,
+            )
+
+
+@contextmanager
+def _opened(filesystem: fsspec.AbstractFileSystem, address: str) -> Iterator[_Npy]:
+    """Open one file of a log; whatever goes wrong while it is read names it, the row and the remedy."""
+    file = None
+    try:
+        with filesystem.open(address, "rb") as raw:
+            file = _Npy(address, raw)
+            yield file
+    except ReplayError:
+        raise
+    except Exception as error:  # gzip, npy and each kind of bucket have errors of their own
+        row = file.row if file else 0
+        if isinstance(error, PermissionError):
+            remedy = "Check your permissions."
+        else:
+            remedy = "The file is damaged or no gzipped npy; restore it from its source."
+        raise Unreadable(
+            f"{address}: cannot be read from row {row} on ({type(error).__name__}: {error}). {remedy}", row
+        ) from error
+
+
+def _read_add_count(filesystem: fsspec.AbstractFileSystem, address: str) -> int:
+    with _opened(filesystem, address) as file:
+        if file.shape != () or file.dtype.kind not in "iu":
+            raise Unreadable(f"{address}: is {file.dtype} {list(file.shape)}, expected one integer.")
+        content = file.stream.read(file.dtype.itemsize + 1)
+        if len(content) != file.dtype.itemsize:
+            raise Unreadable(f"{address}: not as long as its header says; restore it from its source.")
+        return int(np.frombuffer(content, file.dtype)[0])
+
+
+def read_column(filesystem: fsspec.AbstractFileSystem, address: str, dtype: Any, capacity: int) -> np.ndarray:
+    """One small column of a dump, [capacity].
+
+    Raises:
+        ReplayError: damaged, or of another dtype or length.
+    """
+    with _opened(filesystem, address) as file:
+        file.expect(dtype, (), capacity)
+        return np.concatenate(list(file.blocks(1 << 20)))
+
+
+class Dump(NamedTuple):
+    """The new rows of one dump in the order of their global numbers, [N]; row i has the number low + i."""
+
+    low: int
+    ring: np.ndarray  # row of the file
+    action: np.ndarray
+    reward: np.ndarray
+    terminal: np.ndarray
+    boundary: np.ndarray
+
+
+def convert(part: Part) -> tuple[list[dict[str, Any]], dict[str, list], Unreadable | None]:
+    """Write one dump's rows and find its segments.
+
+    Returns:
+        (segments, what was excluded, what ended it early or None)
+    """
+    content = part.content
+    if "bad" in content:
+        return [], {}, Unreadable(content["bad"])
+    filesystem, _ = importing.open_source(content["source"])
+    try:
+        dump, ended = _read_dump(filesystem, content)
+    except Unreadable as error:
+        return [], {}, error
+    crc32, good, problem = _write_frames(filesystem, part, dump)
+    segments, excluded = find_segments(dump, crc32, good, ended, content["actions"], part.file)
+    usable = np.zeros(len(dump.action), bool)
+    terminal, truncated = np.zeros((2, len(dump.action)), bool)
+    for piece in segments:
+        begin, stop = piece["row"] - dump.low, piece["row"] - dump.low + piece["length"]
+        usable[begin:stop] = True
+        terminal[stop - 1] = piece["terminal"]
+        truncated[stop - 1] = not piece["terminal"] and not piece["open"]
+    writer = RowWriter(Path(part.folder), dump.low)
+    action, reward = np.where(usable, dump.action, 0), np.where(usable, dump.reward, np.float32(0))
+    writer.append(action=action, reward=reward, terminal=terminal, truncated=truncated)
+    writer.close()
+    return segments, {"excluded": excluded}, problem
+
+
+def _read_dump(filesystem: fsspec.AbstractFileSystem, content: dict[str, Any]) -> tuple[Dump, int]:
+    """A dump's small columns, and when the episode before its first row ended; see `find_segments`."""
+    logs, number, capacity = content["logs"], content["number"], content["capacity"]
+    low, previous = content["low"], content["previous"]
+    ring = np.arange(low, content["stop"]) % capacity
+    columns = {
+        name: read_column(filesystem, _address(logs, name, number), dtype, capacity)[ring]
+        for name, dtype in COLUMNS.items()
+    }
+    boundary = np.zeros(len(ring), np.uint8)
+    if filesystem.exists(_address(logs, BOUNDARY, number)):
+        boundary = read_column(filesystem, _address(logs, BOUNDARY, number), np.uint8, capacity)[ring]
+    ended = 1 if low == 0 else -1
+    if previous is not None:
+        before = np.arange(low - 1, max(low - 1 - PADDING, -1), -1) % capacity
+        ends = read_column(filesystem, _address(logs, "terminal", previous), np.uint8, capacity)[before] == 1
+        ended = int(np.argmax(ends)) + 1 if ends.any() else 0
+    return Dump(low, ring, **columns, boundary=boundary), ended
+
+
+def _write_frames(
+    filesystem: fsspec.AbstractFileSystem, part: Part, dump: Dump
+) -> tuple[np.ndarray, np.ndarray, Unreadable | None]:
+    """Write the new frames; returns their CRC-32s, which of them were read, and what ended that early."""
+    capacity = part.content["capacity"]
+    crc32, good = np.zeros(len(dump.ring), np.uint32), np.zeros(len(dump.ring), bool)
+    # In the file's order the new rows are at most two stretches: the ring's front, and the end that precedes it.
+    turn = int(np.argmin(dump.ring))
+    stretches = sorted((int(dump.ring[i]), i, n) for i, n in ((0, turn), (turn, len(dump.ring) - turn)) if n)
+    writers = {place: RowWriter(Path(part.folder), dump.low + place) for _, place, _ in stretches}
+    problem, at = None, 0
+    try:
+        with _opened(filesystem, part.file) as file:
+            file.expect(np.uint8, FRAME_SHAPE, capacity)
+            for block in file.blocks(READ_ROWS):
+                for ring, place, count in stretches:
+                    begin, stop = max(ring, at), min(ring + count, at + len(block))
+                    if begin < stop:
+                        frames = block[begin - at : stop - at]
+                        here = slice(place + begin - ring, place + stop - ring)
+                        crc32[here] = [zlib.crc32(frame) for frame in frames]
+                        good[here] = True
+                        writers[place].append(observation=frames)
+                at += len(block)
+    except Unreadable as error:
+        problem = error
+    for writer in writers.values():
+        writer.close()
+    return crc32, good, problem
+
+
+def find_segments(
+    dump: Dump, crc32: np.ndarray, good: np.ndarray, ended: int, num_actions: int, file: str
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Cut a dump's new rows into segments of episodes.
+
+    Args:
+        dump: N rows.
+        crc32: uint32 [N], of each frame.
+        good: bool [N], whether the frame could be read.
+        ended: how many rows before the first one an episode ended, at most PADDING; 0 if none of those did, -1 if
+            what was there is lost.
+        num_actions: of the game.
+        file: name, for the list.
+
+    Returns:
+        (segments, rows that are no transitions with the reason for each)
+    """
+    size = len(dump.action)
+    excluded, bad = _bad_rows(dump, good, num_actions, file)
+    ends = dump.terminal == 1
+    padding, depth = _find_padding(dump, crc32, good, bad, ended)
+    keep = good & ~bad & ~padding
+    lost = (dump.boundary & 2) > 0
+    # A row is an episode's first if an episode ended, or padding stood, just before it.
+    padded_before = 1 < ended <= depth + 1
+    fresh = np.concatenate([[ended == 1 or padded_before], (ends | padding)[:-1]]) & ~lost
+    starts = keep & (fresh | lost | ~np.concatenate([[False], keep[:-1]]))
+    stops = np.append(np.flatnonzero(starts)[1:], size)
+    segments = []
+    for begin, stop in zip(np.flatnonzero(starts).tolist(), stops.tolist()):
+        stop = begin + int(np.argmin(np.append(keep[begin:stop], False)))
+        here, last = slice(begin, stop), stop - 1
+        segments.append(
+            importing.segment(
+                dump.low + begin,
+                crc32[here],
+                dump.action[here],
+                dump.reward[here],
+                terminal=ends[last] and not dump.boundary[last] & 1,
+                continued=begin > 0 and not fresh[begin],
+                joins=begin == 0 and not fresh[0],
+                is_open=stop == size and not ends[last],
+            )
+        )
+    return segments, excluded
+
+
+def _bad_rows(dump: Dump, good: np.ndarray, num_actions: int, file: str) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Rows that are no transitions: (a list of them with the reason, bool [N])."""
+    tests = {
+        "reward": (~np.isfinite(dump.reward), "expected a finite number"),
+        "action": ((dump.action < 0) | (dump.action >= num_actions), f"the game has 0 to {num_actions - 1}"),
+        "terminal": (dump.terminal > 1, "expected 0 or 1"),
+    }
+    excluded, bad = [], np.zeros(len(good), bool)
+    for name, (wrong, expected) in tests.items():
+        for row in np.flatnonzero(wrong & good & ~bad).tolist():
+            reason = f"its {name} is {getattr(dump, name)[row]}, {expected}"
+            excluded.append({"file": file, "row": int(dump.ring[row]), "reason": reason})
+        bad |= wrong
+    return sorted(excluded, key=lambda entry: entry["row"]), bad
+
+
+def _find_padding(
+    dump: Dump, crc32: np.ndarray, good: np.ndarray, bad: np.ndarray, ended: int
+) -> tuple[np.ndarray, int]:
+    """Rows of zeros that precede episodes: (bool [N], how many an episode has here)."""
+    size, black = len(good), zlib.crc32(bytes(FRAME_SHAPE[0] * FRAME_SHAPE[1]))
+    zero = good & (crc32 == black) & (dump.action == 0) & (dump.reward == 0) & (dump.terminal == 0)
+
+    def run_of_zeros(row: int, limit: int) -> list[int]:
+        rows = []
+        while len(rows) < limit and row + len(rows) < size and (zero | bad)[row + len(rows)]:
+            rows.append(row + len(rows))
+        return rows
+
+    inside = [position + 1 for position in np.flatnonzero(dump.terminal == 1).tolist()]
+    runs = [run_of_zeros(row, PADDING) for row in inside]
+    # A first frame may be black as well; how many rows of zeros are usual tells the padding from it.
+    whole = [len(run) for row, run in zip(inside, runs) if row + PADDING <= size]
+    depth = int(np.median(whole)) if whole else PADDING
+    before = run_of_zeros(0, depth - max(ended - 1, 0) if ended else 0)
+    padding = np.zeros(size, bool)
+    for run in [before, *(run[:depth] for run in runs)]:
+        padding[run] = True
+    return padding & zero, depth

@@ -1,0 +1,527 @@
+"""What all imports share: files become parts, parts become a run; on Dask or in this process.
+
+::
+
+    plan(game, run)   which files there are, and where in the run's arrays each one's rows belong
+    convert(part)     one file: its rows into the arrays, its segments (pieces of episodes) into parts/<number>.arrow
+    finish(run)       segments -> episode table -> read everything back and compare
+
+Each of the three can be repeated at any time with the same result, so whatever is killed is simply started again: a
+part whose file of segments is there is done. A file has rows of its own in the arrays, so files are converted in any
+order and side by side; the episode table says which rows count.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import tensorstore as ts
+
+from scaled_ql.games import UnknownGame, action_names
+from scaled_ql.replay import format as fmt
+from scaled_ql.replay.format import ReplayError
+from scaled_ql.replay.store import open_run, validate_run
+from scaled_ql.replay.writer import lock_run
+
+BLOCK = 8_192  # rows written together: 58 MB of frames, whole chunks
+RETRIES = 5  # of a task whose worker was killed
+
+Progress = Callable[[int, int], None]
+
+
+class Part(NamedTuple):
+    """One file of a run.
+
+    Attributes:
+        folder: of the run in the destination.
+        number: its place in the order of time.
+        file: its address, for messages and the report.
+        content: what its format needs to convert it; equal for equal results.
+    """
+
+    folder: str
+    number: int
+    file: str
+    content: dict[str, Any]
+
+
+class Plan(NamedTuple):
+    """What is to be done for one run.
+
+    Attributes:
+        manifest: of the run.
+        parts: its files, in the order of time.
+        notes: for the report: what was found missing while planning.
+    """
+
+    manifest: dict[str, Any]
+    parts: list[Part]
+    notes: dict[str, list]
+
+
+class Report(NamedTuple):
+    """What an import did.
+
+    Attributes:
+        transitions: in the runs that were asked for, those imported before included.
+        gaps: stretches that no file holds, as {game, run, ...}.
+        excluded: rows that are no transitions, as {game, run, file, row, reason}.
+        left_out: files, or ends of files, that could not be read, as {game, run, file, row, reason}.
+    """
+
+    transitions: int
+    gaps: list[dict[str, Any]]
+    excluded: list[dict[str, Any]]
+    left_out: list[dict[str, Any]]
+
+
+def prepare_run(folder: Path, rows: int) -> None:
+    """Create a run's arrays, long enough for all of its files.
+
+    Raises:
+        ReplayError: the destination cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fmt.grow(fmt.open_arrays(folder), rows)
+    except (OSError, ValueError) as error:
+        raise ReplayError(f"{folder}: cannot be written ({error}). Choose another destination.") from error
+
+
+class Unreadable(ReplayError):
+    """A file, or the rest of one, that cannot be imported.
+
+    Attributes:
+        row: from where on.
+    """
+
+    def __init__(self, message: str, row: int = 0):
+        super().__init__(message)
+        self.row = row
+
+
+class RowWriter:
+    """Collects rows and writes them in whole blocks, one block behind, so that reading goes on meanwhile."""
+
+    def __init__(self, folder: Path, row: int):
+        self._arrays = fmt.open_arrays(folder)
+        self._folder, self._row, self._held, self._columns = folder, row, 0, []
+        self._pending: list[Any] = []
+
+    def append(self, **columns: np.ndarray) -> None:
+        """Add equally many rows to each of the arrays that are written."""
+        self._columns.append(columns)
+        self._held += len(next(iter(columns.values())))
+        if self._held >= BLOCK:
+            self._write((self._row + self._held) // fmt.INNER_CHUNK * fmt.INNER_CHUNK - self._row)
+
+    def close(self) -> None:
+        """Write what is left and wait until all is on disk."""
+        if self._held:
+            self._write(self._held)
+        self._wait()
+
+    def _write(self, count: int) -> None:
+        data = {name: np.concatenate([columns[name] for columns in self._columns]) for name in self._columns[0]}
+        self._columns = [{name: column[count:] for name, column in data.items()}]
+        self._held -= count
+        self._wait()
+        try:
+            self._pending = fmt.write_rows(
+                self._arrays, self._row, {name: column[:count] for name, column in data.items()}
+            )
+        except ValueError as error:
+            raise self._error(error) from error
+        self._row += count
+
+    def _wait(self) -> None:
+        try:
+            for write in self._pending:
+                write.result()
+        except ValueError as error:
+            raise self._error(error) from error
+        finally:
+            self._pending = []
+
+    def _error(self, error: Exception) -> ReplayError:
+        return ReplayError(
+            f"{self._folder}: cannot be written ({error}). What was imported before is safe; make room, or mend the "
+            "permissions, and run the same import again to go on."
+        )
+
+
+def write_part(part: Part, segments: list[dict[str, Any]], report: dict[str, list]) -> None:
+    """Commit a converted part: its segments and what there is to report of it."""
+    table = pa.Table.from_pylist(segments or [{"row": 0}]).slice(0, len(segments))
+    content = {"content": json.dumps(part.content, sort_keys=True), "report": json.dumps(report)}
+    fmt.write_table(_part_file(part), table.replace_schema_metadata(content))
+
+
+def _part_file(part: Part) -> Path:
+    return Path(part.folder) / "parts" / f"{part.number:05}.arrow"
+
+
+def _read_part(part: Part) -> tuple[list[dict[str, Any]], dict[str, list]] | None:
+    """(segments, report) of a part that was converted from this very content, or None."""
+    file = _part_file(part)
+    if not file.exists():
+        return None
+    try:
+        table = fmt.read_table(pa.py_buffer(file.read_bytes()), str(file))
+    except ReplayError:
+        return None  # it is made again
+    metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+    if metadata["content"] != json.dumps(part.content, sort_keys=True):
+        return None
+    return table.to_pylist(), json.loads(metadata["report"])
+
+
+def segment(
+    row: int,
+    observation_crc32: np.ndarray,
+    action: np.ndarray,
+    reward: np.ndarray,
+    *,
+    terminal: bool,
+    continued: bool = False,
+    joins: bool = False,
+    is_open: bool = False,
+    **columns: Any,
+) -> dict[str, Any]:
+    """One unbroken stretch of transitions of one episode in one file.
+
+    Args:
+        row: of its first transition in the run's arrays.
+        observation_crc32: uint32, CRC-32 of each frame; one more than actions where the last state is stored.
+        action: integers [L].
+        reward: float32 [L].
+        terminal: the episode ends in the game with its last transition.
+        continued: its episode began before it, and that is not in this file.
+        joins: it goes on where the last segment of the file before ended.
+        is_open: the next file may go on with it.
+        **columns: more columns of the episode table.
+    """
+    records = np.zeros(len(observation_crc32), [("frame", "<u4"), ("action", "<i4"), ("reward", "<f4")])
+    records["frame"] = observation_crc32
+    records["action"][: len(action)], records["reward"][: len(reward)] = action, reward
+    content = records.tobytes()
+    return {
+        "row": row, "length": len(action), "frames": len(observation_crc32),
+        "episode_return": float(reward.sum(dtype=np.float64)), "terminal": bool(terminal),
+        "continued": bool(continued), "crc32": zlib.crc32(content), "joins": bool(joins), "open": bool(is_open),
+        "largest": float(np.abs(reward).max()),
+        "records": content if joins else b"", **columns,
+    }  # fmt: skip
+
+
+def join_segments(parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Segments of consecutive parts as episodes in the order of time: those that a file border cut are one again."""
+    episodes: list[dict[str, Any]] = []
+    for segments in parts:
+        for piece in segments:
+            piece = dict(piece)
+            last = episodes[-1] if episodes else None
+            if piece["joins"] and last and last["open"] and last["row"] + last["length"] == piece["row"]:
+                last["length"] += piece["length"]
+                last["frames"] += piece["frames"]
+                last["episode_return"] += piece["episode_return"]
+                last["crc32"] = zlib.crc32(piece["records"], last["crc32"])
+                last["terminal"], last["open"] = piece["terminal"], piece["open"]
+                last["largest"] = max(last["largest"], piece["largest"])
+            else:
+                piece["continued"] = piece["continued"] or piece["joins"]
+                episodes.append(piece)
+    return episodes
+
+
+def convert_part(convert: Callable[[Part], tuple], part: Part, skip_bad: bool) -> None:
+    """Convert one part unless it is done; with `skip_bad` one that cannot be read counts as empty from there on."""
+    if _read_part(part) is not None:
+        return
+    folder = Path(part.folder)
+    try:
+        (folder / "parts").mkdir(parents=True, exist_ok=True)
+        segments, report, problem = convert(part)
+        if problem is not None:
+            if not skip_bad:
+                raise problem
+            report = {**report, "left_out": [{"file": part.file, "row": problem.row, "reason": str(problem)}]}
+        write_part(part, segments, report)
+    except OSError as error:
+        raise ReplayError(
+            f"{folder}: cannot be written ({error}). What was imported before is safe; run the same import again."
+        ) from error
+
+
+def finish_run(plan: Plan, order_by: list[str], usable: int) -> dict[str, Any]:
+    """Make the episode table of a run from its first `usable` parts, read everything back, write `import.json`.
+
+    Raises:
+        ReplayError: what was written is not what was read.
+    """
+    parts = [_read_part(part) for part in plan.parts[:usable]]
+    folder = Path(plan.parts[0].folder)
+    episodes = join_segments([segments for segments, _ in parts])
+    episodes.sort(key=lambda episode: [episode[name] for name in order_by])
+    report = {name: list(values) for name, values in plan.notes.items()}
+    for _, found in parts:
+        for name, values in found.items():
+            report.setdefault(name, []).extend(values)
+    report = {
+        "complete": False, "format": plan.manifest["source"], "files": [part.file for part in plan.parts[:usable]],
+        "gaps": [], "excluded": [], "left_out": [], **report,
+    }  # fmt: skip
+    try:
+        _commit(folder, plan.manifest, episodes, [piece for segments, _ in parts for piece in segments])
+        if episodes:
+            run = open_run(ts.KvStore.open(folder.as_uri() + "/").result())
+            problems = validate_run(run)
+            if problems:
+                raise ReplayError(f"{problems[0]} ({len(problems)} problems.) Delete {folder} and import it again.")
+        report["transitions"] = sum(episode["length"] for episode in episodes)
+        report["episodes"] = len(episodes)
+        report["complete"] = usable == len(plan.parts)
+        fmt.write_file(folder / "import.json", json.dumps(report, indent=1).encode() + b"\n")
+    except OSError as error:
+        raise ReplayError(f"{folder}: cannot be written ({error}). Make room and run the same import again.") from error
+    return report
+
+
+def _commit(
+    folder: Path, manifest: dict[str, Any], episodes: list[dict[str, Any]], segments: list[dict[str, Any]]
+) -> None:
+    truncated = fmt.open_arrays(folder)["truncated"]
+    ends = {episode["row"] + episode["length"] - 1 for episode in episodes}
+    for border in [piece["row"] + piece["length"] - 1 for piece in segments if piece["open"]]:
+        if bool(truncated[border].read().result()) != (border in ends):
+            truncated[border].write(border in ends).result()
+    for leftover in folder.glob("**/*.__lock"):
+        leftover.unlink(missing_ok=True)
+    if not episodes:
+        return
+    length = np.array([episode["length"] for episode in episodes])
+    columns = {
+        name: [episode[name] for episode in episodes]
+        for name in episodes[0]
+        if name not in ("start", "truncated", "joins", "open", "records", "largest")
+    }
+    known = {"start": np.cumsum(length) - length, "truncated": [not episode["terminal"] for episode in episodes]}
+    table = pa.table({name: np.asarray(values) for name, values in {**columns, **known}.items()})
+    fmt.write_table(folder / "episodes.arrow", table.select([*fmt.EPISODE, *(columns.keys() - fmt.EPISODE.keys())]))
+    clipped = max(episode["largest"] for episode in episodes) <= 1
+    manifest = manifest | {"rewards": "clipped" if clipped else "raw"}
+    fmt.write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
+
+
+class _Here(Executor):
+    """Runs what is submitted at once, in this process."""
+
+    def submit(self, function: Callable, /, *arguments: Any, **options: Any) -> Future:
+        future: Future = Future()
+        try:
+            future.set_result(function(*arguments, **options))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@contextmanager
+def _executor(workers: int, scheduler: str) -> Iterator[Executor]:
+    if not workers and not scheduler:
+        yield _Here()
+        return
+    import dask
+    from distributed import Client, LocalCluster
+
+    settings = {"distributed.scheduler.allowed-failures": RETRIES, "distributed.worker.memory.terminate": False}
+    with dask.config.set(settings):
+        if scheduler:
+            with Client(scheduler, timeout=30) as client:
+                yield client.get_executor(pure=False)
+        else:
+            cluster = LocalCluster(
+                n_workers=workers, threads_per_worker=1, host="127.0.0.1", dashboard_address=None, memory_limit=None
+            )
+            with cluster, Client(cluster) as client:
+                yield client.get_executor(pure=False)
+
+
+def run_import(
+    destination: str | os.PathLike,
+    runs: list[tuple[str, int]],
+    plan: Callable[[str, int], Plan],
+    convert: Callable[[Part], tuple],
+    *,
+    order_by: list[str],
+    skip_bad: bool,
+    workers: int,
+    scheduler: str,
+    progress: Progress | None,
+) -> Report:
+    """Import runs: plan each, convert its files, finish it. What was done before is not done again.
+
+    Args:
+        destination: the dataset's folder.
+        runs: (game, run) pairs.
+        plan: called as plan(game, run).
+        convert: called with a part; returns (segments, report, what made it stop or None).
+        order_by: columns of the segments that say the order of time.
+        skip_bad: go on after a file that cannot be read, and list it.
+        workers: processes of a local Dask cluster; 0 converts in this process.
+        scheduler: address of a running Dask scheduler instead.
+        progress: called with (files done, files known).
+
+    Raises:
+        ReplayError: the first thing that went wrong; episodes before it are imported.
+    """
+    destination = Path(destination).absolute()
+    lock = lock_run(destination, 1)
+    try:
+        with _executor(workers, scheduler) as executor:
+            reports = _run_tasks(executor, runs, plan, convert, order_by, skip_bad, progress)
+    except (OSError, TimeoutError, RuntimeError) as error:
+        raise ReplayError(
+            f"the import was interrupted ({type(error).__name__}: {error}). Run it again: it goes on from here."
+        ) from error
+    finally:
+        lock.release()
+    found: dict[str, list] = {"gaps": [], "excluded": [], "left_out": []}
+    for (game, run), report in sorted(reports.items()):
+        for name, entries in found.items():
+            entries += [{"game": game, "run": run, **entry} for entry in report[name]]
+    return Report(sum(report["transitions"] for report in reports.values()), **found)
+
+
+def _run_tasks(
+    executor: Executor, runs: list, plan: Callable, convert: Callable, order_by: list[str], skip_bad: bool,
+    progress: Progress | None,
+) -> dict[tuple[str, int], dict[str, Any]]:  # fmt: skip
+    plans: dict[tuple[str, int], Plan] = {}
+    missing: dict[tuple[str, int], set[int]] = {}  # parts of a run that are not converted
+    reports: dict[tuple[str, int], dict[str, Any]] = {}
+    tasks: dict[Future, tuple] = {}
+    first_error: Exception | None = None
+
+    def submit(kind: str, key: tuple, number: int, function: Callable, *arguments: Any) -> None:
+        tasks[executor.submit(function, *arguments)] = (kind, key, number)
+
+    def finish(key: tuple) -> None:
+        usable = min(missing[key], default=len(plans[key].parts))
+        if plans[key].parts:
+            submit("finish", key, 0, finish_run, plans[key], order_by, usable)
+        else:
+            reports[key] = {"transitions": 0, "gaps": [], "excluded": [], "left_out": [], **plans[key].notes}
+
+    waiting = list(runs)
+    while tasks or (waiting and first_error is None):
+        while waiting and first_error is None and len(tasks) < 1_000:
+            key = waiting.pop(0)
+            submit("plan", key, 0, plan, *key)
+        done, _ = wait(tasks, return_when=FIRST_COMPLETED)
+        for future in done:
+            kind, key, number = tasks.pop(future)
+            error = future.exception()
+            first_error = first_error or error
+            if kind == "plan" and error is None:
+                plans[key] = future.result()
+                missing[key] = set(range(len(plans[key].parts)))
+                finished = _finished(plans[key])
+                if finished is not None:
+                    reports[key], missing[key] = finished, set()
+                    continue
+                for place, part in enumerate(plans[key].parts):
+                    submit("convert", key, place, convert_part, convert, part, skip_bad)
+                if not plans[key].parts:
+                    finish(key)
+            elif kind == "convert":
+                if error is None:
+                    missing[key].discard(number)
+                if not any(what == "convert" and of == key for what, of, _ in tasks.values()):
+                    finish(key)
+            elif kind == "finish" and error is None:
+                reports[key] = future.result()
+        if progress:
+            total = sum(len(known.parts) for known in plans.values())
+            progress(total - sum(map(len, missing.values())), total)
+    if first_error is not None:
+        raise first_error
+    return reports
+
+
+def _finished(plan: Plan) -> dict[str, Any] | None:
+    """The report of a run that was imported from these very files, or None."""
+    if not plan.parts:
+        return None
+    file = Path(plan.parts[0].folder) / "import.json"
+    if not file.exists():
+        return None
+    report = json.loads(file.read_text())
+    same = report["files"] == [part.file for part in plan.parts]
+    return report if report["complete"] and same and all(_read_part(part) for part in plan.parts) else None
+
+
+def list_folder(filesystem: fsspec.AbstractFileSystem, path: str) -> list[dict[str, Any]]:
+    """Entries of a folder or a bucket's prefix.
+
+    Raises:
+        ReplayError: absent, or not allowed.
+    """
+    try:
+        return filesystem.ls(path, detail=True)
+    except FileNotFoundError as error:
+        raise ReplayError(f"{path}: no such folder. Expected the folder that holds one folder per game.") from error
+    except Exception as error:  # each kind of bucket has errors of its own
+        raise ReplayError(
+            f"{path}: cannot be listed ({type(error).__name__}: {error}). Check the address and your permissions."
+        ) from error
+
+
+def open_source(source: str | os.PathLike) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a folder or URL, and the path in it.
+
+    Raises:
+        ReplayError: a kind of URL that nothing here reads.
+    """
+    try:
+        return fsspec.core.url_to_fs(str(source))
+    except (ValueError, ImportError) as error:
+        raise ReplayError(
+            f"{source}: this kind of address cannot be read ({error}). gs:// needs the package gcsfs, s3:// s3fs."
+        ) from error
+
+
+def game_folders(filesystem: fsspec.AbstractFileSystem, path: str, games: list[str] | None) -> dict[str, str]:
+    """Folders of a source by the games they are named after; all of them, or the ones asked for.
+
+    Raises:
+        ReplayError: none there, one that is no game, or one asked for that is absent.
+    """
+    folders = {
+        entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["name"].rstrip("/")
+        for entry in list_folder(filesystem, path)
+        if entry["type"] == "directory"
+    }
+    folders = {name: folder for name, folder in folders.items() if not name.startswith(".")}
+    absent = sorted(set(games or ()) - folders.keys())
+    if absent:
+        raise ReplayError(f"{path}: no folder of {', '.join(absent)}; it has {', '.join(sorted(folders)) or 'none'}.")
+    chosen = {name: folders[name] for name in sorted(games or folders)}
+    if not chosen:
+        raise ReplayError(f"{path}: has no folders. Expected the folder that holds one folder per game.")
+    for name, folder in chosen.items():
+        try:
+            action_names(name)
+        except UnknownGame as error:
+            raise ReplayError(
+                f"{folder}: {error} A source holds one folder per game, named as the game; name the games to import "
+                "if there are others beside them."
+            ) from error
+    return chosen
