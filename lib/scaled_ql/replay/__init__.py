@@ -1,6 +1,7 @@
 """Replay: stores of whole episodes on disk, and reproducible batches from them."""
 
 from scaled_ql.replay.dqn_replay import import_dqn_replay
+from scaled_ql.replay.export import export_dqn_replay
 from scaled_ql.replay.format import ReplayError
 from scaled_ql.replay.sampling import mean_frames, prefetch, sample_batch, sample_indices
 from scaled_ql.replay.store import Batch, Replay, open_replay
@@ -13,6 +14,7 @@ __all__ = [
     "ReplayError",
     "ReplayWriter",
     "View",
+    "export_dqn_replay",
     "import_dqn_replay",
     "load_view",
     "mean_frames",

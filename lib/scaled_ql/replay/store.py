@@ -220,6 +220,23 @@ class Replay:
             parts.append(run.stretches(name, self._episodes[game].row[here], self._episodes[game].length[here]))
         return np.concatenate(parts)
 
+    def episode(self, game: str, number: int) -> dict[str, np.ndarray]:
+        """One episode, by its place in `episodes`.
+
+        Returns:
+            observation uint8 [L, 84, 84], or [L + 1, 84, 84] where the frame after the last action is stored,
+            action int32 [L], reward float32 [L].
+        """
+        run = self._game_runs(game)[self._episodes[game].run[number]]
+        row, length, frames = (
+            int(self._episodes[game]._asdict()[name][number]) for name in ("row", "length", "frames")
+        )
+        where = np.array([row]), np.array([length])
+        return {
+            "observation": run.windows(where[0], where[0] + frames - 1)[0],
+            **{name: run.stretches(name, *where) for name in ("action", "reward")},
+        }
+
     def frames_at(self, game: str, indices: np.ndarray) -> np.ndarray:
         """uint8 [N, 84, 84], the single frames at time indices of a game."""
         indices = np.asarray(indices, np.int64)
