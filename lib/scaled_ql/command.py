@@ -1,17 +1,23 @@
 """The command `scaled-ql`."""
 
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import yaml
+from tqdm import tqdm
 
 from scaled_ql import parameters, runs
+
+SHOWN = 10  # entries of a list that is in a file as well
 
 
 @click.group()
 def main() -> None:
-    """Scaled offline Q-learning on Atari: run notebooks unattended."""
+    """Scaled offline Q-learning on Atari: run notebooks unattended, import and check datasets."""
 
 
 @main.command()
@@ -24,7 +30,7 @@ def run(target: str, params: str | None, overrides: tuple[tuple[str, str], ...],
 
     Finished runs are left as they are; stopped ones go on where they stopped.
     """
-    try:
+    with _reporting(parameters.ParameterError, runs.RunError, yaml.YAMLError):
         values = {name: yaml.safe_load(value) for name, value in overrides}
         if outputs:
             values["outputs"] = str(Path(outputs).absolute())
@@ -37,7 +43,128 @@ def run(target: str, params: str | None, overrides: tuple[tuple[str, str], ...],
             steps = [(notebook, parameters.check(notebook, given | values, source))]
         for notebook, checked in steps:
             runs.execute(notebook, checked)
-    except (parameters.ParameterError, runs.RunError, yaml.YAMLError) as error:
+
+
+@main.group("import")
+def import_() -> None:
+    """Import a published or logged dataset into a replay store. A stopped import goes on when it is run again."""
+
+
+@main.group()
+def export() -> None:
+    """Write a replay store in another layout."""
+
+
+def _import_options(command: Callable) -> Callable:
+    """What all imports take."""
+    for option in (
+        click.option(
+            "--skip-bad", is_flag=True, help="Go on after a file that cannot be read; list what was left out."
+        ),
+        click.option("--workers", default=0, show_default=True, help="Processes of a local Dask cluster; 0: this one."),
+        click.option("--scheduler", default="", help="Address of a running Dask scheduler to use instead."),
+    ):
+        command = option(command)
+    return command
+
+
+_games = click.option("--game", "games", multiple=True, help="Import this game (repeatable); all by default.")
+_runs = click.option("--run", "numbers", multiple=True, type=int, help="Import this run (repeatable); all by default.")
+
+
+@import_.command("dqn-replay")
+@click.argument("source")
+@click.argument("destination")
+@_games
+@_runs
+@_import_options
+def import_dqn_replay(source: str, destination: str, games: tuple, numbers: tuple, **options: Any) -> None:
+    """Import DQN-Replay logs from SOURCE, the folder or URL that holds the game folders."""
+    _import("import_dqn_replay", source, destination, list(games) or None, list(numbers) or None, **options)
+
+
+@import_.command("rl-unplugged")
+@click.argument("source")
+@click.argument("destination")
+@_games
+@_runs
+@_import_options
+def import_rl_unplugged(source: str, destination: str, games: tuple, numbers: tuple, **options: Any) -> None:
+    """Import RL Unplugged records from SOURCE, the folder or URL that holds the game folders."""
+    _import("import_rl_unplugged", source, destination, list(games) or None, list(numbers) or None, **options)
+
+
+@import_.command("minari")
+@click.argument("dataset")
+@click.argument("destination")
+@click.option("--game", default=None, help="The game, where the dataset does not say it.")
+@click.option("--run", default=1, show_default=True, help="Number of the run in the store.")
+@_import_options
+def import_minari(dataset: str, destination: str, game: str | None, run: int, **options: Any) -> None:
+    """Import a Minari DATASET: an id of the local Minari folder, or a folder of one dataset."""
+    _import("import_minari", dataset, destination, game, run, **options)
+
+
+def _import(name: str, *arguments: Any, **options: Any) -> None:
+    from scaled_ql import replay
+
+    with _reporting(replay.ReplayError), tqdm(unit="file", dynamic_ncols=True, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+        report = getattr(replay, name)(*arguments, progress=progress, **options)
+    click.echo(f"{report.transitions:,} transitions in {arguments[1]}")
+    for title, entries in (("gap", report.gaps), ("excluded", report.excluded), ("left out", report.left_out)):
+        for entry in entries[:SHOWN]:
+            click.echo(f"{title}: {', '.join(f'{key} {value}' for key, value in entry.items())}")
+        if len(entries) > SHOWN:
+            click.echo(f"{title}: {len(entries) - SHOWN} more, all listed in import.json of each game and run")
+
+
+@export.command("dqn-replay")
+@click.argument("store")
+@click.argument("destination")
+@click.option("--rows-per-file", default=1_000_000, show_default=True)
+def export_dqn_replay(store: str, destination: str, rows_per_file: int) -> None:
+    """Write STORE as DQN-Replay logs, for other libraries to read."""
+    from scaled_ql import replay
+
+    with _reporting(replay.ReplayError):
+        replay.export_dqn_replay(store, destination, rows_per_file)
+    click.echo(f"written: {destination}")
+
+
+@main.command()
+@click.argument("store")
+def verify(store: str) -> None:
+    """Read all of STORE and compare it with its episode tables and checksums."""
+    from scaled_ql import replay
+
+    with _reporting(replay.ReplayError):
+        dataset = replay.open_replay(store)
+        total = sum(map(dataset.num_transitions, dataset.games))
+        with tqdm(total=total, unit="transition", unit_scale=True, dynamic_ncols=True, disable=None) as bar:
+            problems = dataset.validate(bar.update)
+    unfinished = [
+        f"{game} run {report['run']}: its import is not complete; run it again"
+        for game in dataset.games
+        for report in dataset.import_reports(game)
+        if not report["complete"]
+    ]
+    for problem in (*problems, *unfinished):
+        click.echo(problem)
+    click.echo(f"{len(dataset.games)} games, {total:,} transitions: {len(problems) + len(unfinished)} problems")
+    sys.exit(bool(problems or unfinished))
+
+
+@contextlib.contextmanager
+def _reporting(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn errors that say themselves what to do into a line and an exit status."""
+    try:
+        yield
+    except kinds as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:

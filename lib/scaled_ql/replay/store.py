@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -106,6 +106,10 @@ class Run:
 
         return self.reading(read, "observation")
 
+    def pieces(self, first: np.ndarray, last: np.ndarray) -> Iterable[list[np.ndarray]]:
+        """The same windows, each in one or more pieces: what needs no copying."""
+        return ([window] for window in self.windows(first, last))
+
     def stretches(self, name: str, first: np.ndarray, length: np.ndarray) -> np.ndarray:
         """Rows first[i] .. first[i] + length[i] - 1 of a column, one stretch after another."""
         if not len(first):
@@ -177,9 +181,24 @@ class Replay:
         episodes = self._episodes[game]
         return int(episodes.start[-1] + episodes.length[-1])
 
+    @property
+    def num_frames(self) -> int:
+        """Stored frames of all games in this view."""
+        return sum(int(episodes.frames.sum()) for episodes in self._episodes.values())
+
     def manifests(self, game: str) -> list[dict[str, Any]]:
         """What is known of each recording of a game: source, actions, stickiness, ROM, ..."""
         return [run.manifest for run in self._game_runs(game)]
+
+    def runs(self, game: str) -> list[Run]:
+        """The recordings of a game, in the order of their numbers."""
+        return list(self._game_runs(game))
+
+    def rows_in_use(self, game: str, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """(first, frames), int64 [episodes]: the rows of a game's number-th recording that this view shows."""
+        episodes = self._episodes[game]
+        here = episodes.run == number
+        return episodes.row[here], episodes.frames[here]
 
     def import_reports(self, game: str) -> list[dict[str, Any]]:
         """`import.json` of each imported recording of a game, with its run: files, gaps, what was left out."""
@@ -351,20 +370,32 @@ class Replay:
             next_observation=stacks[1].transpose(0, 2, 3, 1),
             game=games,
         )
+        for places, run, span in self._spans(games, indices, n_step, stack_size):
+            batch.action[places] = run.values_at("action", span.now)
+            batch.reward[places] = span.returns(run, n_step, discount, clip_rewards)
+            batch.discount[places] = np.where(span.ended, 0.0, discount**n_step)
+            pieces = run.pieces(span.earliest, span.then)
+            for place, parts, begin, now, then in zip(
+                places.tolist(), pieces, span.earliest.tolist(), span.now.tolist(), span.then.tolist()
+            ):
+                for part in parts:
+                    stop = begin + len(part)
+                    for stack, end in ((stacks[0, place], now), (stacks[1, place], then)):
+                        offset = end + 1 - stack_size  # of the stack's first frame
+                        low, high = max(offset, begin), min(end + 1, stop)
+                        if low < high:
+                            stack[low - offset : high - offset] = part[low - begin : high - begin]
+                    begin = stop
+        return batch
+
+    def _spans(
+        self, games: np.ndarray, indices: np.ndarray, n_step: int, stack_size: int
+    ) -> Iterator[tuple[np.ndarray, Run, "Span"]]:
+        """Split transitions of several games by run: (places in the batch, the run, which rows make them)."""
         for number in np.unique(games):
             game, places = self.games[number], np.flatnonzero(games == number)
             for part, run, episode, step in self._locate(game, indices[places].astype(np.int64)):
-                span = self._span(game, run, episode, step, n_step, stack_size)
-                rows = places[part]
-                batch.action[rows] = run.values_at("action", span.now)
-                batch.reward[rows] = span.returns(run, n_step, discount, clip_rewards)
-                batch.discount[rows] = np.where(span.ended, 0.0, discount**n_step)
-                windows = run.windows(span.earliest, span.then)
-                for row, window, begin, now, then in zip(rows, windows, span.earliest, span.now, span.then):
-                    for target, end in ((stacks[0, row], now), (stacks[1, row], then)):
-                        stack = window[max(end - stack_size + 1, begin) - begin : end - begin + 1]
-                        target[stack_size - len(stack) :] = stack
-        return batch
+                yield places[part], run, self._span(game, run, episode, step, n_step, stack_size)
 
     def _span(self, game: str, run: Run, episode: np.ndarray, step: np.ndarray, n_step: int, stack_size: int) -> "Span":
         """Which rows of a run's arrays make the transitions at the given steps of episodes."""

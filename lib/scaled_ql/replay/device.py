@@ -1,0 +1,98 @@
+"""A small dataset on the accelerator: all frames decoded in its memory, frame stacks gathered there."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+
+from scaled_ql.replay.format import FRAME_SHAPE
+from scaled_ql.replay.memory import BYTES_PER_FRAME, to_memory
+from scaled_ql.replay.store import Batch, Replay
+
+
+class DeviceReplay(Replay):
+    """A dataset, or view, whose frames are in a device's memory, 7 KB each; a batch's stacks never leave it.
+
+    Raises:
+        ReplayError: a damaged file.
+    """
+
+    def __init__(self, replay: Replay, device: jax.Device | None = None):
+        """Decode all frames of `replay` and put them on `device` (the default one)."""
+        replay = to_memory(replay)
+        super().__init__(replay.path, {game: replay.runs(game) for game in replay.games}, replay.view)
+        self._places: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of a run's rows among the frames
+        blocks, count = [], 0
+        for game in self.games:
+            for number, run in enumerate(self.runs(game)):
+                first, frames = self.rows_in_use(game, number)
+                order = np.argsort(first)
+                first, frames = first[order], frames[order]
+                self._places[id(run)] = first, count + np.cumsum(frames) - frames - first
+                blocks += run.windows(first, first + frames - 1)
+                count += int(frames.sum())
+        self._frames = jax.device_put(np.concatenate(blocks), device)
+
+    def gather(
+        self,
+        games: np.ndarray,
+        indices: np.ndarray,
+        n_step: int = 3,
+        discount: float = 0.99,
+        stack_size: int = 4,
+        clip_rewards: bool = True,
+    ) -> Batch:
+        """As `Replay.gather`; the observations are arrays of the device."""
+        size = len(indices)
+        action, reward = np.empty(size, np.int32), np.empty(size, np.float32)
+        discounts, places = np.empty(size, np.float32), np.empty((2, size, stack_size), np.int32)
+        back = np.arange(1 - stack_size, 1)
+        for rows, run, span in self._spans(games, indices, n_step, stack_size):
+            action[rows] = run.values_at("action", span.now)
+            reward[rows] = span.returns(run, n_step, discount, clip_rewards)
+            discounts[rows] = np.where(span.ended, 0.0, discount**n_step)
+            first, shift = self._places[id(run)]
+            place = shift[np.searchsorted(first, span.now, side="right") - 1]
+            for stack, end in enumerate((span.now, span.then)):
+                wanted = end[:, None] + back
+                inside = wanted >= span.first[:, None]
+                places[stack, rows] = np.where(inside, wanted + place[:, None], -1)
+        observation, next_observation = _gather_stacks(self._frames, places)
+        return Batch(observation, action, reward, discounts, next_observation, games)
+
+
+@jax.jit
+def _gather_stacks(frames: jax.Array, places: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Two stacks of frames, uint8 [B, 84, 84, S] each; place -1 is a frame of zeros."""
+    stacks = jnp.where((places >= 0)[..., None, None], frames[jnp.maximum(places, 0)], 0)
+    stacks = stacks.reshape(*places.shape, *FRAME_SHAPE).transpose(0, 1, 3, 4, 2)
+    return stacks[0], stacks[1]
+
+
+def place(replay: Replay, where: str = "auto") -> Replay:
+    """Choose where a dataset is read from while training.
+
+    Args:
+        replay: an open dataset or view.
+        where: ``"disk"``; ``"memory"``, compressed; ``"device"``, decoded on the accelerator; or ``"auto"``: on the
+            accelerator if its decoded frames take at most 30% of that memory, else in memory if they take, reckoned
+            with 150 bytes each, at most half of what is free there, else on disk.
+
+    Raises:
+        ValueError: another word.
+        ReplayError: a damaged file.
+    """
+    if where == "auto":
+        frames = replay.num_frames
+        device = jax.local_devices()[0]
+        limit = (device.memory_stats() or {}).get("bytes_limit", 0) if device.platform != "cpu" else 0
+        if frames * FRAME_SHAPE[0] * FRAME_SHAPE[1] <= 0.3 * limit:
+            where = "device"
+        elif frames * BYTES_PER_FRAME <= 0.5 * psutil.virtual_memory().available:
+            where = "memory"
+        else:
+            where = "disk"
+    places = {"disk": lambda replay: replay, "memory": to_memory, "device": DeviceReplay}
+    if where not in places:
+        raise ValueError(f"a dataset is read from {', '.join(places)} or auto, got {where!r}")
+    return places[where](replay)
