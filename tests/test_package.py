@@ -12,7 +12,8 @@ import pytest
 ORDER = (
     "games", "environments", "metrics", "plots",
     "replay.format", "replay.views", "replay.store", "replay.writer", "replay.sampling",
-    "replay.importing", "replay.dqn_replay", "replay.export", "replay.rl_unplugged", "replay.minari", "replay", "replay.memory", "replay.device", "collect",
+    "replay.importing", "replay.dqn_replay", "replay.export", "replay.rl_unplugged", "replay.minari", "replay",
+    "replay.memory", "replay.device", "collect",
     "networks.encoders", "networks.q_network", "networks", "losses", "training", "evaluation",
     "parameters", "runs", "explore", "command",
 )  # fmt: skip

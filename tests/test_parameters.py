@@ -8,10 +8,12 @@ import pytest
 import yaml
 
 from scaled_ql import parameters, runs
+from scaled_ql.games import HELD_OUT_GAMES, TRAINING_GAMES
 from scaled_ql.parameters import NOTEBOOKS, ParameterError, check, from_notebook
+from scaled_ql.replay import load_view
 
 PARAMS = Path(__file__).resolve().parents[1] / "params"
-FILES = sorted(file for file in PARAMS.glob("*/*.yaml") if file.parent.name != "batches")
+FILES = sorted(file for file in PARAMS.glob("*/*.yaml") if file.parent.name not in ("batches", "views"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
@@ -22,6 +24,13 @@ def test_every_file_in_params_is_valid_and_says_how_to_use_it(file: Path) -> Non
     defaults = NOTEBOOKS[file.parent.name]().model_dump()
     assert all(values[name] != defaults[name] for name in values), "a file holds only what differs from the defaults"
     assert file.read_text().startswith(f"# scaled-ql run {file.parent.name} params/")
+
+
+@pytest.mark.parametrize("file", sorted((PARAMS / "views").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_view_is_valid_and_says_how_to_use_it(file: Path) -> None:
+    view = load_view(file)
+    assert set(view.games) <= {*TRAINING_GAMES, *HELD_OUT_GAMES} and view.games
+    assert file.read_text().startswith(f"# -p view {file.stem}  ")
 
 
 @pytest.mark.parametrize("file", sorted((PARAMS / "batches").glob("*.yaml")), ids=lambda file: file.stem)

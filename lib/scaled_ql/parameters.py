@@ -55,6 +55,7 @@ class DataExploration(Parameters):
     """`01_data_exploration`."""
 
     dataset: str = "00_data_collection/default/replay"
+    view: str = ""
     game: str = ""
     episode: int = -1
     frames_shown: Count = 8
@@ -65,6 +66,8 @@ class ScaledTraining(Parameters):
     """`02_scaled_training`."""
 
     dataset: str = "00_data_collection/default/replay"
+    view: str = ""
+    replay_storage: Literal["auto", "disk", "memory", "device"] = "auto"
     seed: Seed = 0
 
     encoder: Encoder = "resnet101"

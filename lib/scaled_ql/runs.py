@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from scaled_ql import parameters
 from scaled_ql.parameters import ParameterError, Parameters
+from scaled_ql.replay import Replay, open_replay
 
 PACKAGES = (
     "scaled-ql", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "pandas",
@@ -68,11 +69,20 @@ def outputs_folder(values: Parameters) -> Path:
     return Path(values.outputs).absolute() if values.outputs else workspace() / "outputs"
 
 
-def dataset_path(values: Any) -> str:
-    """Where a run's `dataset` lies: a URL or an absolute path as it is, else a path below the outputs folder."""
-    if "://" in values.dataset:
-        return values.dataset
-    return str(outputs_folder(values) / values.dataset)
+def open_dataset(values: Any) -> Replay:
+    """The replay that a run's `dataset` and `view` name.
+
+    `dataset` is a URL, an absolute path, or a path below the outputs folder; `view` a file of `params/views/`
+    without ``.yaml``, or any path, and "" for all of the dataset.
+
+    Raises:
+        ReplayError: not there, damaged, or a view that asks for what is not there.
+    """
+    path = values.dataset if "://" in values.dataset else str(outputs_folder(values) / values.dataset)
+    view = Path(values.view)
+    if values.view and view.suffix not in (".yaml", ".yml", ".json"):
+        view = workspace() / "params" / "views" / f"{values.view}.yaml"
+    return open_replay(path, view if values.view else None)
 
 
 def write_json(file: Path, value: Any) -> None:
