@@ -18,27 +18,26 @@ Here a row of the arrays is the row with that global number: files do not depend
 
 import os
 import re
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 import numpy as np
-from isal import igzip
+from isal import igzip_threaded, isal_zlib
 
 from scaled_ql.games import action_names
 from scaled_ql.replay import format as fmt
 from scaled_ql.replay import importing
 from scaled_ql.replay.format import FRAME_SHAPE, ReplayError
-from scaled_ql.replay.importing import Part, Plan, Progress, Report, RowWriter, Unreadable
+from scaled_ql.replay.importing import BLOCK, Part, Plan, Progress, Report, RowWriter, Unreadable
 
 SOURCE = "DQN-Replay"
 PADDING = 3  # rows of zeros before an episode: Dopamine's stack size less one
 STICKY_ACTIONS = 0.25
 MAX_CAPACITY = 20_000_000  # rows a file; beyond that its small columns would not fit in memory
-READ_ROWS = 2_048  # frames decoded together
 COLUMNS = {"action": np.int32, "reward": np.float32, "terminal": np.uint8}
 BOUNDARY = "boundary"  # a column of our own beside Dopamine's: 1 truncated here, 2 its beginning was lost
 FILE = re.compile(r"^\$store\$_(observation|action|reward|terminal)_ckpt\.(\d+)\.gz$|^add_count_ckpt\.(\d+)\.gz$")
@@ -197,9 +196,8 @@ def _repeats(filesystem: fsspec.AbstractFileSystem, logs: str, number: int, posi
 class _Npy:
     """A gzipped npy file, read front to back; never unpickles, never reads beyond what its header promises."""
 
-    def __init__(self, address: str, raw: BinaryIO):
-        self.address, self.row = address, 0
-        self.stream = igzip.IGzipFile(fileobj=raw)
+    def __init__(self, address: str, stream: BinaryIO):
+        self.address, self.row, self.stream = address, 0, stream
         version = np.lib.format.read_magic(self.stream)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
         if read is None:
@@ -221,25 +219,24 @@ class _Npy:
             )
         return self.shape[0]
 
-    def blocks(self, rows: int) -> Iterator[np.ndarray]:
-        """Its rows, so many at a time; ends only when the file ends where its header says."""
-        total, tail = self.shape[0], self.shape[1:]
-        while self.row < total:
-            block = np.empty((min(rows, total - self.row), *tail), self.dtype)
-            target, filled = memoryview(block).cast("B"), 0
-            while filled < len(target):
-                count = self.stream.readinto(target[filled:])
-                if not count:
-                    self.row += filled * len(block) // len(target)
-                    raise EOFError(f"it ends there, its header promises {total} rows")
-                filled += count
-            self.row += len(block)
-            yield block
+    def fill(self, block: np.ndarray) -> None:
+        """Read the next rows into a contiguous array."""
+        target, filled = memoryview(block).cast("B"), 0
+        while filled < len(target):
+            count = self.stream.readinto(target[filled:])
+            if not count:
+                self.row += filled * len(block) // len(target)
+                raise EOFError(f"it ends there, its header promises {self.shape[0]} rows")
+            filled += count
+        self.row += len(block)
+
+    def expect_end(self) -> None:
+        """Check that nothing follows the last row, and with that gzip's own checksum."""
         if self.stream.read(1):
             raise Unreadable(
-                f"{self.address}: goes on after the {total} rows that its header promises: it is not what it says. "
+                f"{self.address}: goes on after the {self.row} rows that its header promises: it is not what it says. "
                 "Restore it from its source.",
-                total,
+                self.row,
             )
 
 
@@ -248,8 +245,8 @@ def _opened(filesystem: fsspec.AbstractFileSystem, address: str) -> Iterator[_Np
     """Open one file of a log; whatever goes wrong while it is read names it, the row and the remedy."""
     file = None
     try:
-        with filesystem.open(address, "rb") as raw:
-            file = _Npy(address, raw)
+        with filesystem.open(address, "rb") as raw, igzip_threaded.open(raw, "rb") as stream:
+            file = _Npy(address, stream)
             yield file
     except ReplayError:
         raise
@@ -282,7 +279,10 @@ def read_column(filesystem: fsspec.AbstractFileSystem, address: str, dtype: Any,
     """
     with _opened(filesystem, address) as file:
         file.expect(dtype, (), capacity)
-        return np.concatenate(list(file.blocks(1 << 20)))
+        column = np.empty(capacity, dtype)
+        file.fill(column)
+        file.expect_end()
+        return column
 
 
 class Dump(NamedTuple):
@@ -356,20 +356,25 @@ def _write_frames(
     turn = int(np.argmin(dump.ring))
     stretches = sorted((int(dump.ring[i]), i, n) for i, n in ((0, turn), (turn, len(dump.ring) - turn)) if n)
     writers = {place: RowWriter(Path(part.folder), dump.low + place) for _, place, _ in stretches}
+    # One block is read while the one before it is being written; new memory for each would cost more than reading.
+    buffers = cycle(np.empty((3, min(BLOCK, capacity), *FRAME_SHAPE), np.uint8))
     problem, at = None, 0
     try:
         with _opened(filesystem, part.file) as file:
             file.expect(np.uint8, FRAME_SHAPE, capacity)
-            for block in file.blocks(READ_ROWS):
+            while at < capacity:
+                block = next(buffers)[: capacity - at]
+                file.fill(block)
                 for ring, place, count in stretches:
                     begin, stop = max(ring, at), min(ring + count, at + len(block))
                     if begin < stop:
                         frames = block[begin - at : stop - at]
                         here = slice(place + begin - ring, place + stop - ring)
-                        crc32[here] = [zlib.crc32(frame) for frame in frames]
+                        crc32[here] = [isal_zlib.crc32(frame) for frame in frames]
                         good[here] = True
                         writers[place].append(observation=frames)
                 at += len(block)
+            file.expect_end()
     except Unreadable as error:
         problem = error
     for writer in writers.values():
@@ -444,7 +449,7 @@ def _find_padding(
     dump: Dump, crc32: np.ndarray, good: np.ndarray, bad: np.ndarray, ended: int
 ) -> tuple[np.ndarray, int]:
     """Rows of zeros that precede episodes: (bool [N], how many an episode has here)."""
-    size, black = len(good), zlib.crc32(bytes(FRAME_SHAPE[0] * FRAME_SHAPE[1]))
+    size, black = len(good), isal_zlib.crc32(bytes(FRAME_SHAPE[0] * FRAME_SHAPE[1]))
     zero = good & (crc32 == black) & (dump.action == 0) & (dump.reward == 0) & (dump.terminal == 0)
 
     def run_of_zeros(row: int, limit: int) -> list[int]:

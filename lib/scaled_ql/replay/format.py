@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import tensorstore as ts
+from isal import isal_zlib
 
 FORMAT = "scaled-ql replay"
 FORMAT_VERSION = 1
@@ -117,7 +118,7 @@ def step_records(observation: np.ndarray, action: np.ndarray, reward: np.ndarray
     `observation` may have one frame more than there are actions; action and reward beside it are zero.
     """
     records = np.zeros(len(observation), [("frame", "<u4"), ("action", "<i4"), ("reward", "<f4")])
-    records["frame"] = [zlib.crc32(frame) for frame in np.ascontiguousarray(observation)]
+    records["frame"] = [isal_zlib.crc32(frame) for frame in np.ascontiguousarray(observation)]
     records["action"][: len(action)] = action
     records["reward"][: len(reward)] = reward
     return records.tobytes()

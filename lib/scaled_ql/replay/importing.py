@@ -15,7 +15,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,30 +117,37 @@ class RowWriter:
         self._pending: list[Any] = []
 
     def append(self, **columns: np.ndarray) -> None:
-        """Add equally many rows to each of the arrays that are written."""
+        """Add equally many rows to each of the arrays that are written.
+
+        A block or more is written as it is, without a copy: it may be changed after the next call but one.
+        """
+        count = len(next(iter(columns.values())))
+        if count >= BLOCK:
+            self._flush()
+            self._write(columns)
+            return
         self._columns.append(columns)
-        self._held += len(next(iter(columns.values())))
+        self._held += count
         if self._held >= BLOCK:
-            self._write((self._row + self._held) // fmt.INNER_CHUNK * fmt.INNER_CHUNK - self._row)
+            self._flush()
 
     def close(self) -> None:
         """Write what is left and wait until all is on disk."""
-        if self._held:
-            self._write(self._held)
+        self._flush()
         self._wait()
 
-    def _write(self, count: int) -> None:
-        data = {name: np.concatenate([columns[name] for columns in self._columns]) for name in self._columns[0]}
-        self._columns = [{name: column[count:] for name, column in data.items()}]
-        self._held -= count
+    def _flush(self) -> None:
+        if self._columns:
+            self._write({name: np.concatenate([held[name] for held in self._columns]) for name in self._columns[0]})
+            self._columns, self._held = [], 0
+
+    def _write(self, columns: dict[str, np.ndarray]) -> None:
         self._wait()
         try:
-            self._pending = fmt.write_rows(
-                self._arrays, self._row, {name: column[:count] for name, column in data.items()}
-            )
+            self._pending = fmt.write_rows(self._arrays, self._row, columns)
         except ValueError as error:
             raise self._error(error) from error
-        self._row += count
+        self._row += len(next(iter(columns.values())))
 
     def _wait(self) -> None:
         try:
@@ -387,7 +394,12 @@ def run_import(
     try:
         with _executor(workers, scheduler) as executor:
             reports = _run_tasks(executor, runs, plan, convert, order_by, skip_bad, progress)
-    except (OSError, TimeoutError, RuntimeError) as error:
+    except ReplayError:
+        raise
+    except (Exception, CancelledError) as error:
+        lost = (OSError, RuntimeError, CancelledError)  # of Dask's scheduler or workers
+        if not isinstance(error, lost) and not type(error).__module__.startswith("distributed"):
+            raise
         raise ReplayError(
             f"the import was interrupted ({type(error).__name__}: {error}). Run it again: it goes on from here."
         ) from error

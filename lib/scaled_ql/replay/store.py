@@ -22,6 +22,7 @@ from scaled_ql.replay.views import Episodes, View, drawn_transitions, load_view,
 T = TypeVar("T")
 
 READ_TOGETHER = 4_096  # rows between two stretches that are read in one go
+VALIDATED_TOGETHER = 8_192  # rows
 
 
 class Batch(NamedTuple):
@@ -492,26 +493,43 @@ def validate_run(run: Run, progress: Callable[[int], None] = lambda transitions:
     """
     problems = []
     limit = len(run.manifest["actions"])
-    names = ("action", "reward", "terminal", "truncated")
-    run.arrays  # noqa: B018 - an array that cannot be opened is one problem, not one per episode
-    for number, row in enumerate(run.table.to_pandas().itertuples()):
-        where = f"{run.kvstore.url} episode {number} (transitions {row.start}..{row.start + row.length - 1})"
-        rows = np.array([row.row]), np.array([row.length])
-        try:
-            columns = {name: run.stretches(name, *rows) for name in names}
-            frames = run.windows(rows[0], rows[0] + row.frames - 1)[0]
-        except ReplayError as error:
-            problems.append(f"{where}: {error}")
+    table = run.table.to_pandas().sort_values("row", kind="stable")
+    blocks = (table["row"] // VALIDATED_TOGETHER).to_numpy()
+    groups = [group for _, group in table.groupby(blocks)]
+    ahead = _read_group(run, groups[0])
+    for number, group in enumerate(groups):
+        reads, ahead = ahead, _read_group(run, groups[number + 1]) if number + 1 < len(groups) else {}
+        low = int(group["row"].iloc[0])
+        columns = {}
+        for name, read in reads.items():
+            try:
+                columns[name] = run.reading(read.result, name)
+            except ReplayError as error:
+                first, last = group.iloc[0], group.iloc[-1]
+                where = f"transitions {first.start}..{last.start + last.length - 1}"
+                problems.append(f"{run.kvstore.url} {where}: {error}")
+        if len(columns) < len(reads):
             continue
-        if zlib.crc32(fmt.step_records(frames, columns["action"], columns["reward"])) != row.crc32:
-            problems.append(f"{where}: contents differ from the recorded CRC-32.")
-        if columns["action"].min() < 0 or columns["action"].max() >= limit:
-            problems.append(f"{where}: actions outside 0..{limit - 1}.")
-        for name in ("terminal", "truncated"):
-            if columns[name][-1] != getattr(row, name) or columns[name][:-1].any():
-                problems.append(f"{where}: {name} flags differ from the episode table.")
-        progress(row.length)
+        for row in group.itertuples():
+            where = f"{run.kvstore.url} episode {row.Index} (transitions {row.start}..{row.start + row.length - 1})"
+            here = slice(row.row - low, row.row - low + row.length)
+            frames = columns["observation"][row.row - low : row.row - low + row.frames]
+            action, reward = columns["action"][here], columns["reward"][here]
+            if zlib.crc32(fmt.step_records(frames, action, reward)) != row.crc32:
+                problems.append(f"{where}: contents differ from the recorded CRC-32.")
+            if action.min() < 0 or action.max() >= limit:
+                problems.append(f"{where}: actions outside 0..{limit - 1}.")
+            for name in ("terminal", "truncated"):
+                if columns[name][here][-1] != getattr(row, name) or columns[name][here][:-1].any():
+                    problems.append(f"{where}: {name} flags differ from the episode table.")
+            progress(row.length)
     return problems
+
+
+def _read_group(run: Run, group: pd.DataFrame) -> dict[str, ts.Future]:
+    """Begin to read all columns of episodes that lie near one another."""
+    low, high = int(group["row"].iloc[0]), int((group["row"] + group["frames"]).max())
+    return {name: array[low:high].read() for name, array in run.arrays.items()}
 
 
 def open_replay(path: str | os.PathLike, view: View | str | os.PathLike | None = None) -> Replay:

@@ -1,0 +1,220 @@
+"""Measurements of the data path, each beside the machine's own limit: sampling and importing.
+
+They print tables and assert nothing: a figure means something only beside the others of the same run.
+"""
+
+import gzip
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import zstandard
+
+from scaled_ql.games import TRAINING_GAMES, action_names
+from scaled_ql.replay import Replay, export_dqn_replay, open_replay, prefetch, sample_batch
+from scaled_ql.replay import format as fmt
+from scaled_ql.replay.memory import to_memory
+from scaled_ql.replay.writer import episode_rows
+
+N_STEP, STACK, BATCH = 3, 4, 512
+
+
+def repeat_store(source: Replay, destination: str | Path, games: list[str], copies: int) -> Path:
+    """Build a large dataset from real chunks: each game one full file of frames of `source`, linked `copies` times.
+
+    Args:
+        source: real recordings; its games lend their frames in turn.
+        destination: folder to create.
+        games: names of the games to make.
+        copies: how many times each game's 16,384 rows are repeated.
+
+    Returns:
+        the folder.
+    """
+    rows, per_shard = fmt.FRAME_SHARD, fmt.SCALAR_SHARD // fmt.FRAME_SHARD
+    first: dict[str, Path] = {}
+    for number, game in enumerate(games):
+        lender = source.games[number % len(source.games)]
+        folder = Path(destination) / game / "1"
+        manifest = fmt.make_manifest(
+            game, 1, actions=list(action_names(game)), source=f"frames of {lender}, repeated", sticky_actions=0.25
+        )
+        fmt.write_or_compare_manifest(folder, manifest)
+        arrays = fmt.open_arrays(folder)
+        fmt.grow(arrays, rows * copies)
+        episodes, at = [], 0
+        for index in range(10**9):  # whole episodes of the lender until the rows are full
+            episode = source.episode(lender, index % len(source.episodes(lender)))
+            length = min(len(episode["action"]), rows - at)
+            data, entry = episode_rows(
+                episode["observation"][:length], episode["action"][:length] % len(manifest["actions"]),
+                episode["reward"][:length], True, at, at,
+            )  # fmt: skip
+            if lender in first:
+                data.pop("observation")
+            for k in range(min(per_shard, copies)):
+                part = data if k == 0 else {name: column for name, column in data.items() if name != "observation"}
+                for write in fmt.write_rows(arrays, k * rows + at, part):
+                    write.result()
+            episodes.append(entry)
+            at += length
+            if at == rows:
+                break
+        frames = first.setdefault(lender, folder / "observation/c/0/0/0")
+        for k in range(copies):
+            target = folder / f"observation/c/{k}/0/0"
+            if target != frames:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.link(frames, target)
+        for name in fmt.ARRAYS.keys() - {"observation"}:
+            for k in range(1, -(-copies // per_shard)):
+                os.link(folder / name / "c/0", folder / name / f"c/{k}")
+        one = pd.DataFrame(episodes)
+        table = pd.concat([one] * copies, ignore_index=True)
+        shift = np.repeat(np.arange(copies) * rows, len(one))
+        table["start"] += shift
+        table["row"] += shift
+        fmt.write_table(folder / "episodes.arrow", fmt.pa.Table.from_pandas(table, preserve_index=False))
+    return Path(destination)
+
+
+def _rate(work: Callable[[int], object], size: int, seconds: float) -> float:
+    """Median of `size` / duration over calls of work(i), the first one left out."""
+    work(0)
+    durations, began, step = [], time.perf_counter(), 1
+    while time.perf_counter() - began < seconds:
+        before = time.perf_counter()
+        work(step)
+        durations.append(time.perf_counter() - before)
+        step += 1
+    return size / float(np.median(durations))
+
+
+def sampling_rate(replay: Replay, threads: int, seconds: float, batch_size: int = BATCH) -> float:
+    """Transitions per second of prefetched batches, stack 4, n-step 3: median over stretches of eight batches."""
+    shape = {"games_per_batch": batch_size // 4, "transitions_per_game": 4, "n_step": N_STEP, "stack_size": STACK}
+    batches = prefetch(lambda step: sample_batch(replay, 0, step, **shape), 0, 10**9, threads=threads)
+    return _rate(lambda step: [next(batches) for _ in range(8)], 8 * batch_size, seconds)
+
+
+def zstd_rate(replay: Replay, seconds: float) -> float:
+    """The limit: windows of 7 frames per second that plain zstd decodes in memory on all cores, doing nothing else."""
+    game = replay.games[0]
+    compress = zstandard.ZstdCompressor(level=3).compress
+    chunks = []
+    for game in replay.games:
+        count = min(replay.num_transitions(game), 8_192) // fmt.INNER_CHUNK * fmt.INNER_CHUNK
+        frames = replay.frames_at(game, np.arange(count))
+        chunks += [compress(frames[i : i + fmt.INNER_CHUNK].tobytes()) for i in range(0, count, fmt.INNER_CHUNK)]
+    touched = 1 + (STACK + N_STEP - 1) / fmt.INNER_CHUNK  # chunks that a window meets on average
+
+    def decode(step: int) -> None:
+        decompress = zstandard.ZstdDecompressor().decompress
+        for chunk in np.random.default_rng(step).integers(len(chunks), size=round(BATCH * touched)).tolist():
+            decompress(chunks[chunk])
+
+    cores = len(os.sched_getaffinity(0))
+    done = prefetch(decode, 0, 10**9, threads=cores)
+    return _rate(lambda step: [next(done) for _ in range(8)], 8 * BATCH, seconds)
+
+
+def numpy_rate(replay: Replay, seconds: float, capacity: int = 50_000) -> float:
+    """The usual way: stacks cut from one uncompressed ring buffer in memory, uint8 [capacity, 84, 84]."""
+    game = max(replay.games, key=replay.num_transitions)
+    capacity = min(capacity, replay.num_transitions(game))
+    ring = replay.frames_at(game, np.arange(capacity))
+    back = np.arange(1 - STACK, 1)
+
+    def batch(step: int) -> np.ndarray:
+        now = np.random.default_rng(step).integers(STACK, capacity - N_STEP, size=BATCH)
+        return np.stack([ring[now[:, None] + back], ring[now[:, None] + N_STEP + back]]).transpose(0, 1, 3, 4, 2)
+
+    return _rate(batch, BATCH, seconds)
+
+
+def benchmark_sampling(path: str, seconds: float = 5.0) -> pd.DataFrame:
+    """Transitions per second from disk (warm page cache) and from memory, beside zstd's limit and a plain buffer."""
+    replay, cores = open_replay(path), len(os.sched_getaffinity(0))
+    rates = {"uncompressed NumPy ring buffer, one thread": numpy_rate(replay, seconds)}
+    for name, where in (("disk", replay), ("memory, compressed", to_memory(replay))):
+        for threads in sorted({1, cores, 2 * cores}):
+            rates[f"{name}, {threads} threads"] = sampling_rate(where, threads, seconds)
+    rates[f"limit: zstd alone, {cores} threads"] = zstd_rate(replay, seconds)
+    return pd.DataFrame({"transitions/s": pd.Series(rates)})
+
+
+def bytes_per_transition(path: str) -> pd.DataFrame:
+    """Bytes on disk for each transition of each game."""
+    replay = open_replay(path)
+    sizes = {game: replay.stored_bytes(game) / replay.num_transitions(game) for game in replay.games}
+    return pd.DataFrame({"bytes/transition": pd.Series(sizes)})
+
+
+def benchmark_scale(path: str, folder: str | Path, copies: int = 1_000, seconds: float = 10.0) -> pd.DataFrame:
+    """The same measurements for a store of 40 games and for one `copies` times as large, each in a fresh process."""
+    source, rows = open_replay(path), {}
+    for count in (1, copies):
+        store = Path(folder) / f"copies-{count}"
+        if not store.exists():
+            repeat_store(source, store, list(TRAINING_GAMES), count)
+        command = [sys.executable, "-m", "scaled_ql.benchmarks", str(store), str(seconds)]
+        rows[f"x {count}"] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return pd.DataFrame(rows).T
+
+
+def _measure_store(path: str, seconds: float) -> dict[str, float]:
+    before = psutil.Process().memory_info().rss
+    began = time.perf_counter()
+    replay = open_replay(path)
+    opened = time.perf_counter() - began
+    rate = sampling_rate(replay, len(os.sched_getaffinity(0)), seconds)
+    return {
+        "transitions": sum(map(replay.num_transitions, replay.games)),
+        "seconds to open": opened,
+        "transitions/s": rate,
+        "memory, MB": (psutil.Process().memory_info().rss - before) / 1e6,
+    }
+
+
+def benchmark_import(path: str, folder: str | Path, rows: int = 1_000_000) -> pd.DataFrame:
+    """Import one file of `rows` rows: time, peak memory, and the time that decoding its gzip alone takes."""
+    folder = Path(folder)
+    logs, game = folder / "logs", TRAINING_GAMES[0]
+    if not logs.exists():
+        store = repeat_store(open_replay(path), folder / "store", [game], -(-rows // fmt.FRAME_SHARD))
+        export_dqn_replay(open_replay(store), folder / "partial", rows)
+        (folder / "partial").rename(logs)
+    (file,) = logs.glob(f"{game}/1/replay_logs/*observation_ckpt.0.gz")
+    began, size = time.perf_counter(), 0
+    with gzip.open(file) as stream:
+        while block := stream.read(1 << 24):
+            size += len(block)
+    decoding = time.perf_counter() - began
+    shutil.rmtree(folder / "imported", ignore_errors=True)
+    for other in logs.glob(f"{game}/1/replay_logs/*_ckpt.[1-9]*"):
+        other.unlink()
+    began = time.perf_counter()
+    command = ["import", "dqn-replay", str(logs), str(folder / "imported")]
+    subprocess.run([sys.executable, "-m", "scaled_ql.command", *command], check=True, stdout=subprocess.DEVNULL)
+    importing = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
+    decoded = size / 84 / 84
+    return pd.DataFrame(
+        {
+            "gzip decoding alone": {"seconds": decoding, "rows/s": decoded / decoding, "peak memory, MB": np.nan},
+            "import, checked": {"seconds": importing, "rows/s": decoded / importing, "peak memory, MB": peak},
+        }
+    ).T
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure_store(sys.argv[1], float(sys.argv[2]))))
