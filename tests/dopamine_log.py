@@ -28,14 +28,14 @@ class DopamineLog:
 
     Attributes:
         rows: what was added, by global index: None for padding, else (observation, action, reward, terminal).
-        damaged: global indices whose stored row differs from the added one.
+        damaged: what was stored in place of columns of a row, by its global index.
         ends: the true add_count at each dump; file `number` holds the last `capacity` rows before ends[number].
     """
 
     def __init__(self, source, game="Pong", run=1, capacity=20, seed=0):
         self.folder, self.game = Path(source) / game / str(run) / "replay_logs", game
         self.folder.mkdir(parents=True)
-        self.capacity, self.rows, self.damaged, self.ends = capacity, [], set(), []
+        self.capacity, self.rows, self.damaged, self.ends = capacity, [], {}, []
         rng, self.begins = np.random.default_rng(seed), True
         self.memory = {  # not initialised yet
             "observation": rng.integers(0, 256, (capacity, 84, 84), dtype=np.uint8),
@@ -44,15 +44,15 @@ class DopamineLog:
             "terminal": rng.integers(0, 256, capacity, dtype=np.uint8),
         }
 
-    def add(self, observation, action, reward, terminal, **damage):
+    def add(self, observation, action, reward, terminal, damage=None):
         """One transition, with padding first where an episode begins; `damage` is stored in place of its columns."""
         if self.begins:
             for _ in range(PADDING):
                 self._write(None, observation=NO_FRAME, action=0, reward=0.0, terminal=0)
         if damage:
-            self.damaged.add(len(self.rows))
+            self.damaged[len(self.rows)] = damage
         added = {"observation": observation, "action": action, "reward": reward, "terminal": terminal}
-        self._write((observation, action, reward, terminal), **(added | damage))
+        self._write((observation, action, reward, terminal), **(added | (damage or {})))
         self.begins = bool(terminal)
         if len(self.rows) % self.capacity == self.capacity - 1:
             self._dump(len(self.rows))
@@ -79,8 +79,8 @@ class DopamineLog:
         for step in range(length):
             number = len(self.rows)
             action, reward = number % 5 if self.game == "Pong" else number % 3, np.float32(number % 7 - 3) / 2
-            self.add(unique_frame(number), action, reward, int(terminal and step == length - 1),
-                     **(damage or {}).get(step, {}))  # fmt: skip
+            ends = int(terminal and step == length - 1)
+            self.add(unique_frame(number), action, reward, ends, (damage or {}).get(step))
 
     def remove(self, number):
         for file in self.folder.glob(f"*_ckpt.{number}.gz"):
@@ -90,14 +90,18 @@ class DopamineLog:
         """(file number, row) where a row with this global index is first found."""
         return next((n for n, end in enumerate(self.ends) if end > index), None), index % self.capacity
 
-    def kept(self, lost_files=()):
-        """Global indices that the files hold."""
-        ends = [end for number, end in enumerate(self.ends) if number not in lost_files]
-        return {index for end in ends for index in range(max(0, end - self.capacity), end)}
+    def kept(self, lost=None):
+        """Global indices that the files hold; `lost` maps numbers of files to the first row that they lack."""
+        ends = [end for number, end in enumerate(self.ends) if number not in (lost or {})]
+        kept = {index for end in ends for index in range(max(0, end - self.capacity), end)}
+        for number, row in (lost or {}).items():
+            end = self.ends[number]
+            kept |= {index for index in range(max(0, end - self.capacity), end) if index % self.capacity < row}
+        return kept
 
-    def episodes(self, lost_files=()):
+    def episodes(self, lost=None):
         """The episodes, or pieces of episodes, of which the files hold every row in between, in time order."""
-        kept = self.kept(lost_files)
+        kept = self.kept(lost)
         found, current, before_is_known = [], None, True
         for index, row in enumerate(self.rows):
             if index not in kept or index in self.damaged:

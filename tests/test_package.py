@@ -11,9 +11,9 @@ import pytest
 # From the bottom up; a module imports only what stands before it.
 ORDER = (
     "games", "environments", "metrics", "plots",
-    "replay.format", "replay.views", "replay.store", "replay.writer", "replay.sampling",
+    "replay.format", "replay.views", "replay.chunks", "replay.store", "replay.writer", "replay.sampling",
     "replay.importing", "replay.dqn_replay", "replay.export", "replay.rl_unplugged", "replay.minari", "replay",
-    "replay.memory", "replay.device", "collect",
+    "replay.memory", "replay.device", "benchmarks", "collect",
     "networks.encoders", "networks.q_network", "networks", "losses", "training", "evaluation",
     "parameters", "runs", "explore", "command",
 )  # fmt: skip

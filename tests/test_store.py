@@ -466,8 +466,11 @@ def test_missing_and_foreign_folders(tmp_path):
 def test_folder_of_two_datasets_is_no_dataset(tmp_path):
     for name in ("one", "other"):
         write(tmp_path / name, range(2))
-    with pytest.raises(ReplayError, match=r"one.*other"):  # not four episodes of the game
+    with pytest.raises(ReplayError, match="not a replay store"):  # not four episodes of the game
         open_replay(tmp_path)
+    shutil.copytree(tmp_path / "one/Pong", tmp_path / "one/Copy")
+    with pytest.raises(ReplayError, match=r"Copy.*Pong"):
+        open_replay(tmp_path / "one")
 
 
 @pytest.mark.parametrize(

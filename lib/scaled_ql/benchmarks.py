@@ -51,24 +51,23 @@ def repeat_store(source: Replay, destination: str | Path, games: list[str], copi
         fmt.write_or_compare_manifest(folder, manifest)
         arrays = fmt.open_arrays(folder)
         fmt.grow(arrays, rows * copies)
-        episodes, at = [], 0
-        for index in range(10**9):  # whole episodes of the lender until the rows are full
-            episode = source.episode(lender, index % len(source.episodes(lender)))
+        episodes, columns, at = [], [], 0
+        while at < rows:  # whole episodes of the lender until the rows are full
+            episode = source.episode(lender, len(episodes) % len(source.episodes(lender)))
             length = min(len(episode["action"]), rows - at)
+            actions = episode["action"][:length] % len(manifest["actions"])
             data, entry = episode_rows(
-                episode["observation"][:length], episode["action"][:length] % len(manifest["actions"]),
-                episode["reward"][:length], True, at, at,
-            )  # fmt: skip
-            if lender in first:
-                data.pop("observation")
-            for k in range(min(per_shard, copies)):
-                part = data if k == 0 else {name: column for name, column in data.items() if name != "observation"}
-                for write in fmt.write_rows(arrays, k * rows + at, part):
-                    write.result()
+                episode["observation"][:length], actions, episode["reward"][:length], True, at, at
+            )
             episodes.append(entry)
+            columns.append(data)
             at += length
-            if at == rows:
-                break
+        together = {name: np.concatenate([data[name] for data in columns]) for name in columns[0]}
+        once = together.pop("observation")
+        repeated = {name: np.tile(column, min(per_shard, copies)) for name, column in together.items()}
+        writes = fmt.write_rows(arrays, 0, repeated)
+        for write in writes if lender in first else [*writes, *fmt.write_rows(arrays, 0, {"observation": once})]:
+            write.result()
         frames = first.setdefault(lender, folder / "observation/c/0/0/0")
         for k in range(copies):
             target = folder / f"observation/c/{k}/0/0"

@@ -1,8 +1,10 @@
 """Things to look at and play with in a notebook; each widget has a static twin for rendered reports."""
 
 import io
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
@@ -12,8 +14,13 @@ from IPython.display import HTML, DisplayHandle, Image, display
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from scaled_ql.games import PUBLISHED_SOURCES, UnknownGame, rom_badge
+from scaled_ql.metrics import human_normalized, iqm
 from scaled_ql.replay import Replay
+from scaled_ql.replay.views import View
 from scaled_ql.runs import Run
+
+T = TypeVar("T", float, pd.Series)
 
 
 def to_png(figure: Figure) -> bytes:
@@ -70,15 +77,18 @@ def episode_view(replay: Replay, game: str, episode: int, step: int, stack_size:
     first = max(t - stack_size + 1, start)
     frames = replay.frames_at(game, np.arange(first, t + 1))
     stack = np.concatenate([np.zeros((stack_size - len(frames), 84, 84), np.uint8), frames])
-    rewards = replay.rewards(game)[start : t + 1]
-    action = replay.action_names(game)[replay.actions(game)[t]]
+    run = next(run for run in replay.runs(game) if run.manifest["run"] == row["run"])
+    steps = np.array([row["row"]]), np.array([step + 1])
+    rewards, action = run.stretches("reward", *steps), run.stretches("action", *steps)[-1]
+    missing = [word for word, there in (("beginning lost", row["continued"]), ("truncated", row["truncated"])) if there]
     figure, axes = plt.subplots(1, stack_size, figsize=(2.1 * stack_size, 2.7))
     for age, (axis, frame) in enumerate(zip(np.atleast_1d(axes), stack)):
         axis.imshow(frame, cmap="gray", vmin=0, vmax=255)
         axis.set_axis_off()
         axis.set_title("now" if age == stack_size - 1 else f"{stack_size - 1 - age} before", fontsize="small")
     figure.suptitle(
-        f"{game}, episode {episode}, step {step} of {int(row['length']) - 1}: {action}, "
+        f"{game}, episode {', '.join([str(episode), *missing])}, step {step} of {int(row['length']) - 1}: "
+        f"{replay.action_names(game)[action]}, "
         f"reward {rewards[-1]:g}, return so far {rewards[:-1].sum():g} (at the end {row['episode_return']:g})",
         fontsize="medium",
     )
@@ -114,6 +124,253 @@ def episode_browser(replay: Replay) -> widgets.Widget:
 
 
 def table(data: pd.DataFrame, decimals: int = 1, caption: str = "") -> None:
-    """Show a table, numbers rounded, readable in a report."""
-    style = data.style.format(precision=decimals, thousands=",", na_rep="–").set_caption(caption)
-    display(HTML(style.to_html()))
+    """Show a table, numbers rounded, readable in a report; a long or wide one scrolls."""
+    floats = data.select_dtypes("float").columns
+    data = data.copy()
+    data[floats] = data[floats].round(decimals) + 0.0  # no -0.0
+    style = data.style.format(precision=decimals, thousands=",", na_rep="–", escape="html").set_caption(caption)
+    words = [i for i, column in enumerate(data.columns) if not pd.api.types.is_numeric_dtype(data[column])]
+    looks = {"caption": "text-align: left; white-space: nowrap"} | {f".col{i}": "text-align: left" for i in words}
+    style = style.set_table_styles([{"selector": key, "props": value} for key, value in looks.items()])
+    if isinstance(data.index, pd.RangeIndex):
+        style = style.hide(axis="index")
+    style = style.set_table_attributes('class="tex2jax_ignore mathjax_ignore"')  # names of files have dollar signs
+    display(HTML(f'<div style="max-height: 110em; overflow: auto">{style.to_html()}</div>'))
+
+
+def records(data: pd.DataFrame) -> list[dict]:
+    """Rows as what JSON can hold: plain numbers, None where there is none; an index becomes columns."""
+    flat = data.set_axis([" ".join(name) if isinstance(name, tuple) else name for name in data.columns], axis=1)
+    return json.loads(flat.reset_index().to_json(orient="records"))
+
+
+def sources(replay: Replay) -> pd.DataFrame:
+    """Where each recording comes from and what of it is missing; all of it, whatever the view shows.
+
+    Returns:
+        index game, run; columns source, transitions, episodes, gaps (how many), gap rows (rows of the log that no
+        file holds, not known for whole files), excluded (rows), left out (files or ends of files), rewards ("raw" or
+        "clipped"), complete. What only an import can say is missing (NA) for other recordings.
+    """
+    rows = []
+    for game in replay.games:
+        reports = {report["run"]: report for report in replay.import_reports(game)}
+        for run in replay.runs(game):
+            report = reports.get(run.manifest["run"])
+            published = run.manifest["source"] in PUBLISHED_SOURCES  # without a report: its import was killed
+            rows.append(
+                {"game": game, "run": run.manifest["run"], "source": run.manifest["source"],
+                 "transitions": run.num_transitions, "episodes": len(run.starts),
+                 **(_counts(report) if report else dict.fromkeys(("gaps", "gap rows", "excluded", "left out"), pd.NA)),
+                 "rewards": run.manifest["rewards"],
+                 "complete": ("yes" if report["complete"] else "no") if report else ("no" if published else pd.NA)}
+            )  # fmt: skip
+    counts = dict.fromkeys(("gaps", "gap rows", "excluded", "left out"), "Int64")
+    return pd.DataFrame(rows).astype(counts).set_index(["game", "run"])
+
+
+def _counts(report: dict) -> dict[str, object]:
+    rows = [gap["last"] - gap["first"] + 1 for gap in report["gaps"] if "last" in gap]
+    known = len(rows) == len(report["gaps"])
+    return {
+        "gaps": len(report["gaps"]), "gap rows": sum(rows) if known else pd.NA,
+        "excluded": len(report["excluded"]), "left out": len(report["left_out"]),
+    }  # fmt: skip
+
+
+def findings(replay: Replay, kind: str) -> pd.DataFrame:
+    """What imports found missing or bad: one row per entry of `import.json`, files without their folder.
+
+    Args:
+        replay: an open store.
+        kind: ``"gaps"``, ``"excluded"`` or ``"left_out"``.
+    """
+    rows = []
+    for game in replay.games:
+        for report in replay.import_reports(game):
+            for entry in report[kind]:
+                folder = str(entry.get("file") or entry.get("before") or "").rpartition("/")[0] + "/"
+                plain = {
+                    name: value.replace(folder, "") if isinstance(value, str) and folder != "/" else value
+                    for name, value in entry.items()
+                }
+                rows.append({"game": game, "run": report["run"], **plain})
+    return pd.DataFrame(rows).rename(columns={"first": "first row", "last": "last row", "before": "found before"})
+
+
+def show_findings(replay: Replay, limit: int = 20) -> None:
+    """Tables of what imports found missing or bad, the first rows of each; nothing where all is well."""
+    titles = {"gaps": "Gaps: what no file holds", "excluded": "Excluded: rows that are no transitions",
+              "left_out": "Left out: files, or the rest of files, that could not be read"}  # fmt: skip
+    for kind, title in titles.items():
+        found = findings(replay, kind)
+        if len(found):
+            shown = f"the first {limit} of {len(found):,}" if len(found) > limit else f"all {len(found)}"
+            table(
+                found.head(limit).convert_dtypes(),
+                caption=f"{title}; {shown}. The full list is in import.json of each game and run",
+            )
+
+
+def recorded_episodes(replay: Replay) -> pd.DataFrame:
+    """All episodes of the view's games and runs, also those that the view does not show.
+
+    Returns:
+        columns game, run, start (transitions before it in its run), length, fraction (of its run, in [0, 1)),
+        episode_return, terminal, truncated, continued, incomplete, clipped, in_view.
+
+        An episode is incomplete, and its return too small or too large, where its beginning was lost; where the
+        next one says that its beginning was lost; and, in a DQN-Replay log, where it does not end: that is the end of
+        the log or of what could be read. Other truncated episodes reached a time limit: their return counts.
+    """
+    tables = []
+    for game in replay.games:
+        for number, run in enumerate(replay.runs(game)):
+            names = ["start", "length", "episode_return", "terminal", "truncated", "continued"]
+            episodes = run.table.select(names).to_pandas()
+            broken = np.append(episodes["continued"].to_numpy()[1:], False) | (run.manifest["source"] == "DQN-Replay")
+            episodes["incomplete"] = episodes["continued"] | (episodes["truncated"] & broken)
+            episodes["fraction"] = run.starts / run.num_transitions
+            episodes["clipped"] = run.manifest["rewards"] == "clipped"
+            episodes["in_view"] = np.isin(run.table["row"].to_numpy(), replay.rows_in_use(game, number)[0])
+            tables.append(episodes.assign(game=game, run=run.manifest["run"]))
+    return pd.concat(tables, ignore_index=True)
+
+
+def overview(replay: Replay, episodes: pd.DataFrame) -> pd.DataFrame:
+    """One row per game of what a view shows: how much, how good, with which ROM.
+
+    Args:
+        replay: an open store.
+        episodes: its `recorded_episodes`.
+    """
+    shown = episodes[episodes["in_view"]]
+    games = shown.groupby("game")
+    columns = games.agg(transitions=("length", "sum"), episodes=("length", "size"))
+    columns["truncated"] = games["truncated"].sum()
+    columns["beginning lost"] = games["continued"].sum()
+    returns = shown[~shown["incomplete"]].groupby("game")["episode_return"].agg(["min", "mean", "max"])
+    columns = columns.join(returns.add_prefix("return "))
+    stored = {game: replay.stored_bytes(game) / sum(run.num_rows for run in replay.runs(game)) for game in replay.games}
+    columns["bytes per row"] = pd.Series(stored).replace(0, np.nan)
+    columns["sticky actions, %"] = [100 * replay.manifests(game)[0]["sticky_actions"] for game in columns.index]
+    columns["ROM"] = [rom_badge(game, replay.manifests(game)) for game in columns.index]
+    return columns
+
+
+def describe_view(view: View) -> str:
+    """A view in words."""
+    runs = f"run {', '.join(map(str, view.runs))}" if view.runs else "all runs"
+    words = [f"{', '.join(view.games) or 'all games'}, {runs} of each"]
+    if view.first < 1:
+        words.append(f"of each run the trajectories that begin in the first {100 * view.first:.4g}% of its transitions")
+    if view.between:
+        first, stop = view.between
+        words.append(f"of each run the trajectories that begin at its transitions {first:,} to {stop - 1:,}")
+    if view.uniform < 1:
+        words.append(
+            f"of these {100 * view.uniform:.4g}% of each game's transitions, drawn uniformly (seed {view.seed})"
+        )
+    return "; ".join(words) + "."
+
+
+def view_shares(replay: Replay, whole: Replay) -> pd.DataFrame:
+    """How many transitions of each game of a dataset a view leaves; games that it leaves out have none.
+
+    Args:
+        replay: the view of it.
+        whole: the dataset without the view.
+
+    Returns:
+        index game; columns transitions (of the dataset), in trajectories of the view, drawn, share of all (%).
+    """
+    rows = {}
+    for game in whole.games:
+        total = whole.num_transitions(game)
+        kept = replay.num_transitions(game) if game in replay.games else 0
+        drawn = max(1, round(replay.view.uniform * kept)) if kept else 0
+        rows[game] = {
+            "transitions": total,
+            "in its trajectories": kept,
+            "drawn": drawn,
+            "share, %": 100 * drawn / total,
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("game")
+
+
+def begins_in_first(episodes: pd.DataFrame, fraction: float) -> pd.Series:
+    """bool: whether an episode begins in this first fraction of its run's transitions, as a view's `first` takes it."""
+    end = episodes["start"] + episodes["length"]
+    total = end.groupby([episodes["game"], episodes["run"]]).transform("max")
+    return episodes["start"] < (fraction * total).round()
+
+
+def quality_over_time(episodes: pd.DataFrame, bins: int = 20) -> pd.DataFrame:
+    """Human-normalised score of each game's player in equal parts of its runs.
+
+    That is of the mean return of the episodes, of all runs together, that begin in a part. Where none begins, the
+    part before goes on. Incomplete episodes do not count.
+
+    Args:
+        episodes: as `recorded_episodes` returns them.
+        bins: parts.
+
+    Returns:
+        columns game, fraction (the part's middle), human_normalized (NaN where it is not known), clipped (whether
+        rewards are); `bins` rows a game.
+    """
+    tables = []
+    for game, table in episodes.groupby("game", sort=False):
+        whole = table[~table["incomplete"]]
+        part = (whole["fraction"] * bins).astype(int)
+        returns = whole["episode_return"].groupby(part).mean().reindex(range(bins)).ffill()
+        quality = {"game": game, "fraction": (np.arange(bins) + 0.5) / bins, "clipped": bool(table["clipped"].any())}
+        tables.append(pd.DataFrame(quality | {"human_normalized": _normalized(game, returns).to_numpy()}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def compare_parts(episodes: pd.DataFrame, parts: Mapping[str, pd.Series]) -> pd.DataFrame:
+    """How much there is, and how good it is, in parts of recordings.
+
+    Args:
+        episodes: as `recorded_episodes` returns them.
+        parts: by name, which episodes they hold, bool [episodes].
+
+    Returns:
+        index game, run; for each part the columns transitions, episodes, mean return (of its whole episodes; NaN where
+        it has none) and score (that return normalised by human play, in %). The last row holds sums, and the IQM over games of the scores.
+    """
+    columns = {}
+    for name, mask in parts.items():
+        part = episodes[mask]
+        runs, whole = part.groupby(["game", "run"]), part[~part["incomplete"]]
+        returns = whole.groupby(["game", "run"])["episode_return"].mean()
+        table = runs.agg(transitions=("length", "sum"), episodes=("length", "size"))
+        table["mean return"] = returns
+        scores = {key: 100 * float(_normalized(key[0], value)) for key, value in returns.items()}
+        table["score, %"] = pd.Series(scores, dtype=float)
+        columns[name] = table
+    compared = pd.concat(columns, axis=1)
+    counts = [(part, name) for part in parts for name in ("transitions", "episodes")]
+    compared[counts] = compared[counts].fillna(0)
+    last = {column: compared[column].sum() for column in counts}
+    last |= {(part, "score, %"): 100 * iqm_over_games(episodes[mask]) for part, mask in parts.items()}
+    compared.loc[("all; IQM", ""), :] = pd.Series(last)
+    return compared.astype(dict.fromkeys(counts, "int64"))
+
+
+def iqm_over_games(episodes: pd.DataFrame) -> float:
+    """IQM over games of the human-normalised mean return; NaN where no game has a whole episode and known scores."""
+    whole = episodes[~episodes["incomplete"]]
+    returns = whole.groupby("game")["episode_return"].mean()
+    scores = [float(_normalized(game, value)) for game, value in returns.items()]
+    known = [score for score in scores if np.isfinite(score)]
+    return iqm(np.array(known)) if known else float("nan")
+
+
+def _normalized(game: str, score: T) -> T:
+    """As `human_normalized`; NaN for a game without reference scores."""
+    try:
+        return human_normalized(game, score)
+    except UnknownGame:
+        return score * np.nan

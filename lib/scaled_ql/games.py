@@ -5,6 +5,7 @@ import difflib
 import functools
 import hashlib
 import re
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -17,6 +18,14 @@ TRAINING_GAMES: tuple[str, ...] = (
     "YarsRevenge", "Zaxxon",
 )  # fmt: skip
 HELD_OUT_GAMES: tuple[str, ...] = ("Alien", "MsPacman", "Pong", "SpaceInvaders", "StarGunner")
+
+# Their ROM in the published DQN-Replay and RL Unplugged data, that of atari-py up to 0.2.5, is not the one of ale-py.
+OTHER_ROM_IN_PUBLISHED_DATA: frozenset[str] = frozenset((
+    "Amidar", "Assault", "Atlantis", "BankHeist", "BattleZone", "Carnival", "Centipede", "DemonAttack",
+    "DoubleDunk", "Gopher", "Gravitar", "IceHockey", "Krull", "KungFuMaster", "MsPacman", "NameThisGame", "Pooyan",
+    "Riverraid", "SpaceInvaders", "VideoPinball", "WizardOfWor", "YarsRevenge",
+))  # fmt: skip
+PUBLISHED_SOURCES: tuple[str, ...] = ("DQN-Replay", "RL Unplugged")  # as manifests name them
 
 NUM_ACTIONS = 18  # the full joystick; every head has this many rows, a game's minimal set uses the first few
 
@@ -53,6 +62,30 @@ def rom_md5(game: str) -> str:
     from ale_py import roms
 
     return hashlib.md5(Path(roms.get_rom_path(rom_name(game))).read_bytes()).hexdigest()
+
+
+def rom_badge(game: str, manifests: Iterable[Mapping[str, str]]) -> str:
+    """Whether a game was recorded with the installed ROM.
+
+    Args:
+        game: its name.
+        manifests: of its recordings; `rom_md5` ("" where it is not known) and `source` are read.
+
+    Returns:
+        ``"same"`` or ``"other"`` where MD5s say it; ``"same (published data)"`` or ``"other (published data)"`` where
+        the source is a published log, none of which says its ROM, by `OTHER_ROM_IN_PUBLISHED_DATA`; ``"unknown"``. Of
+        several recordings the most doubtful counts.
+    """
+    published = "other (published data)" if game in OTHER_ROM_IN_PUBLISHED_DATA else "same (published data)"
+    badges = set()
+    for manifest in manifests:
+        if manifest["rom_md5"]:
+            installed = rom_md5(game) if game in _all_roms() else ""
+            badges.add("same" if manifest["rom_md5"] == installed else "other")
+        else:
+            badges.add(published if manifest["source"] in PUBLISHED_SOURCES else "unknown")
+    order = ("other", "other (published data)", "unknown", "same (published data)", "same")
+    return next((badge for badge in order if badge in badges), "unknown")
 
 
 @functools.cache

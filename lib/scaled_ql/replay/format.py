@@ -8,7 +8,7 @@
         episodes.arrow            the episode table (an Arrow stream and a CRC-32), memory-mapped
         episodes.jsonl            episodes appended since that table was written, one line each
         observation/  uint8  [T, 84, 84]   zarr v3, single frames, never stacks
-        action/       int32  [T]           index in the game's minimal set
+        action/       uint8  [T]           index in the game's minimal set
         reward/       float32[T]           unclipped where known
         terminal/     bool   [T]           the episode ended in the game
         truncated/    bool   [T]           the episode was cut (time limit), its last state has no successor
@@ -35,12 +35,12 @@ FORMAT = "scaled-ql replay"
 FORMAT_VERSION = 1
 FRAME_SHAPE = (84, 84)
 INNER_CHUNK = 16  # frames decoded together: small enough for random windows, large enough to compress well
-FRAME_SHARD = 16_384  # frames a file: about 2 MB compressed; its index, read with every window, is 16 KB
+FRAME_SHARD = 16_384  # frames a file: about 2 MB compressed
 SCALAR_CHUNK = 1_024
-SCALAR_SHARD = 262_144
+SCALAR_SHARD = 4_194_304  # few files: their descriptors stay open
 ARRAYS = {
     "observation": "uint8",
-    "action": "int32",
+    "action": "uint8",
     "reward": "float32",
     "terminal": "bool",
     "truncated": "bool",
@@ -65,6 +65,7 @@ def array_spec(kvstore: Any, name: str) -> dict[str, Any]:
         "chunk_shape": [INNER_CHUNK if frames else SCALAR_CHUNK, *tail],
         "codecs": inner_codecs,
         "index_codecs": [bytes_codec, {"name": "crc32c"}],
+        "index_location": "start",
     }
     shard = [FRAME_SHARD if frames else SCALAR_SHARD, *tail]
     return {
@@ -109,7 +110,10 @@ def grow(arrays: dict[str, ts.TensorStore], rows: int) -> None:
 
 def write_rows(arrays: dict[str, ts.TensorStore], row: int, columns: dict[str, np.ndarray]) -> list[ts.Future]:
     """Begin to write columns at rows row, row + 1, ...; wait for each of the results."""
-    return [arrays[name][row : row + len(column)].write(column) for name, column in columns.items()]
+    return [
+        arrays[name][row : row + len(column)].write(np.asarray(column, ARRAYS[name]))
+        for name, column in columns.items()
+    ]
 
 
 def step_records(observation: np.ndarray, action: np.ndarray, reward: np.ndarray) -> bytes:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import tensorstore as ts
 
 from scaled_ql.replay import format as fmt
+from scaled_ql.replay.chunks import Chunks, Read, read_files
 from scaled_ql.replay.format import ARRAYS, FORMAT, FRAME_SHAPE, ReplayError
 from scaled_ql.replay.views import Episodes, View, drawn_transitions, load_view, select_episodes
 
@@ -52,6 +53,7 @@ class Run:
         kvstore: its folder.
         manifest: what it is.
         table: Arrow table of its episodes, in time order.
+        folder: on a local disk, or None.
     """
 
     def __init__(self, kvstore: ts.KvStore, manifest: dict[str, Any], table: pa.Table):
@@ -59,6 +61,8 @@ class Run:
         self.starts = table["start"].to_numpy()
         self.lengths = table["length"].to_numpy()
         self.num_transitions = int(self.starts[-1] + self.lengths[-1])
+        parts = urlsplit(kvstore.url)
+        self.folder = unquote(parts.path) if parts.scheme == "file" else None
         self.num_rows = int((table["row"].to_numpy() + table["frames"].to_numpy()).max())
 
     def open_array(self, name: str) -> ts.TensorStore:
@@ -92,9 +96,30 @@ class Run:
                 "from a copy, or delete it and record or import it again."
             ) from error
 
+    def _chunks(self, name: str, read: Read) -> Chunks:
+        array = self.arrays[name]
+        layout = array.chunk_layout
+        return Chunks(
+            f"{self.kvstore.url}{name}", read, np.dtype(ARRAYS[name]), array.shape[1:],
+            layout.read_chunk.shape[0], layout.write_chunk.shape[0],
+        )  # fmt: skip
+
+    @cached_property
+    def chunks(self) -> dict[str, Chunks]:
+        """What a batch needs, chunk by chunk; empty for a store that is not on a local disk."""
+        if self.folder is None:
+            return {}
+        tails = {"observation": "/0/0", "action": "", "reward": ""}
+        return {name: self._chunks(name, read_files(f"{self.folder}{name}/c/", tail)) for name, tail in tails.items()}
+
     def values_at(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """One column at any rows, in their shape."""
-        return self.reading(lambda: self.arrays[name][rows].read().result(), name)
+        """One column at rows [B, n], each row of them increasing by one or staying."""
+        if not self.chunks:
+            return self.reading(lambda: self.arrays[name][rows].read().result(), name)
+        values = np.empty(rows.shape, ARRAYS[name])
+        for place, (first, last) in enumerate(zip(rows[:, 0].tolist(), rows[:, -1].tolist())):
+            values[place] = np.concatenate(self.chunks[name].pieces(first, last))[rows[place] - first]
+        return values
 
     def windows(self, first: np.ndarray, last: np.ndarray) -> list[np.ndarray]:
         """Frames first[i]..last[i], inclusive: one read operation for all windows."""
@@ -108,8 +133,10 @@ class Run:
         return self.reading(read, "observation")
 
     def pieces(self, first: np.ndarray, last: np.ndarray) -> Iterable[list[np.ndarray]]:
-        """The same windows, each in one or more pieces: what needs no copying."""
-        return ([window] for window in self.windows(first, last))
+        """The same windows, each in one or more pieces, as they lie in their chunks."""
+        if not self.chunks:
+            return ([window] for window in self.windows(first, last))
+        return map(self.chunks["observation"].pieces, first.tolist(), last.tolist())
 
     def stretches(self, name: str, first: np.ndarray, length: np.ndarray) -> np.ndarray:
         """Rows first[i] .. first[i] + length[i] - 1 of a column, one stretch after another."""
@@ -227,7 +254,7 @@ class Replay:
 
     def actions(self, game: str) -> np.ndarray:
         """int32 [T], every action of a game in time order."""
-        return self._column(game, "action")
+        return self._column(game, "action").astype(np.int32)
 
     def rewards(self, game: str) -> np.ndarray:
         """float32 [T], every reward of a game in time order, unclipped where known."""
@@ -245,7 +272,7 @@ class Replay:
 
         Returns:
             observation uint8 [L, 84, 84], or [L + 1, 84, 84] where the frame after the last action is stored,
-            action int32 [L], reward float32 [L].
+            action uint8 [L], reward float32 [L].
         """
         run = self._game_runs(game)[self._episodes[game].run[number]]
         row, length, frames = (
@@ -372,7 +399,7 @@ class Replay:
             game=games,
         )
         for places, run, span in self._spans(games, indices, n_step, stack_size):
-            batch.action[places] = run.values_at("action", span.now)
+            batch.action[places] = run.values_at("action", span.now[:, None])[:, 0]
             batch.reward[places] = span.returns(run, n_step, discount, clip_rewards)
             batch.discount[places] = np.where(span.ended, 0.0, discount**n_step)
             pieces = run.pieces(span.earliest, span.then)
@@ -546,18 +573,21 @@ def open_replay(path: str | os.PathLike, view: View | str | os.PathLike | None =
     if view is not None and not isinstance(view, View):
         view = load_view(view)
     url = str(path)
-    if "://" not in url:
-        folder = Path(path).absolute()
-        if not folder.is_dir():
-            raise ReplayError(f"{folder}: no such replay folder. Record one with notebooks/00_data_collection.ipynb.")
-        url = folder.as_uri()
     try:
-        kvstore = ts.KvStore.open(url.rstrip("/") + "/").result()
-        keys = kvstore.list().result()
+        if "://" in url:
+            kvstore = ts.KvStore.open(url.rstrip("/") + "/").result()
+            keys = [key.decode() for key in kvstore.list().result() if key.endswith(b"/manifest.json")]
+        else:
+            folder = Path(path).absolute()
+            if not folder.is_dir():
+                raise ReplayError(
+                    f"{folder}: no such replay folder. Record one with notebooks/00_data_collection.ipynb."
+                )
+            kvstore = ts.KvStore.open(folder.as_uri() + "/").result()
+            keys = [str(file.relative_to(folder)) for file in folder.glob("*/*/manifest.json")]
     except ValueError as error:
         raise ReplayError(f"{url}: cannot be listed ({error}). Check the address and your permissions.") from error
-    suffix = b"/manifest.json"
-    folders = [key[: -len(suffix)].decode() for key in keys if key.endswith(suffix)]
+    folders = [key.rsplit("/", 1)[0] for key in keys if key.count("/") == 2]
     runs: dict[str, list[Run]] = {}
     for folder in sorted(folders, key=lambda name: (name.split("/")[0], len(name), name)):
         run = open_run(kvstore / f"{folder}/")

@@ -1,0 +1,284 @@
+"""Minari datasets of Atari games: episodes of L actions and L + 1 observations, in HDF5 or Arrow files.
+
+Each episode is a part of its own. The package ``minari`` is an extra: ``pip install -e "lib[minari]"``.
+"""
+
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ale_py
+import cv2
+import numpy as np
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.spaces import Box, Discrete
+
+from scaled_ql.games import UnknownGame, action_names
+from scaled_ql.replay import format as fmt
+from scaled_ql.replay import importing
+from scaled_ql.replay.format import FRAME_SHAPE, ReplayError
+from scaled_ql.replay.importing import Part, Plan, Progress, Report, RowWriter, Unreadable
+from scaled_ql.replay.rl_unplugged import bad_steps, write_episode
+
+if TYPE_CHECKING:
+    from minari import MinariDataset
+
+STICKY_ACTIONS = 0.25  # of ale_py.AtariEnv, where a dataset does not say
+FRAME_SKIP = 4  # likewise
+BLOCK = 512  # frames converted together
+FULL_ACTIONS = tuple(ale_py.Action.__members__)  # names, in the order of the full set
+
+
+def import_minari(
+    dataset: "MinariDataset | str | os.PathLike",
+    destination: str | os.PathLike,
+    game: str | None = None,
+    run: int = 1,
+    *,
+    skip_bad: bool = False,
+    workers: int = 0,
+    scheduler: str = "",
+    progress: Progress | None = None,
+) -> Report:
+    """Import a Minari dataset of one Atari game; a killed import goes on when it is called again.
+
+    Observations are uint8: grey [H, W]; stacks [n, 84, 84] or [84, 84, n], the newest frame last, of which that one
+    is taken; or colour [H, W, 3]. Colour becomes grey as 0.299 R + 0.587 G + 0.114 B (OpenCV's rounding), which in the
+    frames of the 45 games is bit for bit ALE's own grey; then all but 84 x 84 is resized by area, as the environments
+    do. Two things stay different from their frames: Minari keeps images as JPEG unless it was told not to, and a
+    frame that was recorded without the maximum over two emulator frames does not get it here, so sprites may flicker.
+
+    The last observation is stored as the state after the last action. Actions index the game's minimal set, or the
+    full one of 18. A step with an action that the game has not, or a reward that is no number, is left out and cuts
+    its episode in two. One episode at a time is in memory, as Minari reads it.
+
+    Args:
+        dataset: a dataset, its id in the local Minari folder, or the folder of one.
+        destination: the dataset's folder, on a local disk.
+        game: name as in the paper; None takes it from the environment that the dataset names.
+        run: number that the recording gets.
+        skip_bad: go on after an episode that cannot be read, and list it in the report and in ``import.json``.
+        workers: processes that convert episodes side by side; 0 converts in this one.
+        scheduler: address of a running Dask scheduler to use instead, whose workers see both folders.
+        progress: called with (episodes done, episodes known).
+
+    Returns:
+        what was imported and what was left out; a row is the episode's number in the dataset.
+
+    Raises:
+        ReplayError: Minari is not installed, there is no such dataset, it is of no known game or of other spaces, or
+            an episode cannot be read.
+    """
+    opened, destination = _open(dataset), Path(destination).absolute()
+    if game is None:
+        game = game_of(opened.id, opened.env_spec)
+    try:
+        actions = action_names(game)
+    except UnknownGame as error:
+        raise ReplayError(f"{opened.id}: {error} Say which game it is with the argument game.") from error
+
+    def plan(game: str, run: int) -> Plan:
+        return plan_run(opened, destination, game, run, actions)
+
+    return importing.run_import(
+        destination, [(game, run)], plan, convert,
+        order_by=["row"], skip_bad=skip_bad, workers=workers, scheduler=scheduler, progress=progress,
+    )  # fmt: skip
+
+
+def _open(dataset: "MinariDataset | str | os.PathLike") -> "MinariDataset":
+    try:
+        import minari
+    except ImportError as error:
+        raise ReplayError(
+            f'{dataset}: the package minari is needed to read it ({error}). Install it: pip install -e "lib[minari]".'
+        ) from error
+    if isinstance(dataset, minari.MinariDataset):
+        return dataset
+    folders = [folder for folder in (Path(dataset), Path(dataset) / "data") if (folder / "metadata.json").is_file()]
+    try:
+        return minari.MinariDataset(folders[0]) if folders else minari.load_dataset(str(dataset))
+    except Exception as error:  # asserts, and what its storages and spaces raise
+        raise ReplayError(
+            f"{dataset}: no Minari dataset ({type(error).__name__}: {error}). Expected the id of one below "
+            "$MINARI_DATASETS_PATH, or the folder of one, with a metadata.json in it or in its folder data."
+        ) from error
+
+
+@lru_cache(maxsize=1)
+def _keep_open(folder: str, changed: int) -> "MinariDataset":
+    """For many episodes: its spaces, as text with every pixel's bounds, take a third of a second to read."""
+    return _open(folder)
+
+
+def game_of(dataset: str, spec: EnvSpec | None) -> str:
+    """The game of an environment: ``ALE/Breakout-v5`` and ``BreakoutNoFrameskip-v4`` are Breakout.
+
+    Raises:
+        ReplayError: there is no environment.
+    """
+    if spec is None:
+        raise ReplayError(f"{dataset}: names no environment. Say which game it is with the argument game.")
+    return spec.name.removesuffix("NoFrameskip").removesuffix("Deterministic")
+
+
+def plan_run(dataset: "MinariDataset", destination: Path, game: str, run: int, actions: tuple[str, ...]) -> Plan:
+    """Where the rows of each episode belong.
+
+    Raises:
+        ReplayError: spaces that are not of this game, no episodes, or the destination cannot be written.
+    """
+    path, shape, target = (
+        Path(dataset.storage.data_path),
+        dataset.observation_space.shape,
+        destination / game / str(run),
+    )
+    if not isinstance(dataset.observation_space, Box) or dataset.observation_space.dtype != np.uint8:
+        raise ReplayError(f"{path}: observations are {dataset.observation_space}, expected a Box of uint8.")
+    if frame_kind(shape) is None:
+        raise ReplayError(
+            f"{path}: observations are uint8 {list(shape)}, expected grey [H, W], stacks [n, 84, 84] or [84, 84, n], "
+            "or colour [H, W, 3]."
+        )
+    indices = action_indices(dataset, path, game, actions)
+    changed = max(file.stat().st_mtime_ns for file in path.rglob("*"))
+    parts, row = [], 0
+    episodes = [int(number) for number in dataset.episode_indices]
+    for place, (number, length) in enumerate(zip(episodes, _lengths(dataset, path, episodes))):
+        content = {
+            "dataset": str(path), "changed": changed, "episode": number, "length": length, "row": row,
+            "actions": indices,
+        }  # fmt: skip
+        parts.append(Part(str(target), place, f"{path} episode {number}", content))
+        row += length + 1
+    if not parts:
+        raise ReplayError(f"{path}: has no episodes.")
+    manifest = fmt.make_manifest(
+        game, run, actions=list(actions), source=f"Minari {dataset.id}", **_emulator(dataset.env_spec)
+    )
+    importing.prepare_run(target, row)
+    return Plan(manifest, parts, {})
+
+
+def _lengths(dataset: "MinariDataset", path: Path, episodes: list[int]) -> list[int]:
+    try:
+        return [int(metadata["total_steps"]) for metadata in dataset.storage.get_episode_metadata(episodes)]
+    except Exception as error:
+        raise ReplayError(
+            f"{path}: its list of episodes cannot be read ({type(error).__name__}: {error}). The dataset is damaged; "
+            "download or record it again."
+        ) from error
+
+
+def action_indices(dataset: "MinariDataset", path: Path, game: str, actions: tuple[str, ...]) -> list[int]:
+    """For each action of a dataset the index in the game's minimal set, -1 where the game has it not.
+
+    Raises:
+        ReplayError: neither the minimal nor the full set.
+    """
+    space = dataset.action_space
+    if isinstance(space, Discrete) and space.start == 0:
+        if space.n == len(actions):
+            return list(range(len(actions)))
+        if space.n == len(FULL_ACTIONS):
+            return [actions.index(name) if name in actions else -1 for name in FULL_ACTIONS]
+    raise ReplayError(
+        f"{path}: actions are {space}; expected Discrete({len(actions)}), the minimal set of {game}, or Discrete(18), "
+        "the full one. Name another game with the argument game if it is not this one."
+    )
+
+
+def _emulator(spec: EnvSpec | None) -> dict[str, Any]:
+    """Stickiness and frame skip of an environment and its wrappers."""
+    options = spec.kwargs if spec else {}
+    frame_skip = options.get("frameskip", FRAME_SKIP)
+    for wrapper in spec.additional_wrappers if spec else ():
+        settings = wrapper.kwargs or {}
+        frame_skip *= settings.get("frame_skip", settings.get("skip", 1))
+    return {"sticky_actions": options.get("repeat_action_probability", STICKY_ACTIONS), "frame_skip": frame_skip}
+
+
+def convert(part: Part) -> tuple[list[dict[str, Any]], dict[str, list], Unreadable | None]:
+    """Write one episode's rows and find its segments.
+
+    Returns:
+        (segments, what was excluded, what is wrong with it or None)
+    """
+    content = part.content
+    number, length = content["episode"], content["length"]
+    writer = RowWriter(Path(part.folder), content["row"])
+    indices = np.array(content["actions"])
+    try:
+        dataset = _keep_open(content["dataset"], content["changed"])
+        (episode,) = dataset.iterate_episodes([number])
+        _check(episode, length, dataset.observation_space.shape)
+        played, reward = np.asarray(episode.actions), np.asarray(episode.rewards, np.float32)
+        bad = bad_steps(played, reward, np.flatnonzero(indices >= 0))
+        action = np.where(np.isin(played, np.arange(len(indices))), played, 0)
+        segments = write_episode(
+            writer, content["row"], to_frames(episode.observations), indices[action], reward,
+            bool(episode.terminations[-1]), beyond=1, bad=list(bad),
+        )  # fmt: skip
+        writer.close()
+    except ReplayError:
+        raise
+    except Exception as error:  # what h5py, Arrow and Pillow raise of damaged files
+        message = (
+            f"{part.file}: cannot be read ({type(error).__name__}: {error}). Download or record the dataset again."
+        )
+        return [], {}, Unreadable(message, number)
+    excluded = [{"file": part.file, "row": number, "reason": f"step {step}: {bad[step]}"} for step in bad]
+    return segments, {"excluded": excluded}, None
+
+
+def _check(episode: Any, length: int, shape: tuple[int, ...]) -> None:
+    """Whether an episode's arrays are what its dataset promises."""
+    observations = episode.observations
+    if observations.shape != (length + 1, *shape) or observations.dtype != np.uint8:
+        raise ValueError(
+            f"its observations are {observations.dtype} {list(observations.shape)}, expected uint8 "
+            f"{[length + 1, *shape]}, one more than the {length} steps that its metadata promises"
+        )
+    for name in ("actions", "rewards", "terminations", "truncations"):
+        if np.shape(getattr(episode, name)) != (length,):
+            raise ValueError(f"its {name} have the shape {list(np.shape(getattr(episode, name)))}, expected [{length}]")
+    if not length:
+        raise ValueError("it has no steps")
+    ends = np.asarray(episode.terminations, bool) | np.asarray(episode.truncations, bool)
+    if ends[:-1].any():
+        raise ValueError(f"it ends in step {int(np.argmax(ends))} and goes on; expected one episode")
+
+
+def frame_kind(shape: tuple[int, ...]) -> str | None:
+    """What an observation of this shape is: grey, newest first or last axis of a stack, colour; None for neither."""
+    if len(shape) == 2:
+        return "grey"
+    if len(shape) != 3:
+        return None
+    if shape[1:] == FRAME_SHAPE:
+        return "stack first"
+    if shape[2] == 3:
+        return "colour"
+    return "stack last" if shape[:2] == FRAME_SHAPE else None
+
+
+def to_frames(observations: np.ndarray) -> Iterator[np.ndarray]:
+    """Observations as frames, uint8 [n, 84, 84] at a time; see `import_minari`.
+
+    Args:
+        observations: uint8 [N, ...], of a shape that `frame_kind` knows.
+    """
+    kind = frame_kind(observations.shape[1:])
+    for begin in range(0, len(observations), BLOCK):
+        block = observations[begin : begin + BLOCK]
+        if kind == "stack first":
+            block = block[:, -1]
+        elif kind == "stack last":
+            block = block[..., -1]
+        elif kind == "colour":
+            block = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in block])
+        if block.shape[1:] != FRAME_SHAPE:
+            block = np.stack([cv2.resize(frame, FRAME_SHAPE[::-1], interpolation=cv2.INTER_AREA) for frame in block])
+        yield np.ascontiguousarray(block)
