@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaled_ql import games, metrics
+from scaled_ql.replay import dqn_replay, rl_unplugged
 
 ALL_GAMES = games.TRAINING_GAMES + games.HELD_OUT_GAMES
 
@@ -43,6 +44,38 @@ def test_action_sets_are_ales_minimal_sets():
 def test_rom_md5_is_that_of_the_file():
     content = Path(roms.get_rom_path("space_invaders")).read_bytes()
     assert games.rom_md5("SpaceInvaders") == hashlib.md5(content).hexdigest()
+
+
+def test_twenty_training_games_and_two_held_out_have_another_rom_in_the_published_data():
+    assert len(games.OTHER_ROM_IN_PUBLISHED_DATA & set(games.TRAINING_GAMES)) == 20
+    assert games.OTHER_ROM_IN_PUBLISHED_DATA - set(games.TRAINING_GAMES) == {"MsPacman", "SpaceInvaders"}
+
+
+def test_published_sources_are_what_imports_write():
+    assert games.PUBLISHED_SOURCES == (dqn_replay.SOURCE, rl_unplugged.SOURCE)
+
+
+OWN, PONG = {"source": "random player"}, games.rom_md5("Pong")
+
+
+@pytest.mark.parametrize(
+    "game, recordings, badge",
+    [
+        ("Pong", [OWN | {"rom_md5": PONG}], "same"),
+        ("Pong", [OWN | {"rom_md5": PONG}, OWN | {"rom_md5": "0" * 32}], "other"),
+        ("Pong", [OWN | {"rom_md5": ""}], "unknown"),
+        ("Pong", [OWN | {"rom_md5": PONG}, OWN | {"rom_md5": ""}], "unknown"),
+        ("Pong", [{"source": "DQN-Replay", "rom_md5": ""}], "same (published data)"),
+        ("Pong", [{"source": "DQN-Replay", "rom_md5": ""}, OWN | {"rom_md5": PONG}], "same (published data)"),
+        ("Amidar", [{"source": "RL Unplugged", "rom_md5": ""}], "other (published data)"),
+        ("Amidar", [{"source": "DQN-Replay", "rom_md5": ""}, OWN | {"rom_md5": ""}], "other (published data)"),
+        ("Amidar", [{"source": "DQN-Replay", "rom_md5": games.rom_md5("Amidar")}], "same"),
+        ("NoSuchGame", [OWN | {"rom_md5": PONG}], "other"),
+        ("Pong", [], "unknown"),
+    ],
+)
+def test_rom_badge(game, recordings, badge):
+    assert games.rom_badge(game, recordings) == badge
 
 
 @pytest.mark.parametrize(

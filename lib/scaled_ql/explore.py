@@ -338,7 +338,8 @@ def compare_parts(episodes: pd.DataFrame, parts: Mapping[str, pd.Series]) -> pd.
 
     Returns:
         index game, run; for each part the columns transitions, episodes, mean return (of its whole episodes; NaN where
-        it has none) and score (that return normalised by human play, in %). The last row holds sums, and the IQM over games of the scores.
+        it has none) and score (that return normalised by human play, in %). The last row holds sums, and the IQM over
+        games of the scores.
     """
     columns = {}
     for name, mask in parts.items():

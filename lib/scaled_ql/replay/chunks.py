@@ -36,6 +36,7 @@ class Chunks:
     def __init__(self, name: str, read: Read, dtype: np.dtype, tail: tuple[int, ...], chunk: int, shard: int):
         self.chunk, self._tail, self._dtype = chunk, tail, dtype
         self._name, self._read, self._per_file = name, read, shard // chunk
+        self._largest = 2 * chunk * int(np.prod(tail)) * np.dtype(dtype).itemsize + 1_024  # bytes; more is an error
         self._local = threading.local()
 
     def __getitem__(self, number: int) -> np.ndarray:
@@ -49,6 +50,8 @@ class Chunks:
             offset, size = struct.unpack("<QQ", self._read(file, 16 * place, 16))
             if offset == ABSENT:
                 raise ValueError("it was never written")
+            if size > self._largest:
+                raise ValueError("the file's index is damaged")
             content = self._read(file, offset, size)
             body = content[:-4]
             if len(content) != size or google_crc32c.value(body).to_bytes(4, "little") != content[-4:]:

@@ -322,7 +322,7 @@ def _commit(
     }
     known = {"start": np.cumsum(length) - length, "truncated": [not episode["terminal"] for episode in episodes]}
     table = pa.table({name: np.asarray(values) for name, values in {**columns, **known}.items()})
-    fmt.write_table(folder / "episodes.arrow", table.select([*fmt.EPISODE, *(columns.keys() - fmt.EPISODE.keys())]))
+    fmt.write_table(folder / "episodes.arrow", table.select([*fmt.EPISODE, *(name for name in columns if name not in fmt.EPISODE)]))
     clipped = max(episode["largest"] for episode in episodes) <= 1
     manifest = manifest | {"rewards": "clipped" if clipped else "raw"}
     fmt.write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
