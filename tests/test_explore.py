@@ -171,8 +171,8 @@ def test_a_view_in_words_and_in_numbers(imported: Replay) -> None:
     assert explore.describe_view(View()) == "all games, all runs of each."
     data = open_replay(imported.path, view)
     shares = explore.view_shares(data, imported)
-    drawn = len(drawn_transitions(view, "Pong", 29))
-    assert shares.loc["Pong"].tolist() == pytest.approx([43, 29, drawn, 100 * drawn / 43])
+    drawn = len(drawn_transitions(view, "Pong", 27))
+    assert shares.loc["Pong"].tolist() == pytest.approx([43, 27, drawn, 100 * drawn / 43])
     assert shares.loc["Amidar"].tolist() == [54, 0, 0, 0]
 
 

@@ -44,7 +44,9 @@ def imported(file: Path) -> set[str]:
             found |= {f"scaled_ql.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{file}: relative import"
-            found.add(node.module)
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {name for name in names if name.removeprefix("scaled_ql.") in ORDER}
+            found |= modules | ({node.module} if modules != names else set())
     return {name.removeprefix("scaled_ql.") for name in found if name.startswith("scaled_ql.")}
 
 

@@ -159,6 +159,43 @@ def verify(store: str) -> None:
     sys.exit(bool(problems or unfinished))
 
 
+@main.group()
+def benchmark() -> None:
+    """Measure the data path on this machine, beside its limits."""
+
+
+@benchmark.command("sampling")
+@click.argument("store")
+def benchmark_sampling(store: str) -> None:
+    """Batches per second from disk and from memory, beside zstd's limit and a plain buffer; bytes per transition."""
+    from scaled_ql import benchmarks
+
+    click.echo(benchmarks.bytes_per_transition(store).round(1).to_string())
+    click.echo(benchmarks.benchmark_sampling(store).round(0).to_string())
+
+
+@benchmark.command("scale")
+@click.argument("store")
+@click.argument("folder")
+@click.option("--copies", default=1_000, show_default=True, help="How many times larger the large store is.")
+def benchmark_scale(store: str, folder: str, copies: int) -> None:
+    """The same for a store of 40 games, made in FOLDER from chunks of STORE, and for a far larger one."""
+    from scaled_ql import benchmarks
+
+    click.echo(benchmarks.benchmark_scale(store, folder, copies).round(2).to_string())
+
+
+@benchmark.command("import")
+@click.argument("store")
+@click.argument("folder")
+@click.option("--rows", default=1_000_000, show_default=True, help="Rows of the file.")
+def benchmark_import(store: str, folder: str, rows: int) -> None:
+    """Import a full-size log file, made in FOLDER from STORE, beside decoding its gzip alone."""
+    from scaled_ql import benchmarks
+
+    click.echo(benchmarks.benchmark_import(store, folder, rows).round(1).to_string())
+
+
 @contextlib.contextmanager
 def _reporting(*kinds: type[Exception]) -> Iterator[None]:
     """Turn errors that say themselves what to do into a line and an exit status."""

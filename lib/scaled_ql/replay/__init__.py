@@ -3,6 +3,8 @@
 from scaled_ql.replay.dqn_replay import import_dqn_replay
 from scaled_ql.replay.export import export_dqn_replay
 from scaled_ql.replay.format import ReplayError
+from scaled_ql.replay.minari import import_minari
+from scaled_ql.replay.rl_unplugged import import_rl_unplugged
 from scaled_ql.replay.sampling import mean_frames, prefetch, sample_batch, sample_indices
 from scaled_ql.replay.store import Batch, Replay, open_replay
 from scaled_ql.replay.views import View, load_view
@@ -16,6 +18,8 @@ __all__ = [
     "View",
     "export_dqn_replay",
     "import_dqn_replay",
+    "import_minari",
+    "import_rl_unplugged",
     "load_view",
     "mean_frames",
     "open_replay",

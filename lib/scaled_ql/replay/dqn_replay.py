@@ -153,7 +153,7 @@ def plan_run(source: str, logs: str, destination: Path, game: str, run: int) -> 
         parts.append(Part(folder, number, address, content))
         before, previous = count, number
     manifest = fmt.make_manifest(game, run, actions=actions, source=SOURCE, sticky_actions=STICKY_ACTIONS)
-    importing.prepare_run(Path(folder), before)
+    importing.prepare_run(Path(folder), before, manifest, [part.file for part in parts])
     return Plan(manifest, parts, {"gaps": gaps})
 
 

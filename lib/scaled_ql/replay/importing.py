@@ -83,17 +83,32 @@ class Report(NamedTuple):
     left_out: list[dict[str, Any]]
 
 
-def prepare_run(folder: Path, rows: int) -> None:
+def prepare_run(folder: Path, rows: int, manifest: dict[str, Any], files: list[str]) -> None:
     """Create a run's arrays, long enough for all of its files.
 
     Raises:
-        ReplayError: the destination cannot be written.
+        ReplayError: the destination cannot be written, or holds a recording or other files' contents.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _expect_same_run(folder, manifest, files)
         fmt.grow(fmt.open_arrays(folder), rows)
     except (OSError, ValueError) as error:
         raise ReplayError(f"{folder}: cannot be written ({error}). Choose another destination.") from error
+
+
+def _expect_same_run(folder: Path, manifest: dict[str, Any], files: list[str]) -> None:
+    stored, report = folder / "manifest.json", folder / "import.json"
+    if not stored.exists():
+        return
+    before = fmt.read_manifest(stored.read_bytes(), str(stored))
+    known = json.loads(report.read_bytes())["files"] if report.exists() else []
+    same = before["source"] == manifest["source"] and before["game"] == manifest["game"]
+    if not same or (known and not set(known) & set(files)) or not (folder / "parts").exists():
+        raise ReplayError(
+            f"{folder}: holds other data ({before['source']}, from {known[0] if known else 'a recording'}). "
+            "Choose another destination, or delete this folder."
+        )
 
 
 class Unreadable(ReplayError):
@@ -322,7 +337,7 @@ def _commit(
     }
     known = {"start": np.cumsum(length) - length, "truncated": [not episode["terminal"] for episode in episodes]}
     table = pa.table({name: np.asarray(values) for name, values in {**columns, **known}.items()})
-    fmt.write_table(folder / "episodes.arrow", table.select([*fmt.EPISODE, *(name for name in columns if name not in fmt.EPISODE)]))
+    fmt.write_table(folder / "episodes.arrow", table.select([*(fmt.EPISODE | columns)]))
     clipped = max(episode["largest"] for episode in episodes) <= 1
     manifest = manifest | {"rewards": "clipped" if clipped else "raw"}
     fmt.write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")

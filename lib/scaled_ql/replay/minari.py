@@ -130,17 +130,13 @@ def plan_run(dataset: "MinariDataset", destination: Path, game: str, run: int, a
     Raises:
         ReplayError: spaces that are not of this game, no episodes, or the destination cannot be written.
     """
-    path, shape, target = (
-        Path(dataset.storage.data_path),
-        dataset.observation_space.shape,
-        destination / game / str(run),
-    )
-    if not isinstance(dataset.observation_space, Box) or dataset.observation_space.dtype != np.uint8:
-        raise ReplayError(f"{path}: observations are {dataset.observation_space}, expected a Box of uint8.")
-    if frame_kind(shape) is None:
+    path, target, space = Path(dataset.storage.data_path), destination / game / str(run), dataset.observation_space
+    if not isinstance(space, Box) or space.dtype != np.uint8:
+        raise ReplayError(f"{path}: observations are {space}, expected a Box of uint8.")
+    if frame_kind(space.shape) is None:
         raise ReplayError(
-            f"{path}: observations are uint8 {list(shape)}, expected grey [H, W], stacks [n, 84, 84] or [84, 84, n], "
-            "or colour [H, W, 3]."
+            f"{path}: observations are uint8 {list(space.shape)}, expected grey [H, W], stacks [n, 84, 84] or "
+            "[84, 84, n], or colour [H, W, 3]."
         )
     indices = action_indices(dataset, path, game, actions)
     changed = max(file.stat().st_mtime_ns for file in path.rglob("*"))
@@ -158,7 +154,7 @@ def plan_run(dataset: "MinariDataset", destination: Path, game: str, run: int, a
     manifest = fmt.make_manifest(
         game, run, actions=list(actions), source=f"Minari {dataset.id}", **_emulator(dataset.env_spec)
     )
-    importing.prepare_run(target, row)
+    importing.prepare_run(target, row, manifest, [part.file for part in parts])
     return Plan(manifest, parts, {})
 
 
@@ -252,7 +248,7 @@ def _check(episode: Any, length: int, shape: tuple[int, ...]) -> None:
 
 
 def frame_kind(shape: tuple[int, ...]) -> str | None:
-    """What an observation of this shape is: grey, newest first or last axis of a stack, colour; None for neither."""
+    """What an observation of this shape is: grey, colour, a stack along its first or last axis; None for none."""
     if len(shape) == 2:
         return "grey"
     if len(shape) != 3:

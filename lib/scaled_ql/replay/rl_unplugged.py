@@ -156,7 +156,7 @@ def plan_run(source: str, folder: str, destination: Path, game: str, run: int) -
     missing = sorted(set(range(total)) - {file.number for file in files})
     gaps = [{"file": f"{folder}/run_{run}-{number:05}-of-{total:05}"} for number in missing]
     manifest = fmt.make_manifest(game, run, actions=actions, source=SOURCE, sticky_actions=STICKY_ACTIONS)
-    importing.prepare_run(target, total * ROWS_PER_FILE)
+    importing.prepare_run(target, total * ROWS_PER_FILE, manifest, [part.file for part in parts])
     return Plan(manifest, parts, {"gaps": gaps})
 
 

@@ -1,0 +1,92 @@
+"""Figures of tidy tables: what is drawn is what the table says."""
+
+from collections.abc import Iterator
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from scaled_ql import plots
+from scaled_ql.games import TRAINING_GAMES
+from scaled_ql.metrics import iqm
+
+
+@pytest.fixture(autouse=True)
+def _close() -> Iterator[None]:
+    yield
+    plt.close("all")
+
+
+def qualities(games: list[str], scores: np.ndarray, clipped: bool = False) -> pd.DataFrame:
+    """One row per game and part; scores [games, parts]."""
+    parts = (np.arange(scores.shape[1]) + 0.5) / scores.shape[1]
+    return pd.concat(
+        pd.DataFrame({"game": game, "fraction": parts, "human_normalized": row, "clipped": clipped})
+        for game, row in zip(games, scores)
+    )
+
+
+def test_quality_over_time_draws_each_game_and_their_iqm() -> None:
+    scores = np.array([[0.0, 0.1], [0.2, 0.4], [0.4, 0.8], [np.nan, 9.0]])
+    axis = plots.quality_over_time(qualities(["Pong", "Breakout", "Qbert", "Alien"], scores)).axes[0]
+    lines = {line.get_label(): line for line in axis.lines}
+    np.testing.assert_allclose(lines["Qbert"].get_ydata(), [0.4, 0.8])
+    np.testing.assert_allclose(lines["Alien"].get_ydata(), [9.0])
+    np.testing.assert_allclose(lines["IQM over 4 games"].get_ydata(), [0.2, (0.4 + 0.8) / 2])
+    assert [line.get_xdata()[0] for line in axis.lines if list(line.get_xdata()) == [0.2, 0.2]] == [0.2]
+    assert axis.texts[0].get_text() == "first 20%"
+    assert axis.get_title() == ""
+    assert axis.get_ylim()[1] > 9, "few games are all shown"
+
+
+def test_forty_games_are_grey_and_one_of_them_does_not_flatten_the_rest() -> None:
+    scores = np.random.default_rng(0).uniform(0, 1, (40, 20))
+    scores[3] = 500
+    axis = plots.quality_over_time(qualities(list(TRAINING_GAMES), scores, clipped=True)).axes[0]
+    np.testing.assert_allclose(axis.lines[40].get_ydata(), [iqm(part) for part in scores.T])
+    assert len({line.get_color() for line in axis.lines[:40]}) == 1
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["IQM over 40 games"]
+    assert 0.9 < axis.get_ylim()[1] < 2
+    assert "clipped in 40 of 40 games" in axis.get_title()
+
+
+def test_returns_of_incomplete_episodes_are_crosses_outside_the_mean() -> None:
+    episodes = pd.DataFrame(
+        {"game": "Pong", "run": [1, 1, 2, 2], "start": [0, 5, 0, 5], "episode_return": [1.0, 90, 3, 4],
+         "incomplete": [False, True, False, False]}
+    )  # fmt: skip
+    axis = plots.returns_over_time(episodes).axes[0]
+    dots, crosses = (points.get_offsets().tolist() for points in axis.collections)
+    assert dots == [[0, 1], [0, 3], [5, 4]]
+    assert crosses == [[5, 90]]
+    assert [line.get_ydata().tolist() for line in axis.lines] == [[1], [3, 4]], "a line for each run"
+    plain = plots.returns_over_time(episodes[["game", "start", "episode_return"]]).axes[0]
+    assert len(plain.collections[0].get_offsets()) == 4
+    assert plain.get_legend() is None
+
+
+def test_lengths_are_stacked_by_how_an_episode_begins_and_ends() -> None:
+    episodes = pd.DataFrame(
+        {"game": "Pong", "length": [10, 10, 10, 10, 10], "truncated": [False, False, True, True, False],
+         "continued": [False, False, False, True, True]}
+    )  # fmt: skip
+    axis = plots.episode_lengths(episodes).axes[0]
+    heights = [sum(patch.get_height() for patch in bars) for bars in axis.containers]
+    assert heights == [2, 1, 2]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == [
+        "ended in the game", "truncated", "beginning lost",
+    ]  # fmt: skip
+    plain = plots.episode_lengths(episodes[["game", "length"]]).axes[0]
+    assert sum(patch.get_height() for patch in plain.patches) == 5
+    assert plain.get_legend() is None
+
+
+@pytest.mark.parametrize("number, columns", [(1, 1), (2, 2), (6, 3), (12, 4), (40, 4)])
+def test_panels_stand_in_rows_of_at_most_four(number: int, columns: int) -> None:
+    games = list(TRAINING_GAMES[:number])
+    episodes = pd.DataFrame({"game": games, "start": 0, "episode_return": 1.0})
+    figure = plots.returns_over_time(episodes)
+    assert figure.axes[0].get_gridspec().ncols == columns
+    assert [axis.get_title() for axis in figure.axes if axis.get_visible()] == games
+    assert figure.get_figwidth() < 13
