@@ -40,6 +40,14 @@ def test_quality_over_time_draws_each_game_and_their_iqm() -> None:
     assert axis.get_ylim()[1] > 9, "few games are all shown"
 
 
+def test_a_single_game_is_its_own_middle_and_an_unknown_one_has_none() -> None:
+    alone = plots.quality_over_time(qualities(["Pong"], np.array([[0.0, 0.1]]))).axes[0]
+    assert [text.get_text() for text in alone.get_legend().get_texts()] == ["Pong"]
+    np.testing.assert_allclose(alone.lines[1].get_ydata(), [0, 0.1])
+    unknown = plots.quality_over_time(qualities(["Tetris"], np.array([[np.nan, np.nan]]))).axes[0]
+    assert len(unknown.lines[0].get_ydata()) == 0
+
+
 def test_forty_games_are_grey_and_one_of_them_does_not_flatten_the_rest() -> None:
     scores = np.random.default_rng(0).uniform(0, 1, (40, 20))
     scores[3] = 500

@@ -251,8 +251,10 @@ def overview(replay: Replay, episodes: pd.DataFrame) -> pd.DataFrame:
     columns["beginning lost"] = games["continued"].sum()
     returns = shown[~shown["incomplete"]].groupby("game")["episode_return"].agg(["min", "mean", "max"])
     columns = columns.join(returns.add_prefix("return "))
-    stored = {game: replay.stored_bytes(game) / sum(run.num_rows for run in replay.runs(game)) for game in replay.games}
-    columns["bytes per row"] = pd.Series(stored).replace(0, np.nan)
+    if not replay.view.runs:  # bytes are known of all runs together
+        held = {game: sum(run.num_transitions for run in replay.runs(game)) for game in replay.games}
+        stored = pd.Series({game: replay.stored_bytes(game) / held[game] for game in replay.games})
+        columns["bytes per transition"] = stored.replace(0, np.nan)
     columns["sticky actions, %"] = [100 * replay.manifests(game)[0]["sticky_actions"] for game in columns.index]
     columns["ROM"] = [rom_badge(game, replay.manifests(game)) for game in columns.index]
     return columns

@@ -84,11 +84,12 @@ def quality_over_time(quality: pd.DataFrame) -> Figure:
     games = list(known["game"].unique())
     figure, axis = plt.subplots(figsize=(8.5, 4.2))
     few, colors = len(games) <= 10, game_colors(games)
+    name = f"IQM over {len(games)} games" if len(games) != 1 else games[0]
     for game, table in known.groupby("game", sort=False):
-        look = {"color": colors[game], "label": game} if few else {"color": "#cccccc"}
+        look = {"color": colors[game], "label": game if game != name else ""} if few else {"color": "#cccccc"}
         axis.plot(table["fraction"], table["human_normalized"], lw=1, **look)
     middle = known.groupby("fraction")["human_normalized"].agg(iqm)
-    axis.plot(middle.index, middle, color="black", lw=3, label=f"IQM over {len(games)} games" if len(games) > 1 else "")
+    axis.plot(middle.index, middle, color="black", lw=3, label=name)
     if not few:
         _limit_to_the_middle(axis, known["human_normalized"], middle)
     axis.axvline(0.2, color="black", ls="--", lw=1)
@@ -165,7 +166,7 @@ def episode_lengths(episodes: pd.DataFrame) -> Figure:
             axis.legend(fontsize="x-small", loc="upper right")
             axis.set_ylim(0, 1.4 * axis.get_ylim()[1])  # room for the legend
         axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axis.set(title=game, xlabel="agent steps (4 emulator frames each)", ylabel="episodes")
+        axis.set(title=game, xlabel="agent steps", ylabel="episodes")
     return figure
 
 
