@@ -44,8 +44,8 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(reading, "VALIDATED_TOGETHER", 16)
 
 
-def write_log(source, lengths=(9, 14, 9, 20, 7, 11, 13), capacity=20, finish=True, **where):
-    """By default 104 rows in files 0 to 5; at each border between two files an episode goes on."""
+def write_log(source, lengths=(9, 14, 9, 20, 7), capacity=20, finish=True, **where):
+    """By default 74 rows in files 0 to 3; at each border between two files an episode goes on."""
     log = DopamineLog(source, capacity=capacity, **where)
     for length in lengths:
         log.add_episode(length)
@@ -90,7 +90,7 @@ def check_batches(replay, logs_and_episodes, game="Pong", stack_size=4):
     truth = [
         (log, e, step) for log, episodes in logs_and_episodes for e in episodes for step in range(len(e["indices"]))
     ]
-    for n_step, clip_rewards in ((1, True), (3, False), (6, True)):
+    for n_step, clip_rewards in ((1, True), (4, False)):
         usable = [
             t
             for t, (_, episode, step) in enumerate(truth)
@@ -157,7 +157,7 @@ def read_report(path, game="Pong", run=1):
 
 
 @st.composite
-def episode_lists(draw, max_rows=90):
+def episode_lists(draw, max_rows=70):
     """Lengths of episodes, and whether the last of them is over when the log ends."""
     lengths = draw(st.lists(st.one_of(st.integers(1, 4), st.integers(1, 30)), min_size=1, max_size=12))
     while sum(lengths) > max_rows and len(lengths) > 1:
@@ -178,7 +178,7 @@ def build(source, run, capacity, lengths, last_is_over, finish, damage=None):
 
 
 LOGS = st.dictionaries(
-    st.sampled_from([1, 2, 10]), st.tuples(st.integers(5, 40), episode_lists(), st.booleans()), min_size=1, max_size=3
+    st.sampled_from([1, 2, 10]), st.tuples(st.integers(5, 40), episode_lists(), st.booleans()), min_size=1, max_size=2
 )
 SLOW = {
     "deadline": None,
@@ -187,7 +187,7 @@ SLOW = {
 }
 
 
-@settings(max_examples=8, **SLOW)
+@settings(max_examples=6, **SLOW)
 @given(logs=LOGS)
 @example(logs={1: (5, ([1] * 12, True), False)})  # padding and cycles jumped over everywhere
 @example(logs={1: (8, ([1, 1, 1, 30], False), True)})
@@ -259,7 +259,7 @@ def reported_rows(report):
     return [(int(entry["file"].split(".")[-2]), entry["row"]) for entry in report.excluded]
 
 
-@pytest.mark.parametrize("damage", DAMAGE, ids=str)
+@pytest.mark.parametrize("damage", DAMAGE[::3] + DAMAGE[-1:], ids=str)
 @pytest.mark.parametrize("step", [0, 4, 13])
 def test_one_bad_row_by_hand(tmp_path, damage, step):
     log = DopamineLog(tmp_path / "source", capacity=30)
@@ -443,7 +443,7 @@ def test_importing_again_changes_nothing(tmp_path):
     assert mtimes(tmp_path / "store") == before
 
 
-@pytest.mark.parametrize("parts", [[1], [2, 3], [1, 2, 3, 4, 5]])
+@pytest.mark.parametrize("parts", [[1], [2], [1, 2, 3]])
 def test_log_that_grew(tmp_path, parts):
     log = write_log(tmp_path / "whole")
     for part in [*parts, len(log.ends)]:
@@ -462,21 +462,15 @@ def test_log_that_grew(tmp_path, parts):
 
 def test_log_that_was_ended_and_went_on(tmp_path):
     """Its last, partial file is replaced by a full one with the same number."""
-    lengths = [9, 14, 9, 20]
+    lengths = [9, 14, 9]
     write_log(tmp_path / "source", lengths)
     import_dqn_replay(tmp_path / "source", tmp_path / "store")
     shutil.rmtree(tmp_path / "source")
-    log = write_log(tmp_path / "source", [*lengths, 7, 11, 13])
+    log = write_log(tmp_path / "source", [*lengths, 20, 7])
     import_dqn_replay(tmp_path / "source", tmp_path / "store")
     check_holds(tmp_path / "store", log.episodes())
     import_dqn_replay(tmp_path / "source", tmp_path / "undisturbed")
     check_same_files(tmp_path / "store", contents(tmp_path / "undisturbed"))
-
-
-def test_runs_side_by_side(tmp_path):
-    logs = [write_log(tmp_path / "source", run=run, seed=run) for run in (1, 2)]
-    import_dqn_replay(tmp_path / "source", tmp_path / "store", workers=2)
-    check_holds(tmp_path / "store", [episode for log in logs for episode in log.episodes()], runs=[1] * 7 + [2] * 7)
 
 
 # Bad files
@@ -488,7 +482,7 @@ def npy(array, **options):
     return buffer.getvalue()
 
 
-def column(log, name, number=2):
+def column(log, name, number=1):
     return column_file(log.folder, name, number)
 
 
@@ -522,7 +516,7 @@ def cut_gzip(log):
 def flip_bit(log):
     file = column(log, "observation")
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 4
+    content[-6] ^= 4  # in the checksum: elsewhere it may mean the same
     file.write_bytes(content)
     return file
 
@@ -547,7 +541,7 @@ def missing(name):
 
 def change_add_count(content):
     def damage(log):
-        file = log.folder / "add_count_ckpt.2.gz"
+        file = log.folder / "add_count_ckpt.1.gz"
         file.unlink() if content is None else file.write_bytes(gzip.compress(content))
         return file
 
@@ -558,7 +552,7 @@ def other_capacity(log):
     for name in COLUMNS:
         array = load(column(log, name))
         save(column(log, name), np.concatenate([array, array[:1]]))
-    return log.folder / "*ckpt.2.gz"
+    return log.folder / "*ckpt.1.gz"
 
 
 def too_many_rows(content):
@@ -573,26 +567,20 @@ BAD_FILES = {
     "not npy": rewrite_bytes("action", lambda content: b"<html>403 Forbidden</html>"),
     "observation float32": rewrite("observation", lambda array: array.astype(np.float32)),
     "observation of 83 columns": rewrite("observation", lambda array: array[:, :, :83]),
-    "observation with a channel": rewrite("observation", lambda array: array[..., None]),
     "action float32": rewrite("action", lambda array: array.astype(np.float32)),
     "action [C, 1]": rewrite("action", lambda array: array[:, None]),
     "reward of strings": rewrite("reward", lambda array: array.astype("U8")),
-    "reward complex": rewrite("reward", lambda array: array.astype(np.complex64)),
     "terminal float32": rewrite("terminal", lambda array: array.astype(np.float32)),
-    "one action short": rewrite("action", lambda array: array[:-1]),
-    "no rows": rewrite("reward", lambda array: array[:0]),
     "scalar": rewrite("reward", lambda array: array[0]),
     "more data than the header says": rewrite_bytes("reward", lambda content: content + bytes(1000)),
     "fewer frames than the header says": rewrite_bytes("observation", too_many_rows),
     "fewer actions than the header says": rewrite_bytes("action", too_many_rows),
-    "header only": rewrite_bytes("observation", lambda content: content[:128]),
     "broken header": rewrite_bytes("reward", lambda content: content.replace(b"descr", b"descx")),
     "other capacity": other_capacity,
     **{f"no {name}": missing(name) for name in COLUMNS},
     "no add_count": change_add_count(None),
     "add_count of two": change_add_count(npy(np.array([39, 40]))),
     "add_count negative": change_add_count(npy(np.array(-1))),
-    "add_count not a number": change_add_count(npy(np.array(np.nan))),
     "add_count not npy": change_add_count(b"59"),
     "add_count of an earlier file": change_add_count(npy(np.array(19))),
 }
@@ -626,7 +614,7 @@ def check_bad_file(folder, log, bad):
     name = re.escape(bad.name).replace(r"\*", ".*")
     with pytest.raises(ReplayError, match=name):
         import_dqn_replay(source, store)
-    before = log.episodes(dict.fromkeys(range(2, len(log.ends)), 0))
+    before = log.episodes(dict.fromkeys(range(1, len(log.ends)), 0))
     complete = [episode for episode in before if episode["terminal"]]
     check_holds(store, before if len(open_replay(store).episodes("Pong")) > len(complete) else complete)
 
@@ -634,7 +622,7 @@ def check_bad_file(folder, log, bad):
     (entry,) = report.left_out
     assert re.search(name, entry["file"] + entry["reason"])
     assert read_report(rest)["left_out"][0].items() <= entry.items()
-    expected = log.episodes({2: entry["row"]})
+    expected = log.episodes({1: entry["row"]})
     check_batches(check_holds(rest, expected), [(log, expected)])
 
 
@@ -656,7 +644,7 @@ def test_repaired_file(tmp_path, log, imported, name):
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-@pytest.mark.parametrize("number", [0, 1, 5])
+@pytest.mark.parametrize("number", [0, 3])
 def test_bad_file_elsewhere(tmp_path, log, number, name):
     source = log.folder.parents[2]
     file = column(log, name, number)
@@ -677,12 +665,12 @@ def test_bomb(tmp_path, log):
 
 @pytest.mark.parametrize("name", [*COLUMNS, "add_count"])
 def test_last_file_counts_when_the_one_before_is_bad(tmp_path, log, name):
-    file = log.folder / "add_count_ckpt.4.gz" if name == "add_count" else column(log, name, 4)
+    file = log.folder / "add_count_ckpt.2.gz" if name == "add_count" else column(log, name, 2)
     file.write_bytes(file.read_bytes()[:30])
     import_dqn_replay(log.folder.parents[2], tmp_path, skip_bad=True)
     replay = open_replay(tmp_path)
     check_nothing_mixed(replay, log)
-    check_same(replay.frames_at("Pong", replay.num_transitions("Pong") - 5 + np.arange(5))[-1], log.rows[-1][0])
+    check_same(replay.frames_at("Pong", [replay.num_transitions("Pong") - 1])[0], log.rows[-1][0])
     assert replay.episodes("Pong")["terminal"].iloc[-1]
 
 
@@ -741,16 +729,16 @@ class Payload:
         return Path.touch, (self.file,)
 
 
-@pytest.mark.parametrize("name", [*COLUMNS, "add_count"])
+@pytest.mark.parametrize("name", ["observation", "reward", "add_count"])
 def test_pickle_is_refused_and_never_loaded(tmp_path, name):
     trap = tmp_path / "it was loaded"
     pickle.loads(pickle.dumps(Payload(trap)))  # the trap works
     trap.unlink()
     log = write_log(tmp_path / "source")
-    file = log.folder / "add_count_ckpt.2.gz" if name == "add_count" else column(log, name)
+    file = log.folder / "add_count_ckpt.1.gz" if name == "add_count" else column(log, name)
     for content in (npy(np.array([Payload(trap)] * 20), allow_pickle=True), pickle.dumps(Payload(trap))):
         file.write_bytes(gzip.compress(content))
-        with pytest.raises(ReplayError, match=rf"{name}_ckpt\.2\.gz"):
+        with pytest.raises(ReplayError, match=rf"{name}_ckpt\.1\.gz"):
             import_dqn_replay(tmp_path / "source", tmp_path / "store")
         report = import_dqn_replay(tmp_path / "source", tmp_path / "rest", skip_bad=True)
         assert not trap.exists() and report is not None
@@ -823,7 +811,7 @@ def write_store(path, runs, seed, game="Pong"):
 
 
 def check_equal_replays(one, other, game="Pong"):
-    columns = ["start", "length", "terminal", "truncated", "run"]
+    columns = ["start", "length", "terminal", "truncated", "continued", "run"]
     assert one.episodes(game)[columns].to_dict("list") == other.episodes(game)[columns].to_dict("list")
     np.testing.assert_array_equal(one.actions(game), other.actions(game))
     np.testing.assert_array_equal(one.rewards(game), other.rewards(game))
@@ -843,7 +831,8 @@ STORES = st.dictionaries(
 @given(runs=STORES, rows_per_file=st.integers(5, 40), seed=st.integers(0, 99))
 @example(runs={1: [(1, True)]}, rows_per_file=5, seed=0)
 @example(runs={1: [(1, True)] * 5}, rows_per_file=5, seed=0)
-@example(runs={1: [(2, True), (25, True)]}, rows_per_file=5, seed=0)  # 5 rows, then 28
+@example(runs={1: [(2, True), (25, True)]}, rows_per_file=5, seed=0)
+@example(runs={1: [(13, True), (5, True)]}, rows_per_file=20, seed=0)  # a file ends with all of the padding
 def test_import_of_an_export_is_the_original(small_blocks, runs, rows_per_file, seed):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -877,7 +866,7 @@ def check_exported_files(source, replay, rows_per_file):
             assert load(logs / f"invalid_range_ckpt.{number}.gz").shape == (5,)
 
 
-@pytest.mark.parametrize("lost", [[], [1], [0, 3]])
+@pytest.mark.parametrize("lost", [[], [1], [0, 2]])
 def test_export_of_an_import_holds_the_same_episodes(tmp_path, lost):
     log = write_log(tmp_path / "source")
     for number in lost:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,6 +159,18 @@ def test_an_import_whose_scheduler_dies_goes_on_with_another(logs: Path, undistu
 
 def address(file: Path) -> str:
     return json.loads(file.read_text())["address"]
+
+
+def test_chunks_that_no_file_holds_are_no_damage(logs: Path, tmp_path: Path) -> None:
+    shutil.copytree(logs / "Pong", tmp_path / "logs/Pong")
+    for file in tmp_path.glob("logs/Pong/1/replay_logs/*_ckpt.[35].gz"):
+        file.unlink()
+    report = import_dqn_replay(tmp_path / "logs", tmp_path / "store")
+    replay = open_replay(tmp_path / "store")
+    assert len(report.gaps) == 2 and replay.validate() == []
+    table = replay.episodes("Pong")
+    assert len(replay.actions("Pong")) == report.transitions == table["length"].sum()
+    assert 1 <= table["continued"].sum() <= 2  # one begins after each gap, unless the gap ends where an episode does
 
 
 def test_a_second_import_into_the_same_folder_is_kept_out(logs: Path, tmp_path: Path) -> None:

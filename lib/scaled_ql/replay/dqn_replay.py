@@ -37,9 +37,11 @@ from scaled_ql.replay.importing import BLOCK, Part, Plan, Progress, Report, RowW
 SOURCE = "DQN-Replay"
 PADDING = 3  # rows of zeros before an episode: Dopamine's stack size less one
 STICKY_ACTIONS = 0.25
+READ_BYTES = 1 << 18  # decoded in one call: as much may be lost before the place where a file is cut
 MAX_CAPACITY = 20_000_000  # rows a file; beyond that its small columns would not fit in memory
 COLUMNS = {"action": np.int32, "reward": np.float32, "terminal": np.uint8}
 BOUNDARY = "boundary"  # a column of our own beside Dopamine's: 1 truncated here, 2 its beginning was lost
+MANIFEST = "manifest.json"  # of the store that logs were exported from
 FILE = re.compile(r"^\$store\$_(observation|action|reward|terminal)_ckpt\.(\d+)\.gz$|^add_count_ckpt\.(\d+)\.gz$")
 
 
@@ -152,9 +154,26 @@ def plan_run(source: str, logs: str, destination: Path, game: str, run: int) -> 
         }  # fmt: skip
         parts.append(Part(folder, number, address, content))
         before, previous = count, number
-    manifest = fmt.make_manifest(game, run, actions=actions, source=SOURCE, sticky_actions=STICKY_ACTIONS)
+    manifest = _read_manifest(filesystem, logs, game, run, actions)
     importing.prepare_run(Path(folder), before, manifest, [part.file for part in parts])
     return Plan(manifest, parts, {"gaps": gaps})
+
+
+def _read_manifest(
+    filesystem: fsspec.AbstractFileSystem, logs: str, game: str, run: int, actions: list[str]
+) -> dict[str, Any]:
+    """The manifest beside logs that were exported from a store, or that of a published log."""
+    known = fmt.make_manifest(game, run, actions=actions, source=SOURCE, sticky_actions=STICKY_ACTIONS, rewards="")
+    address = f"{logs}/{MANIFEST}"
+    if not filesystem.exists(address):
+        return known
+    given = fmt.read_manifest(filesystem.cat_file(address), address)
+    if (given["game"], given["actions"]) != (game, actions):
+        raise ReplayError(
+            f"{address}: is of {given['game']} with the actions {given['actions']}, the folder is of {game} with "
+            f"{actions}. Logs of two games are mixed; restore them from their source."
+        )
+    return {**given, "run": run}
 
 
 def _expect_all(logs: str, number: int, there: set[str]) -> None:
@@ -220,15 +239,14 @@ class _Npy:
         return self.shape[0]
 
     def fill(self, block: np.ndarray) -> None:
-        """Read the next rows into a contiguous array."""
-        target, filled = memoryview(block).cast("B"), 0
+        """Read the next rows into a contiguous array; if that fails, `row` says how far it came."""
+        target, filled, begin = memoryview(block).cast("B"), 0, self.row
         while filled < len(target):
-            count = self.stream.readinto(target[filled:])
+            count = self.stream.readinto(target[filled : filled + READ_BYTES])
             if not count:
-                self.row += filled * len(block) // len(target)
                 raise EOFError(f"it ends there, its header promises {self.shape[0]} rows")
             filled += count
-        self.row += len(block)
+            self.row = begin + filled * len(block) // len(target)
 
     def expect_end(self) -> None:
         """Check that nothing follows the last row, and with that gzip's own checksum."""
@@ -359,21 +377,28 @@ def _write_frames(
     # One block is read while the one before it is being written; new memory for each would cost more than reading.
     buffers = cycle(np.empty((3, min(BLOCK, capacity), *FRAME_SHAPE), np.uint8))
     problem, at = None, 0
+
+    def use(block: np.ndarray) -> None:
+        """Take from a block, which begins at row `at` of the file, what is new."""
+        for ring, place, count in stretches:
+            begin, stop = max(ring, at), min(ring + count, at + len(block))
+            if begin < stop:
+                frames = block[begin - at : stop - at]
+                here = slice(place + begin - ring, place + stop - ring)
+                crc32[here] = [isal_zlib.crc32(frame) for frame in frames]
+                good[here] = True
+                writers[place].append(observation=frames)
+
     try:
         with _opened(filesystem, part.file) as file:
             file.expect(np.uint8, FRAME_SHAPE, capacity)
             while at < capacity:
                 block = next(buffers)[: capacity - at]
-                file.fill(block)
-                for ring, place, count in stretches:
-                    begin, stop = max(ring, at), min(ring + count, at + len(block))
-                    if begin < stop:
-                        frames = block[begin - at : stop - at]
-                        here = slice(place + begin - ring, place + stop - ring)
-                        crc32[here] = [isal_zlib.crc32(frame) for frame in frames]
-                        good[here] = True
-                        writers[place].append(observation=frames)
-                at += len(block)
+                try:
+                    file.fill(block)
+                finally:
+                    use(block[: file.row - at])
+                    at = file.row
             file.expect_end()
     except Unreadable as error:
         problem = error

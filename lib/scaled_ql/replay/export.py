@@ -4,6 +4,7 @@ The whole log is a sequence of rows: three of zeros, an episode, three of zeros,
 holds when that many rows less one have gone by, so it can be written front to back, reading episodes as they come.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from functools import lru_cache
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from isal import igzip
 
-from scaled_ql.replay.dqn_replay import BOUNDARY, COLUMNS, PADDING
+from scaled_ql.replay.dqn_replay import BOUNDARY, COLUMNS, MANIFEST, PADDING
 from scaled_ql.replay.format import FRAME_SHAPE, ReplayError
 from scaled_ql.replay.store import Replay, open_replay
 
@@ -26,7 +27,8 @@ def export_dqn_replay(
 
     Every episode ends with terminal 1, truncated ones too, as in the published logs. What that layout cannot say is
     in a fifth file beside the four, ``$store$_boundary_ckpt``, which other readers pass over: bit 0 marks the last
-    row of a truncated episode, bit 1 the first row of one whose beginning was lost. Frames after an episode's last
+    row of a truncated episode, bit 1 the first row of one whose beginning was lost; source, ROM and so on are in
+    ``manifest.json``. Frames after an episode's last
     action and further columns of the episode table are not exported.
 
     Args:
@@ -48,6 +50,7 @@ def export_dqn_replay(
                 if any(folder.iterdir()):
                     raise ReplayError(f"{folder}: is not empty. Choose another destination, or delete it.")
                 _export_run(replay, game, manifest["run"], folder, rows_per_file)
+                (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             except OSError as error:
                 raise ReplayError(f"{folder}: cannot be written ({error}). Make room, or choose another.") from error
 

@@ -338,8 +338,9 @@ def _commit(
     known = {"start": np.cumsum(length) - length, "truncated": [not episode["terminal"] for episode in episodes]}
     table = pa.table({name: np.asarray(values) for name, values in {**columns, **known}.items()})
     fmt.write_table(folder / "episodes.arrow", table.select([*(fmt.EPISODE | columns)]))
-    clipped = max(episode["largest"] for episode in episodes) <= 1
-    manifest = manifest | {"rewards": "clipped" if clipped else "raw"}
+    if not manifest["rewards"]:  # logs do not say it
+        clipped = max(episode["largest"] for episode in episodes) <= 1
+        manifest = manifest | {"rewards": "clipped" if clipped else "raw"}
     fmt.write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
 
 

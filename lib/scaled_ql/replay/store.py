@@ -22,7 +22,6 @@ from scaled_ql.replay.views import Episodes, View, drawn_transitions, load_view,
 
 T = TypeVar("T")
 
-READ_TOGETHER = 4_096  # rows between two stretches that are read in one go
 VALIDATED_TOGETHER = 8_192  # rows
 
 
@@ -143,7 +142,8 @@ class Run:
         if not len(first):
             return np.empty(0, ARRAYS[name])
         stops = first + length
-        breaks = np.flatnonzero((first[1:] < stops[:-1]) | (first[1:] - stops[:-1] > READ_TOGETHER)) + 1
+        hole = self.arrays[name].chunk_layout.read_chunk.shape[0]  # so many rows may be a chunk that was never written
+        breaks = np.flatnonzero((first[1:] < stops[:-1]) | (first[1:] - stops[:-1] >= hole)) + 1
         parts = []
         for group in np.split(np.arange(len(first)), breaks):
             low, high = int(first[group[0]]), int(stops[group[-1]])
@@ -521,8 +521,10 @@ def validate_run(run: Run, progress: Callable[[int], None] = lambda transitions:
     problems = []
     limit = len(run.manifest["actions"])
     table = run.table.to_pandas().sort_values("row", kind="stable")
-    blocks = (table["row"] // VALIDATED_TOGETHER).to_numpy()
-    groups = [group for _, group in table.groupby(blocks)]
+    row, stop = table["row"].to_numpy(), (table["row"] + table["frames"]).to_numpy()
+    hole = run.arrays["observation"].chunk_layout.read_chunk.shape[0]  # may be a chunk that was never written
+    breaks = (np.diff(row // VALIDATED_TOGETHER) > 0) | (row[1:] - stop[:-1] >= hole)
+    groups = [group for _, group in table.groupby(np.concatenate([[0], np.cumsum(breaks)]))]
     ahead = _read_group(run, groups[0])
     for number, group in enumerate(groups):
         reads, ahead = ahead, _read_group(run, groups[number + 1]) if number + 1 < len(groups) else {}
