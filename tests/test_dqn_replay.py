@@ -205,7 +205,7 @@ def test_every_transition_is_the_one_that_was_added(small_blocks, logs):
         check_batches(replay, kept)
 
 
-@settings(max_examples=10, **SLOW)
+@settings(max_examples=8, **SLOW)
 @given(
     capacity=st.integers(5, 20),
     episodes=episode_lists(),
@@ -237,7 +237,7 @@ DAMAGE = [
 ]
 
 
-@settings(max_examples=8, **SLOW)
+@settings(max_examples=6, **SLOW)
 @given(
     capacity=st.integers(5, 40),
     episodes=episode_lists(),
@@ -643,7 +643,7 @@ def test_repaired_file(tmp_path, log, imported, name):
     check_same_files(tmp_path, imported[1])
 
 
-@pytest.mark.parametrize("name", COLUMNS)
+@pytest.mark.parametrize("name", ["observation", "terminal"])
 @pytest.mark.parametrize("number", [0, 3])
 def test_bad_file_elsewhere(tmp_path, log, number, name):
     source = log.folder.parents[2]
@@ -674,7 +674,7 @@ def test_last_file_counts_when_the_one_before_is_bad(tmp_path, log, name):
     assert replay.episodes("Pong")["terminal"].iloc[-1]
 
 
-@settings(max_examples=10, **SLOW)
+@settings(max_examples=5, **SLOW)
 @given(data=st.data())
 def test_damaged_bits_never_yield_other_frames(small_blocks, log, data):
     """A flipped bit may unpack to other frames, and is noticed when the file ends."""

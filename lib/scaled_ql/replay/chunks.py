@@ -18,7 +18,8 @@ from scaled_ql.replay.format import ReplayError
 
 ABSENT = 2**64 - 1
 OPEN_FILES = 512
-Read = Callable[[int, int, int], memoryview | bytes]  # (number of the file, offset, size) -> content
+ENTRY = struct.Struct("<QQ")  # of an index: offset and size
+Read = Callable[[int, int], bytes]  # (number of the file, place of the chunk in it) -> the chunk as it is stored
 
 
 class Chunks:
@@ -26,7 +27,7 @@ class Chunks:
 
     Args:
         name: of the array, for messages.
-        read: reads from one of its files.
+        read: reads from its files; see `read_files` and `read_memory`.
         dtype: of the array.
         tail: shape of a row.
         chunk: rows of a chunk.
@@ -34,58 +35,57 @@ class Chunks:
     """
 
     def __init__(self, name: str, read: Read, dtype: np.dtype, tail: tuple[int, ...], chunk: int, shard: int):
-        self.chunk, self._tail, self._dtype = chunk, tail, dtype
+        self.rows, self._shape, self._dtype = chunk, (chunk, *tail), np.dtype(dtype)
         self._name, self._read, self._per_file = name, read, shard // chunk
-        self._largest = 2 * chunk * int(np.prod(tail)) * np.dtype(dtype).itemsize + 1_024  # bytes; more is an error
-        self._local = threading.local()
+        self._local = threading.local()  # a decompressor is not to be shared
 
     def __getitem__(self, number: int) -> np.ndarray:
-        """The number-th chunk, [chunk, ...]; not to be written to.
+        """The number-th chunk, [rows, ...]; not to be written to.
 
         Raises:
             ReplayError: it is damaged or missing.
         """
+        try:
+            decompress = self._local.decompress
+        except AttributeError:
+            decompress = self._local.decompress = zstandard.ZstdDecompressor().decompress
         file, place = divmod(number, self._per_file)
         try:
-            offset, size = struct.unpack("<QQ", self._read(file, 16 * place, 16))
-            if offset == ABSENT:
-                raise ValueError("it was never written")
-            if size > self._largest:
-                raise ValueError("the file's index is damaged")
-            content = self._read(file, offset, size)
+            content = self._read(file, place)
             body = content[:-4]
-            if len(content) != size or google_crc32c.value(body).to_bytes(4, "little") != content[-4:]:
+            if google_crc32c.value(body) != int.from_bytes(content[-4:], "little"):
                 raise ValueError("its checksum is wrong")
-            return np.frombuffer(self._decompressor().decompress(body), self._dtype).reshape(self.chunk, *self._tail)
-        except (OSError, ValueError, OverflowError, struct.error, zstandard.ZstdError) as error:
+            return np.frombuffer(decompress(body), self._dtype).reshape(self._shape)
+        except (OSError, ValueError, struct.error, zstandard.ZstdError) as error:
             raise ReplayError(
                 f"{self._name}: a chunk is damaged or missing (chunk {place} of file {file}: {error}). Restore the "
                 "folder from a copy, or delete it and record or import it again."
             ) from error
 
-    def _decompressor(self) -> zstandard.ZstdDecompressor:
-        if not hasattr(self._local, "decompressor"):  # not to be shared among threads
-            self._local.decompressor = zstandard.ZstdDecompressor()
-        return self._local.decompressor
-
-    def pieces(self, first: int, last: int) -> list[np.ndarray]:
-        """Rows first..last, inclusive, as they lie in their chunks."""
-        size = self.chunk
-        return [
-            self[number][max(first - number * size, 0) : last + 1 - number * size]
-            for number in range(first // size, last // size + 1)
-        ]
+    def covering(self, first: int, last: int) -> list[tuple[int, np.ndarray]]:
+        """The chunks that hold rows first..last, inclusive: (row of its first, the chunk) each."""
+        return [(number * self.rows, self[number]) for number in range(first // self.rows, last // self.rows + 1)]
 
 
-def read_files(before: str, after: str) -> Read:
+def _check(offset: int, size: int, largest: int) -> None:
+    if offset == ABSENT:
+        raise ValueError("it was never written")
+    if size > largest:
+        raise ValueError("the file's index is damaged")
+
+
+def read_files(before: str, after: str, largest: int) -> Read:
     """Read from the files of an array on a local disk, whose paths are `before`, the file's number, `after`.
 
-    A file that a writer replaces later is read as it was when it was first needed.
+    A file that a writer replaces later is read as it was when it was first needed. No chunk is larger than `largest`.
     """
     reader = object()
 
-    def read(number: int, offset: int, size: int) -> bytes:
-        return os.pread(_open(f"{before}{number}{after}", reader).descriptor, size, offset)
+    def read(file: int, place: int) -> bytes:
+        descriptor = _open(f"{before}{file}{after}", reader).descriptor
+        offset, size = ENTRY.unpack(os.pread(descriptor, 16, 16 * place))
+        _check(offset, size, largest)
+        return os.pread(descriptor, size, offset)
 
     return read
 
@@ -104,6 +104,12 @@ class _OpenFile:
 _open = lru_cache(maxsize=OPEN_FILES)(_OpenFile)
 
 
-def read_memory(files: dict[int, bytes]) -> Read:
+def read_memory(files: dict[int, bytes], largest: int) -> Read:
     """Read from files that are in memory."""
-    return lambda number, offset, size: files[number][offset : offset + size]
+
+    def read(file: int, place: int) -> bytes:
+        offset, size = ENTRY.unpack_from(files[file], 16 * place)
+        _check(offset, size, largest)
+        return files[file][offset : offset + size]
+
+    return read

@@ -1,6 +1,6 @@
 """A dataset in memory as it lies on disk: compressed chunks, decoded when a batch needs them. No disk is read again."""
 
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -56,7 +56,7 @@ class MemoryRun(Run):
     @cached_property
     def chunks(self) -> dict[str, Chunks]:
         """The frames, chunk by chunk."""
-        return {"observation": self._chunks("observation", read_memory(self._files))}
+        return {"observation": self._chunks("observation", partial(read_memory, self._files))}
 
     def values_at(self, name: str, rows: np.ndarray) -> np.ndarray:
         """One column at rows [B, n] of episodes that are shown."""

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -95,13 +96,11 @@ class Run:
                 "from a copy, or delete it and record or import it again."
             ) from error
 
-    def _chunks(self, name: str, read: Read) -> Chunks:
-        array = self.arrays[name]
-        layout = array.chunk_layout
-        return Chunks(
-            f"{self.kvstore.url}{name}", read, np.dtype(ARRAYS[name]), array.shape[1:],
-            layout.read_chunk.shape[0], layout.write_chunk.shape[0],
-        )  # fmt: skip
+    def _chunks(self, name: str, make_read: Callable[[int], Read]) -> Chunks:
+        layout, tail = self.arrays[name].chunk_layout, self.arrays[name].shape[1:]
+        rows, shard = layout.read_chunk.shape[0], layout.write_chunk.shape[0]
+        largest = 2 * rows * math.prod(tail) * np.dtype(ARRAYS[name]).itemsize + 1_024  # bytes of a sound chunk
+        return Chunks(f"{self.kvstore.url}{name}", make_read(largest), np.dtype(ARRAYS[name]), tail, rows, shard)
 
     @cached_property
     def chunks(self) -> dict[str, Chunks]:
@@ -109,15 +108,23 @@ class Run:
         if self.folder is None:
             return {}
         tails = {"observation": "/0/0", "action": "", "reward": ""}
-        return {name: self._chunks(name, read_files(f"{self.folder}{name}/c/", tail)) for name, tail in tails.items()}
+        return {
+            name: self._chunks(name, partial(read_files, f"{self.folder}{name}/c/", tail))
+            for name, tail in tails.items()
+        }
 
     def values_at(self, name: str, rows: np.ndarray) -> np.ndarray:
         """One column at rows [B, n], each row of them increasing by one or staying."""
         if not self.chunks:
             return self.reading(lambda: self.arrays[name][rows].read().result(), name)
-        values = np.empty(rows.shape, ARRAYS[name])
+        values, chunks = np.empty(rows.shape, ARRAYS[name]), self.chunks[name]
         for place, (first, last) in enumerate(zip(rows[:, 0].tolist(), rows[:, -1].tolist())):
-            values[place] = np.concatenate(self.chunks[name].pieces(first, last))[rows[place] - first]
+            for base, chunk in chunks.covering(first, last):
+                if last < base + chunks.rows and first >= base:
+                    values[place] = chunk[rows[place] - base]
+                else:
+                    here = (rows[place] >= base) & (rows[place] < base + chunks.rows)
+                    values[place, here] = chunk[rows[place, here] - base]
         return values
 
     def windows(self, first: np.ndarray, last: np.ndarray) -> list[np.ndarray]:
@@ -131,11 +138,11 @@ class Run:
 
         return self.reading(read, "observation")
 
-    def pieces(self, first: np.ndarray, last: np.ndarray) -> Iterable[list[np.ndarray]]:
-        """The same windows, each in one or more pieces, as they lie in their chunks."""
+    def covering(self, first: np.ndarray, last: np.ndarray) -> Iterable[list[tuple[int, np.ndarray]]]:
+        """The same windows, each as (row, frames from that row on): whole chunks, or the window itself."""
         if not self.chunks:
-            return ([window] for window in self.windows(first, last))
-        return map(self.chunks["observation"].pieces, first.tolist(), last.tolist())
+            return ([window] for window in zip(first.tolist(), self.windows(first, last)))
+        return map(self.chunks["observation"].covering, first.tolist(), last.tolist())
 
     def stretches(self, name: str, first: np.ndarray, length: np.ndarray) -> np.ndarray:
         """Rows first[i] .. first[i] + length[i] - 1 of a column, one stretch after another."""
@@ -388,7 +395,7 @@ class Replay:
         if n_step < 1 or stack_size < 1:
             raise ReplayError(f"n_step and stack_size are at least 1, got {n_step} and {stack_size}.")
         size = len(indices)
-        stacks = np.zeros((2, size, stack_size, *FRAME_SHAPE), np.uint8)
+        stacks = np.empty((2, size, stack_size, *FRAME_SHAPE), np.uint8)
         batch = Batch(
             # Frames are written whole and shown last: views, so that nothing is transposed here.
             observation=stacks[0].transpose(0, 2, 3, 1),
@@ -402,18 +409,19 @@ class Replay:
             batch.action[places] = run.values_at("action", span.now[:, None])[:, 0]
             batch.reward[places] = span.returns(run, n_step, discount, clip_rewards)
             batch.discount[places] = np.where(span.ended, 0.0, discount**n_step)
-            pieces = run.pieces(span.earliest, span.then)
-            for place, parts, begin, now, then in zip(
-                places.tolist(), pieces, span.earliest.tolist(), span.now.tolist(), span.then.tolist()
+            rows = (span.earliest.tolist(), span.now.tolist(), span.then.tolist())
+            for place, pieces, earliest, now, then in zip(
+                places.tolist(), run.covering(span.earliest, span.then), *rows
             ):
-                for part in parts:
-                    stop = begin + len(part)
-                    for stack, end in ((stacks[0, place], now), (stacks[1, place], then)):
-                        offset = end + 1 - stack_size  # of the stack's first frame
-                        low, high = max(offset, begin), min(end + 1, stop)
+                for stack, end in ((stacks[0, place], now), (stacks[1, place], then)):
+                    offset = end + 1 - stack_size  # of the stack's first frame
+                    if offset < earliest:
+                        stack[: earliest - offset] = 0
+                        offset, stack = earliest, stack[earliest - offset :]
+                    for base, frames in pieces:
+                        low, high = max(offset, base), min(end + 1, base + len(frames))
                         if low < high:
-                            stack[low - offset : high - offset] = part[low - begin : high - begin]
-                    begin = stop
+                            stack[low - offset : high - offset] = frames[low - base : high - base]
         return batch
 
     def _spans(
