@@ -134,9 +134,13 @@ def plan_run(source: str, logs: str, destination: Path, game: str, run: int) -> 
             count = _read_add_count(filesystem, _address(logs, "add_count", number))
             if number == max(dumps) and number > 0 and count < capacity:  # the ring's position, not a count
                 cycle = number if previous is None else before // capacity + number - previous
-                if previous == number - 1 and not _repeats(filesystem, logs, number, count, capacity):
+                if count == capacity - 1:  # the dump before it came at this very row
+                    cycle -= 1
+                elif previous == number - 1 and not _repeats(filesystem, logs, number, count, capacity):
                     cycle += 1  # a whole cycle went by without a dump
                 count += cycle * capacity
+                if count == before:
+                    continue
             if count <= before:
                 raise Unreadable(
                     f"{_address(logs, 'add_count', number)}: {count} rows added, but {before} by the file before it. "
@@ -201,12 +205,17 @@ def _address(logs: str, column: str, number: int) -> str:
 
 
 def _repeats(filesystem: fsspec.AbstractFileSystem, logs: str, number: int, position: int, capacity: int) -> bool:
-    """Whether the old rows of a last, partial dump are those of the dump before it: no cycle was missed."""
+    """Whether the old rows of a last, partial dump are those of the dump before it: no cycle was missed.
+
+    So it is taken to be where the dump before it cannot be read.
+    """
     old = slice(position, capacity - 1)
     for name in COLUMNS:
-        ours, theirs = (
-            read_column(filesystem, _address(logs, name, k), COLUMNS[name], capacity) for k in (number, number - 1)
-        )
+        ours = read_column(filesystem, _address(logs, name, number), COLUMNS[name], capacity)
+        try:
+            theirs = read_column(filesystem, _address(logs, name, number - 1), COLUMNS[name], capacity)
+        except Unreadable:
+            continue
         if ours[old].tobytes() != theirs[old].tobytes():
             return False
     return True
@@ -253,8 +262,7 @@ class _Npy:
         if self.stream.read(1):
             raise Unreadable(
                 f"{self.address}: goes on after the {self.row} rows that its header promises: it is not what it says. "
-                "Restore it from its source.",
-                self.row,
+                "Restore it from its source."
             )
 
 
@@ -269,7 +277,8 @@ def _opened(filesystem: fsspec.AbstractFileSystem, address: str) -> Iterator[_Np
     except ReplayError:
         raise
     except Exception as error:  # gzip, npy and each kind of bucket have errors of their own
-        row = file.row if file else 0
+        # What precedes a cut is sound; where a checksum is wrong, nobody knows what is.
+        row = file.row if file and isinstance(error, EOFError) else 0
         if isinstance(error, PermissionError):
             remedy = "Check your permissions."
         else:
@@ -327,7 +336,7 @@ def convert(part: Part) -> tuple[list[dict[str, Any]], dict[str, list], Unreadab
     try:
         dump, ended = _read_dump(filesystem, content)
     except Unreadable as error:
-        return [], {}, error
+        return [], {}, Unreadable(str(error))  # nothing of the dump can be used, from row 0 on
     crc32, good, problem = _write_frames(filesystem, part, dump)
     segments, excluded = find_segments(dump, crc32, good, ended, content["actions"], part.file)
     usable = np.zeros(len(dump.action), bool)
@@ -358,9 +367,12 @@ def _read_dump(filesystem: fsspec.AbstractFileSystem, content: dict[str, Any]) -
         boundary = read_column(filesystem, _address(logs, BOUNDARY, number), np.uint8, capacity)[ring]
     ended = 1 if low == 0 else -1
     if previous is not None:
-        before = np.arange(low - 1, max(low - 1 - PADDING, -1), -1) % capacity
-        ends = read_column(filesystem, _address(logs, "terminal", previous), np.uint8, capacity)[before] == 1
-        ended = int(np.argmax(ends)) + 1 if ends.any() else 0
+        before = np.arange(low - 1, max(low - 2 - PADDING, -1), -1) % capacity
+        try:
+            ends = read_column(filesystem, _address(logs, "terminal", previous), np.uint8, capacity)[before] == 1
+            ended = int(np.argmax(ends)) + 1 if ends.any() else 0
+        except Unreadable:  # that file's own part says so
+            ended = -1
     return Dump(low, ring, **columns, boundary=boundary), ended
 
 
@@ -382,7 +394,9 @@ def _write_frames(
         """Take from a block, which begins at row `at` of the file, what is new."""
         for ring, place, count in stretches:
             begin, stop = max(ring, at), min(ring + count, at + len(block))
-            if begin < stop:
+            if begin >= stop:
+                writers[place].wait()  # before its buffer is used again
+            else:
                 frames = block[begin - at : stop - at]
                 here = slice(place + begin - ring, place + stop - ring)
                 crc32[here] = [isal_zlib.crc32(frame) for frame in frames]
@@ -402,6 +416,7 @@ def _write_frames(
             file.expect_end()
     except Unreadable as error:
         problem = error
+        good &= dump.ring < error.row
     for writer in writers.values():
         writer.close()
     return crc32, good, problem
@@ -416,7 +431,7 @@ def find_segments(
         dump: N rows.
         crc32: uint32 [N], of each frame.
         good: bool [N], whether the frame could be read.
-        ended: how many rows before the first one an episode ended, at most PADDING; 0 if none of those did, -1 if
+        ended: how many rows before the first one an episode ended, at most PADDING + 1; 0 if none of those did, -1 if
             what was there is lost.
         num_actions: of the game.
         file: name, for the list.
@@ -477,19 +492,22 @@ def _find_padding(
     size, black = len(good), isal_zlib.crc32(bytes(FRAME_SHAPE[0] * FRAME_SHAPE[1]))
     zero = good & (crc32 == black) & (dump.action == 0) & (dump.reward == 0) & (dump.terminal == 0)
 
+    blank = zero | bad  # a damaged row of padding is still one
+
     def run_of_zeros(row: int, limit: int) -> list[int]:
         rows = []
-        while len(rows) < limit and row + len(rows) < size and (zero | bad)[row + len(rows)]:
+        while len(rows) < limit and row + len(rows) < size and blank[row + len(rows)]:
             rows.append(row + len(rows))
         return rows
 
-    inside = [position + 1 for position in np.flatnonzero(dump.terminal == 1).tolist()]
-    runs = [run_of_zeros(row, PADDING) for row in inside]
+    after = {
+        position + 1: run_of_zeros(position + 1, PADDING) for position in np.flatnonzero(dump.terminal != 0).tolist()
+    }
     # A first frame may be black as well; how many rows of zeros are usual tells the padding from it.
-    whole = [len(run) for row, run in zip(inside, runs) if row + PADDING <= size]
+    whole = [len(run) for row, run in after.items() if row + PADDING <= size and dump.terminal[row - 1] == 1]
     depth = int(np.median(whole)) if whole else PADDING
     before = run_of_zeros(0, depth - max(ended - 1, 0) if ended else 0)
     padding = np.zeros(size, bool)
-    for run in [before, *(run[:depth] for run in runs)]:
+    for run in [before, *(run[:depth] for run in after.values())]:
         padding[run] = True
     return padding & zero, depth

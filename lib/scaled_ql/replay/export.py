@@ -40,8 +40,8 @@ def export_dqn_replay(
         ReplayError: there are logs already, or the folder cannot be written.
     """
     replay = store if isinstance(store, Replay) else open_replay(store)
-    if rows_per_file < 2:
-        raise ReplayError(f"rows_per_file is at least 2, got {rows_per_file}.")
+    if rows_per_file < PADDING + 2:
+        raise ReplayError(f"rows_per_file is at least {PADDING + 2}, got {rows_per_file}.")
     for game in replay.games:
         for manifest in replay.manifests(game):
             folder = Path(destination).absolute() / game / str(manifest["run"]) / "replay_logs"

@@ -134,14 +134,14 @@ class RowWriter:
     def append(self, **columns: np.ndarray) -> None:
         """Add equally many rows to each of the arrays that are written.
 
-        A block or more is written as it is, without a copy: it may be changed after the next call but one.
+        A block or more is written as it is, without a copy: it must not change before the next call, or `wait`.
         """
         count = len(next(iter(columns.values())))
         if count >= BLOCK:
             self._flush()
             self._write(columns)
             return
-        self._columns.append(columns)
+        self._columns.append({name: column.copy() for name, column in columns.items()})
         self._held += count
         if self._held >= BLOCK:
             self._flush()
@@ -149,7 +149,7 @@ class RowWriter:
     def close(self) -> None:
         """Write what is left and wait until all is on disk."""
         self._flush()
-        self._wait()
+        self.wait()
 
     def _flush(self) -> None:
         if self._columns:
@@ -157,14 +157,15 @@ class RowWriter:
             self._columns, self._held = [], 0
 
     def _write(self, columns: dict[str, np.ndarray]) -> None:
-        self._wait()
+        self.wait()
         try:
             self._pending = fmt.write_rows(self._arrays, self._row, columns)
         except ValueError as error:
             raise self._error(error) from error
         self._row += len(next(iter(columns.values())))
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until what was handed to TensorStore is on disk."""
         try:
             for write in self._pending:
                 write.result()
@@ -266,7 +267,8 @@ def join_segments(parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def convert_part(convert: Callable[[Part], tuple], part: Part, skip_bad: bool) -> None:
     """Convert one part unless it is done; with `skip_bad` one that cannot be read counts as empty from there on."""
-    if _read_part(part) is not None:
+    done = _read_part(part)
+    if done is not None and not done[1].get("left_out"):  # what could not be read may have been mended
         return
     folder = Path(part.folder)
     try:
@@ -493,7 +495,8 @@ def _finished(plan: Plan) -> dict[str, Any] | None:
         return None
     report = json.loads(file.read_text())
     same = report["files"] == [part.file for part in plan.parts]
-    return report if report["complete"] and same and all(_read_part(part) for part in plan.parts) else None
+    whole = report["complete"] and not report["left_out"]
+    return report if whole and same and all(_read_part(part) for part in plan.parts) else None
 
 
 def list_folder(filesystem: fsspec.AbstractFileSystem, path: str) -> list[dict[str, Any]]:
