@@ -18,6 +18,7 @@ from scaled_ql.replay.format import ReplayError
 
 ABSENT = 2**64 - 1
 OPEN_FILES = 512
+DAMAGE = (OSError, ValueError, struct.error, zstandard.ZstdError)
 ENTRY = struct.Struct("<QQ")  # of an index: offset and size
 Read = Callable[[int, int], bytes]  # (number of the file, place of the chunk in it) -> the chunk as it is stored
 
@@ -40,31 +41,48 @@ class Chunks:
         self._local = threading.local()  # a decompressor is not to be shared
 
     def __getitem__(self, number: int) -> np.ndarray:
-        """The number-th chunk, [rows, ...]; not to be written to.
+        """The number-th chunk, [rows, ...].
 
         Raises:
             ReplayError: it is damaged or missing.
         """
         try:
-            decompress = self._local.decompress
-        except AttributeError:
-            decompress = self._local.decompress = zstandard.ZstdDecompressor().decompress
-        file, place = divmod(number, self._per_file)
-        try:
-            content = self._read(file, place)
-            body = content[:-4]
-            if google_crc32c.value(body) != int.from_bytes(content[-4:], "little"):
-                raise ValueError("its checksum is wrong")
-            return np.frombuffer(decompress(body), self._dtype).reshape(self._shape)
-        except (OSError, ValueError, struct.error, zstandard.ZstdError) as error:
-            raise ReplayError(
-                f"{self._name}: a chunk is damaged or missing (chunk {place} of file {file}: {error}). Restore the "
-                "folder from a copy, or delete it and record or import it again."
-            ) from error
+            decompressor, body = self._stored(number)
+            return np.frombuffer(decompressor.decompress(body), self._dtype).reshape(self._shape)
+        except DAMAGE as error:
+            raise self._damaged(number, error) from error
 
-    def covering(self, first: int, last: int) -> list[tuple[int, np.ndarray]]:
-        """The chunks that hold rows first..last, inclusive: (row of its first, the chunk) each."""
-        return [(number * self.rows, self[number]) for number in range(first // self.rows, last // self.rows + 1)]
+    def read_into(self, number: int, target: np.ndarray) -> None:
+        """Decode the number-th chunk into a contiguous array of its shape: large ones cost less this way.
+
+        Raises:
+            ReplayError: it is damaged or missing.
+        """
+        try:
+            decompressor, body = self._stored(number)
+            if decompressor.stream_reader(body).readinto(target) != target.nbytes:
+                raise ValueError("it is too short")
+        except DAMAGE as error:
+            raise self._damaged(number, error) from error
+
+    def _stored(self, number: int) -> tuple[zstandard.ZstdDecompressor, bytes]:
+        """This thread's decompressor, and a chunk as it is stored."""
+        try:
+            decompressor = self._local.decompressor
+        except AttributeError:
+            decompressor = self._local.decompressor = zstandard.ZstdDecompressor()
+        content = self._read(*divmod(number, self._per_file))
+        body = content[:-4]
+        if google_crc32c.value(body) != int.from_bytes(content[-4:], "little"):
+            raise ValueError("its checksum is wrong")
+        return decompressor, body
+
+    def _damaged(self, number: int, error: Exception) -> ReplayError:
+        file, place = divmod(number, self._per_file)
+        return ReplayError(
+            f"{self._name}: a chunk is damaged or missing (chunk {place} of file {file}: {error}). Restore the folder "
+            "from a copy, or delete it and record or import it again."
+        )
 
 
 def _check(offset: int, size: int, largest: int) -> None:

@@ -48,7 +48,7 @@ class DeviceReplay(Replay):
         discounts, places = np.empty(size, np.float32), np.empty((2, size, stack_size), np.int32)
         back = np.arange(1 - stack_size, 1)
         for rows, run, span in self._spans(games, indices, n_step, stack_size):
-            action[rows] = run.values_at("action", span.now[:, None])[:, 0]
+            action[rows] = run.values("action", span.now, span.now)[:, 0]
             reward[rows] = span.returns(run, n_step, discount, clip_rewards)
             discounts[rows] = np.where(span.ended, 0.0, discount**n_step)
             first, shift = self._places[id(run)]

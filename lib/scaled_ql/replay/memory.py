@@ -58,7 +58,11 @@ class MemoryRun(Run):
         """The frames, chunk by chunk."""
         return {"observation": self._chunks("observation", partial(read_memory, self._files))}
 
-    def values_at(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """One column at rows [B, n] of episodes that are shown."""
-        place = self._place[np.searchsorted(self._first, rows, side="right") - 1]
-        return self._columns[name][rows + place]
+    def values(self, name: str, first: np.ndarray, last: np.ndarray, width: int = 1) -> np.ndarray:
+        """One column at rows first[i]..last[i], inclusive, at most `width` of them: [B, width], zeros behind them."""
+        place = first + self._place[np.searchsorted(self._first, first, side="right") - 1]
+        steps = np.arange(width)
+        inside = first[:, None] + steps <= last[:, None]
+        column = self._columns[name]
+        values = column[np.minimum(place[:, None] + steps, len(column) - 1)]
+        return np.where(inside, values, column.dtype.type(0))

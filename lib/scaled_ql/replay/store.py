@@ -4,8 +4,9 @@ import hashlib
 import json
 import math
 import os
+import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -23,6 +24,7 @@ from scaled_ql.replay.views import Episodes, View, drawn_transitions, load_view,
 
 T = TypeVar("T")
 
+READ_TOGETHER = 32  # windows
 VALIDATED_TOGETHER = 8_192  # rows
 
 
@@ -113,18 +115,20 @@ class Run:
             for name, tail in tails.items()
         }
 
-    def values_at(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """One column at rows [B, n], each row of them increasing by one or staying."""
+    def values(self, name: str, first: np.ndarray, last: np.ndarray, width: int = 1) -> np.ndarray:
+        """One column at rows first[i]..last[i], inclusive, at most `width` of them: [B, width], zeros behind them."""
+        values = np.zeros((len(first), width), ARRAYS[name])
         if not self.chunks:
-            return self.reading(lambda: self.arrays[name][rows].read().result(), name)
-        values, chunks = np.empty(rows.shape, ARRAYS[name]), self.chunks[name]
-        for place, (first, last) in enumerate(zip(rows[:, 0].tolist(), rows[:, -1].tolist())):
-            for base, chunk in chunks.covering(first, last):
-                if last < base + chunks.rows and first >= base:
-                    values[place] = chunk[rows[place] - base]
-                else:
-                    here = (rows[place] >= base) & (rows[place] < base + chunks.rows)
-                    values[place, here] = chunk[rows[place, here] - base]
+            rows = first[:, None] + np.arange(width)
+            read = self.reading(lambda: self.arrays[name][np.minimum(rows, last[:, None])].read().result(), name)
+            return np.where(rows <= last[:, None], read, values)
+        chunks = self.chunks[name]
+        size = chunks.rows
+        for place, (begin, end) in enumerate(zip(first.tolist(), last.tolist())):
+            for number in range(begin // size, end // size + 1):
+                low, high = max(begin, number * size), min(end + 1, (number + 1) * size)
+                part = chunks[number][low - number * size : high - number * size]
+                values[place, low - begin : high - begin] = part
         return values
 
     def windows(self, first: np.ndarray, last: np.ndarray) -> list[np.ndarray]:
@@ -138,11 +142,25 @@ class Run:
 
         return self.reading(read, "observation")
 
-    def covering(self, first: np.ndarray, last: np.ndarray) -> Iterable[list[tuple[int, np.ndarray]]]:
-        """The same windows, each as (row, frames from that row on): whole chunks, or the window itself."""
-        if not self.chunks:
-            return ([window] for window in zip(first.tolist(), self.windows(first, last)))
-        return map(self.chunks["observation"].covering, first.tolist(), last.tolist())
+    def read_windows(
+        self, first: np.ndarray, last: np.ndarray
+    ) -> Iterator[tuple[int, int, Callable[[np.ndarray], None]]]:
+        """For each window, frames first[i]..last[i]: (row that its piece begins with, rows of that, how to read it).
+
+        A piece is whole chunks where they can be read one by one, else just the window.
+        """
+        if self.chunks:
+            chunks = self.chunks["observation"]
+            for a, b in zip((first // chunks.rows).tolist(), (last // chunks.rows).tolist()):
+
+                def read(target: np.ndarray, a: int = a, b: int = b) -> None:
+                    for place, number in enumerate(range(a, b + 1)):
+                        chunks.read_into(number, target[place * chunks.rows : (place + 1) * chunks.rows])
+
+                yield a * chunks.rows, (b + 1 - a) * chunks.rows, read
+        else:
+            for begin, window in zip(first.tolist(), self.windows(first, last)):
+                yield begin, len(window), partial(np.copyto, src=window)
 
     def stretches(self, name: str, first: np.ndarray, length: np.ndarray) -> np.ndarray:
         """Rows first[i] .. first[i] + length[i] - 1 of a column, one stretch after another."""
@@ -189,6 +207,7 @@ class Replay:
                     f"{path}: the view leaves nothing of {game}: {self.view.model_dump(exclude_defaults=True)}; "
                     f"it has the runs {has}."
                 )
+        self._local = threading.local()
         self.sampleable = lru_cache(maxsize=None)(self._sampleable)
         self._ranks = lru_cache(maxsize=None)(self._sampleable_ranks)
 
@@ -405,24 +424,40 @@ class Replay:
             next_observation=stacks[1].transpose(0, 2, 3, 1),
             game=games,
         )
+        windows: list = [None] * size
+        earliest, ends = np.empty(size, np.int64), np.empty((2, size), np.int64)
         for places, run, span in self._spans(games, indices, n_step, stack_size):
-            batch.action[places] = run.values_at("action", span.now[:, None])[:, 0]
+            batch.action[places] = run.values("action", span.now, span.now)[:, 0]
             batch.reward[places] = span.returns(run, n_step, discount, clip_rewards)
             batch.discount[places] = np.where(span.ended, 0.0, discount**n_step)
-            rows = (span.earliest.tolist(), span.now.tolist(), span.then.tolist())
-            for place, pieces, earliest, now, then in zip(
-                places.tolist(), run.covering(span.earliest, span.then), *rows
-            ):
-                for stack, end in ((stacks[0, place], now), (stacks[1, place], then)):
-                    offset = end + 1 - stack_size  # of the stack's first frame
-                    if offset < earliest:
-                        stack[: earliest - offset] = 0
-                        offset, stack = earliest, stack[earliest - offset :]
-                    for base, frames in pieces:
-                        low, high = max(offset, base), min(end + 1, base + len(frames))
-                        if low < high:
-                            stack[low - offset : high - offset] = frames[low - base : high - base]
+            earliest[places], ends[:, places] = span.earliest, (span.now, span.then)
+            for place, window in zip(places.tolist(), run.read_windows(span.earliest, span.then)):
+                windows[place] = window
+        for begin in range(0, size, READ_TOGETHER):
+            group = slice(begin, begin + READ_TOGETHER)
+            self._cut_stacks(stacks[:, group], windows[group], earliest[group], ends[:, group])
         return batch
+
+    def _cut_stacks(self, stacks: np.ndarray, windows: list, earliest: np.ndarray, ends: np.ndarray) -> None:
+        """Fill frame stacks, uint8 [2, B, S, 84, 84], that end at rows `ends` [2, B]; those before `earliest` with 0.
+
+        The windows are read into one buffer, small enough to stay in the processor's cache, and copied from there in
+        one go: little work for Python, so that several threads can read at once.
+        """
+        needed = 1 + sum(rows for _, rows, _ in windows)
+        buffer = getattr(self._local, "buffer", None)
+        if buffer is None or len(buffer) < needed:
+            buffer = self._local.buffer = np.zeros((needed, *FRAME_SHAPE), np.uint8)  # the first stays black
+        at, shift = 1, []
+        for first, rows, read in windows:
+            read(buffer[at : at + rows])
+            shift.append(at - first)
+            at += rows
+        wanted = ends[:, :, None] + np.arange(1 - stacks.shape[2], 1)
+        inside = wanted >= earliest[:, None]
+        places = np.where(inside, wanted + np.array(shift)[:, None], 0)
+        for stack, place in zip(stacks, places):
+            np.take(buffer, place, axis=0, out=stack, mode="clip")
 
     def _spans(
         self, games: np.ndarray, indices: np.ndarray, n_step: int, stack_size: int
@@ -512,12 +547,11 @@ class Span(NamedTuple):
 
     def returns(self, run: Run, n_step: int, discount: float, clip_rewards: bool) -> np.ndarray:
         """float64 [B], n-step returns, cut at the episode's end."""
-        rows = self.now[:, None] + np.arange(n_step)
-        rewards = run.values_at("reward", np.minimum(rows, self.last[:, None])).astype(np.float64)
+        last = np.minimum(self.now + n_step - 1, self.last)
+        rewards = run.values("reward", self.now, last, n_step).astype(np.float64)
         if clip_rewards:
             rewards = rewards.clip(-1, 1)
-        weights = np.where(rows <= self.last[:, None], discount ** np.arange(n_step), 0.0)
-        return (rewards * weights).sum(1)
+        return rewards @ discount ** np.arange(n_step)
 
 
 def validate_run(run: Run, progress: Callable[[int], None] = lambda transitions: None) -> list[str]:
