@@ -1,6 +1,7 @@
 """Views, shares of a batch, uniformity, and stores in memory and on the device: always the very same transitions."""
 
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from scaled_ql.replay import ReplayError, ReplayWriter, View, load_view, open_replay, sample_batch, sample_indices
+from scaled_ql.replay import (
+    ReplayError,
+    ReplayWriter,
+    View,
+    chunks,
+    load_view,
+    open_replay,
+    prefetch,
+    sample_batch,
+    sample_indices,
+)
 from scaled_ql.replay.device import DeviceReplay, place
 from scaled_ql.replay.memory import MemoryRun, to_memory
 
@@ -188,6 +199,15 @@ def test_shares_of_a_batch_are_the_batch(store: Path, shards: int) -> None:
         sample_batch(replay, 5, 7, **shape, shard=(shards, shards))
     with pytest.raises(ValueError, match="share"):
         sample_batch(replay, 5, 7, **shape, shard=(0, 5))
+
+
+def test_threads_share_open_files(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far more files than may stay open, eight threads: a descriptor is never closed under somebody's hands."""
+    monkeypatch.setattr(chunks, "_open", lru_cache(maxsize=2)(chunks._OpenFile))
+    replay = open_replay(store)
+    expected = [sample_batch(replay, 0, step, games_per_batch=4) for step in range(60)]
+    batches = prefetch(lambda step: sample_batch(replay, 0, step, games_per_batch=4), 0, 60, depth=16, threads=8)
+    assert all(equal(batch, wanted) for batch, wanted in zip(batches, expected, strict=True))
 
 
 # Other places

@@ -100,10 +100,10 @@ def read_files(before: str, after: str, largest: int) -> Read:
     reader = object()
 
     def read(file: int, place: int) -> bytes:
-        descriptor = _open(f"{before}{file}{after}", reader).descriptor
-        offset, size = ENTRY.unpack(os.pread(descriptor, 16, 16 * place))
+        opened = _open(f"{before}{file}{after}", reader)  # held: it would be closed once nobody has it
+        offset, size = ENTRY.unpack(os.pread(opened.descriptor, 16, 16 * place))
         _check(offset, size, largest)
-        return os.pread(descriptor, size, offset)
+        return os.pread(opened.descriptor, size, offset)
 
     return read
 
