@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import os
 import pickle
 import re
 import shutil
@@ -29,7 +28,7 @@ from scaled_ql.replay import (
 from scaled_ql.replay import format as fmt
 from scaled_ql.replay import store as reading
 
-SAMPLE = Path(os.environ.get("SCALED_QL_DQN_REPLAY_SAMPLE", "absent"))
+SAMPLE = Path(__file__).parent / "data" / "dqn_replay"  # written by Dopamine's own buffer, C = 2,000
 COLUMNS = ("observation", "action", "reward", "terminal")
 
 
@@ -386,7 +385,6 @@ def test_real_frames(recorded_log, tmp_path):
     assert manifest["sticky_actions"] == 0.25
 
 
-@pytest.mark.skipif(not SAMPLE.is_dir(), reason="no log of Dopamine's own in SCALED_QL_DQN_REPLAY_SAMPLE")
 def test_log_of_dopamines_own(tmp_path):
     import_dqn_replay(SAMPLE, tmp_path)
     episodes = read_log(SAMPLE / "Breakout/1/replay_logs")

@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import psutil
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from scaled_ql.replay import ReplayError, ReplayWriter, export_dqn_replay, import_dqn_replay, open_replay
 
@@ -171,6 +173,44 @@ def test_chunks_that_no_file_holds_are_no_damage(logs: Path, tmp_path: Path) -> 
     table = replay.episodes("Pong")
     assert len(replay.actions("Pong")) == report.transitions == table["length"].sum()
     assert 1 <= table["continued"].sum() <= 2  # one begins after each gap, unless the gap ends where an episode does
+
+
+def test_a_bucket(logs: Path, undisturbed: Contents, tmp_path: Path) -> None:
+    """Any fsspec URL; the address is in the parts alone."""
+    bucket = fsspec.filesystem("memory")
+    bucket.put(str(logs / "Pong"), "/bucket/Pong", recursive=True)
+    import_dqn_replay("memory://bucket", tmp_path)
+    same = {name: content for name, content in undisturbed.items() if name.startswith("Pong/1/observation")}
+    assert same and same.items() <= contents(tmp_path).items()
+
+
+class Locked(MemoryFileSystem):
+    protocol = "locked"
+
+    def ls(self, *_: object, **__: object) -> list:
+        raise PermissionError("403 Forbidden")
+
+
+def test_a_bucket_that_admits_nobody(tmp_path: Path) -> None:
+    fsspec.register_implementation("locked", Locked, clobber=True)
+    with pytest.raises(ReplayError, match=r"locked://bucket: cannot be listed .*403 Forbidden.* permissions"):
+        import_dqn_replay("locked://bucket", tmp_path)
+    with pytest.raises(ReplayError, match="this kind of address cannot be read"):
+        import_dqn_replay("nosuch://bucket", tmp_path)
+
+
+def test_a_full_disk(logs: Path, undisturbed: Contents, tmp_path: Path) -> None:
+    """The system refuses to write more than 200 KB to a file."""
+    limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); "
+    code = limited + "from scaled_ql.command import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "import", "dqn-replay", str(logs), str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert f"error: {tmp_path}" in done.stderr and "/1: cannot be written" in done.stderr
+    import_dqn_replay(logs, tmp_path)
+    assert contents(tmp_path) == undisturbed
 
 
 def test_a_second_import_into_the_same_folder_is_kept_out(logs: Path, tmp_path: Path) -> None:

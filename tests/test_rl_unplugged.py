@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import os
 import shutil
 import struct
 import zlib
@@ -18,7 +17,7 @@ from scaled_ql.games import action_names
 from scaled_ql.replay import ReplayError, importing, open_replay, rl_unplugged
 from scaled_ql.replay.rl_unplugged import import_rl_unplugged
 
-SAMPLE = Path(os.environ.get("SCALED_QL_RLU_SAMPLE", "absent"))
+SAMPLE = Path(__file__).parent / "data" / "rl_unplugged"  # written by TensorFlow
 DISCOUNT = 0.9
 
 
@@ -362,7 +361,6 @@ def test_workers_make_the_same_bytes(source, whole, tmp_path):
     assert contents(tmp_path) == contents(whole)
 
 
-@pytest.mark.skipif(not SAMPLE.is_dir(), reason="no files of TensorFlow's own in SCALED_QL_RLU_SAMPLE")
 def test_files_of_tensorflows_own(tmp_path):
     import_rl_unplugged(SAMPLE, tmp_path)
     for game in (folder.name for folder in SAMPLE.iterdir()):

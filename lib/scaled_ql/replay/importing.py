@@ -525,7 +525,8 @@ def open_source(source: str | os.PathLike) -> tuple[fsspec.AbstractFileSystem, s
         return fsspec.core.url_to_fs(str(source))
     except (ValueError, ImportError) as error:
         raise ReplayError(
-            f"{source}: this kind of address cannot be read ({error}). gs:// needs the package gcsfs, s3:// s3fs."
+            f"{source}: this kind of address cannot be read ({error}). For gs:// pip install -e 'lib[gcs]', for s3:// "
+            "pip install -e 'lib[s3]'."
         ) from error
 
 
