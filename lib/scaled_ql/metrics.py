@@ -1,8 +1,19 @@
-"""Scores: normalisation by human play and aggregates over games."""
+"""Scores: normalisation by reference players, aggregates over runs and games, and their intervals.
+
+Scores of several runs (seeds) in several tasks (games) are an array [runs, tasks]; of one run, [tasks] will do. The
+aggregates are those of Agarwal et al. (2021), "Deep RL at the edge of the statistical precipice". Each also takes a
+stack of such arrays, [..., runs, tasks], and returns one number for each.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import numpy as np
 
 from scaled_ql.games import reference_score
+
+Statistic = Callable[[np.ndarray], np.ndarray]
+TOGETHER = 2_000_000  # scores resampled in one go
 
 
 def human_normalized(game: str, score: float) -> float:
@@ -11,12 +22,140 @@ def human_normalized(game: str, score: float) -> float:
     Raises:
         UnknownGame: the game has no reference scores.
     """
-    random, human = reference_score(game, "random"), reference_score(game, "human")
-    return (score - random) / (human - random)
+    return _normalized(game, score, "human")
 
 
-def iqm(scores: np.ndarray) -> float:
-    """Interquartile mean over all entries: the mean of the middle half (Agarwal et al., 2021)."""
-    from scipy import stats  # takes longer to import than all else here
+def dqn_normalized(game: str, score: float) -> float:
+    """(score - random) / (dqn - random): 1 is a DQN after 50M frames.
 
-    return float(stats.trim_mean(np.asarray(scores, np.float64), 0.25, axis=None))
+    Raises:
+        UnknownGame: the game has no reference scores.
+    """
+    return _normalized(game, score, "dqn_50m")
+
+
+def _normalized(game: str, score: float, player: str) -> float:
+    random, reference = reference_score(game, "random"), reference_score(game, player)
+    return (score - random) / (reference - random)
+
+
+def _runs_and_tasks(scores: np.ndarray) -> np.ndarray:
+    """Scores as float64 [..., runs, tasks].
+
+    Raises:
+        ValueError: none, or some that are no numbers.
+    """
+    scores = np.atleast_2d(np.asarray(scores, np.float64))
+    if not scores.size or not np.isfinite(scores).all():
+        raise ValueError(f"scores [runs, tasks] must be finite numbers, got {scores}; leave missing runs out")
+    return scores
+
+
+def mean(scores: np.ndarray) -> np.ndarray:
+    """Mean over runs and tasks."""
+    return _runs_and_tasks(scores).mean((-2, -1))[()]
+
+
+def median(scores: np.ndarray) -> np.ndarray:
+    """Median over tasks of the mean over runs."""
+    return np.median(_runs_and_tasks(scores).mean(-2), axis=-1)[()]
+
+
+def iqm(scores: np.ndarray) -> np.ndarray:
+    """Interquartile mean: the mean of the middle half of all runs in all tasks."""
+    scores = _runs_and_tasks(scores)
+    values = np.sort(scores.reshape(*scores.shape[:-2], -1), axis=-1)
+    cut = values.shape[-1] // 4
+    return values[..., cut : values.shape[-1] - cut].mean(-1)[()]
+
+
+def optimality_gap(scores: np.ndarray, target: float = 1.0) -> np.ndarray:
+    """How far runs stay below `target` on average; a score above it counts as `target`."""
+    return (target - np.minimum(_runs_and_tasks(scores), target)).mean((-2, -1))[()]
+
+
+def profile(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """Performance profile: the fraction of runs in all tasks that score above each threshold, [..., thresholds]."""
+    above = _runs_and_tasks(scores)[..., None] > np.asarray(thresholds)
+    return above.mean((-3, -2))
+
+
+def probability_of_improvement(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """How likely a run of the first method beats one of the second in a task, ties counting half, mean over tasks.
+
+    Args:
+        scores: [..., runs, tasks].
+        others: [..., other runs, tasks], the same tasks.
+    """
+    first, second = _runs_and_tasks(scores)[..., :, None, :], _runs_and_tasks(others)[..., None, :, :]
+    return ((first > second) + 0.5 * (first == second)).mean((-3, -2, -1))[()]
+
+
+def interval(
+    scores: np.ndarray,
+    statistic: Statistic,
+    replicates: int = 50_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    over: Literal["runs", "tasks"] = "runs",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile bootstrap interval of a statistic.
+
+    Args:
+        scores: [runs, tasks] or [tasks].
+        statistic: one of this module's, or any that takes [..., runs, tasks].
+        replicates: resampled data sets.
+        confidence: of the interval.
+        seed: equal seeds give equal intervals.
+        over: ``"runs"``: stratified, each task's runs are drawn anew: how sure is this for these tasks? ``"tasks"``:
+            tasks are drawn anew with all their runs: all that one run allows, and an answer to another question (how
+            sure is it for games like these?), so say it in the caption.
+
+    Returns:
+        (low, high), each of the statistic's shape.
+
+    Raises:
+        ValueError: one run and ``over="runs"``, whose interval would have no width; scores that are no numbers.
+    """
+    scores = _runs_and_tasks(scores)
+    if over not in ("runs", "tasks"):
+        raise ValueError(f"over is runs or tasks, got {over!r}")
+    if over == "runs" and len(scores) < 2:
+        raise ValueError("one run says nothing about the spread of runs; use over='tasks', and say so in the caption")
+    part = max(1, TOGETHER // scores.size)
+    samples = _resampled(scores, replicates, np.random.default_rng(seed), over, part)
+    values = [statistic(sample) for sample in samples]
+    return _percentiles(np.concatenate(values), confidence)
+
+
+def improvement_interval(
+    scores: np.ndarray, others: np.ndarray, replicates: int = 50_000, confidence: float = 0.95, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `interval`, over the runs of both methods, of `probability_of_improvement`."""
+    pair = _runs_and_tasks(scores), _runs_and_tasks(others)
+    part = max(1, TOGETHER // (pair[0].size * len(pair[1])))
+    samples = [
+        _resampled(one, replicates, rng, "runs", part) for one, rng in zip(pair, np.random.default_rng(seed).spawn(2))
+    ]
+    return _percentiles(np.concatenate([probability_of_improvement(*both) for both in zip(*samples)]), confidence)
+
+
+def _resampled(
+    scores: np.ndarray, replicates: int, rng: np.random.Generator, over: str, part: int
+) -> Iterator[np.ndarray]:
+    """Bootstrap samples of [runs, tasks], [replicates, runs, tasks], `part` of them at a time."""
+    runs, tasks = scores.shape
+    for begin in range(0, replicates, part):
+        count = min(part, replicates - begin)
+        if over == "runs":
+            drawn = rng.integers(runs, size=(count, runs, tasks), dtype=np.uint32)
+            yield scores.ravel()[drawn * np.uint32(tasks) + np.arange(tasks, dtype=np.uint32)]
+        else:
+            drawn = rng.integers(tasks, size=(count, tasks))
+            yield scores[:, drawn].swapaxes(0, 1)
+
+
+def _percentiles(values: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+    tail = 100 * (1 - confidence) / 2
+    low, high = np.percentile(values, [tail, 100 - tail], axis=0)
+    return low, high
