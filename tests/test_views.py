@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from scaled_ql import collect
 from scaled_ql.replay import (
     ReplayError,
     ReplayWriter,
@@ -274,6 +275,7 @@ def test_a_long_journal_becomes_a_table(tmp_path: Path, monkeypatch: pytest.Monk
     long, short = open_replay(tmp_path / "long"), open_replay(tmp_path / "short")
     assert long.identity() == short.identity() and long.validate() == []
     assert long.episodes("Pong").equals(short.episodes("Pong"))
+    assert collect._committed(tmp_path / "long/Pong") == collect._committed(tmp_path / "short/Pong") == sum(LENGTHS)
     # Killed between writing the table and emptying the journal: the lines say what the table has.
     (folder / "episodes.jsonl").write_bytes((tmp_path / "short/Pong/1/episodes.jsonl").read_bytes())
     assert open_replay(tmp_path / "long").identity() == short.identity()

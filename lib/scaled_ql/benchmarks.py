@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import psutil
+import pyarrow as pa
 import zstandard
 
 from scaled_ql.games import TRAINING_GAMES, action_names
@@ -82,7 +83,7 @@ def repeat_store(source: Replay, destination: str | Path, games: list[str], copi
         shift = np.repeat(np.arange(copies) * rows, len(one))
         table["start"] += shift
         table["row"] += shift
-        fmt.write_table(folder / "episodes.arrow", fmt.pa.Table.from_pandas(table, preserve_index=False))
+        fmt.write_table(folder / "episodes.arrow", pa.Table.from_pandas(table, preserve_index=False))
     return Path(destination)
 
 
@@ -107,7 +108,6 @@ def sampling_rate(replay: Replay, threads: int, seconds: float, batch_size: int 
 
 def zstd_rate(replay: Replay, seconds: float) -> float:
     """The limit: windows of 7 frames per second that plain zstd decodes in memory on all cores, doing nothing else."""
-    game = replay.games[0]
     compress = zstandard.ZstdCompressor(level=3).compress
     chunks = []
     for game in replay.games:

@@ -9,9 +9,11 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+import pyarrow as pa
 
 from scaled_ql.environments import MAX_STEPS, make_environment
 from scaled_ql.games import action_names, rom_md5
+from scaled_ql.replay.format import read_table
 from scaled_ql.replay.writer import ReplayWriter
 
 Player = Callable[[np.ndarray], str]  # the console's 128 bytes of RAM -> the name of an action
@@ -179,9 +181,12 @@ def _stopped() -> bool:
 def _committed(folder: Path) -> int:
     """Transitions in complete episodes of a game that is being recorded."""
     total = 0
-    for journal in folder.glob("*/episodes.jsonl"):
-        lines = journal.read_bytes().split(b"\n")[:-1]
+    for run in (manifest.parent for manifest in folder.glob("*/manifest.json")):
+        journal, table = run / "episodes.jsonl", run / "episodes.arrow"
+        lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []
         if lines:
             last = json.loads(lines[-1])
             total += last["start"] + last["length"]
+        elif table.exists():  # a long journal was moved there when its writer closed
+            total += int(read_table(pa.py_buffer(table.read_bytes()), str(table))["length"].to_numpy().sum())
     return total

@@ -7,7 +7,7 @@ import psutil
 
 from scaled_ql.replay.format import FRAME_SHAPE
 from scaled_ql.replay.memory import BYTES_PER_FRAME, to_memory
-from scaled_ql.replay.store import Batch, Replay
+from scaled_ql.replay.store import Replay, Run, Span
 
 
 class DeviceReplay(Replay):
@@ -33,32 +33,20 @@ class DeviceReplay(Replay):
                 count += int(frames.sum())
         self._frames = jax.device_put(np.concatenate(blocks), device)
 
-    def gather(
-        self,
-        games: np.ndarray,
-        indices: np.ndarray,
-        n_step: int = 3,
-        discount: float = 0.99,
-        stack_size: int = 4,
-        clip_rewards: bool = True,
-    ) -> Batch:
-        """As `Replay.gather`; the observations are arrays of the device."""
-        size = len(indices)
-        action, reward = np.empty(size, np.int32), np.empty(size, np.float32)
-        discounts, places = np.empty(size, np.float32), np.empty((2, size, stack_size), np.int32)
+    def _read_stacks(
+        self, spans: list[tuple[np.ndarray, Run, Span]], size: int, stack_size: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """As in `Replay`, arrays of the device."""
+        places = np.empty((2, size, stack_size), np.int32)
         back = np.arange(1 - stack_size, 1)
-        for rows, run, span in self._spans(games, indices, n_step, stack_size):
-            action[rows] = run.values("action", span.now, span.now)[:, 0]
-            reward[rows] = span.returns(run, n_step, discount, clip_rewards)
-            discounts[rows] = np.where(span.ended, 0.0, discount**n_step)
+        for rows, run, span in spans:
             first, shift = self._places[id(run)]
             place = shift[np.searchsorted(first, span.now, side="right") - 1]
             for stack, end in enumerate((span.now, span.then)):
                 wanted = end[:, None] + back
                 inside = wanted >= span.first[:, None]
                 places[stack, rows] = np.where(inside, wanted + place[:, None], -1)
-        observation, next_observation = _gather_stacks(self._frames, places)
-        return Batch(observation, action, reward, discounts, next_observation, games)
+        return _gather_stacks(self._frames, places)
 
 
 @jax.jit

@@ -399,7 +399,7 @@ def _write_frames(
             else:
                 frames = block[begin - at : stop - at]
                 here = slice(place + begin - ring, place + stop - ring)
-                crc32[here] = [isal_zlib.crc32(frame) for frame in frames]
+                crc32[here] = fmt.frame_crc32s(frames)
                 good[here] = True
                 writers[place].append(observation=frames)
 

@@ -116,15 +116,19 @@ def write_rows(arrays: dict[str, ts.TensorStore], row: int, columns: dict[str, n
     ]
 
 
-def step_records(observation: np.ndarray, action: np.ndarray, reward: np.ndarray) -> bytes:
+def frame_crc32s(observation: np.ndarray) -> np.ndarray:
+    """CRC-32 of each frame, uint32 [N]."""
+    return np.array([isal_zlib.crc32(frame) for frame in np.ascontiguousarray(observation)], np.uint32)
+
+
+def step_records(frame_crc32: np.ndarray, action: np.ndarray, reward: np.ndarray) -> bytes:
     """What an episode's CRC-32 is of: for each frame its own CRC-32, its action and its reward, 12 bytes.
 
-    `observation` may have one frame more than there are actions; action and reward beside it are zero.
+    There may be one frame more than actions; action and reward beside it are zero.
     """
-    records = np.zeros(len(observation), [("frame", "<u4"), ("action", "<i4"), ("reward", "<f4")])
-    records["frame"] = [isal_zlib.crc32(frame) for frame in np.ascontiguousarray(observation)]
-    records["action"][: len(action)] = action
-    records["reward"][: len(reward)] = reward
+    records = np.zeros(len(frame_crc32), [("frame", "<u4"), ("action", "<i4"), ("reward", "<f4")])
+    records["frame"] = frame_crc32
+    records["action"][: len(action)], records["reward"][: len(reward)] = action, reward
     return records.tobytes()
 
 

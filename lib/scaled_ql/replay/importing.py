@@ -232,10 +232,7 @@ def segment(
         is_open: the next file may go on with it.
         **columns: more columns of the episode table.
     """
-    records = np.zeros(len(observation_crc32), [("frame", "<u4"), ("action", "<i4"), ("reward", "<f4")])
-    records["frame"] = observation_crc32
-    records["action"][: len(action)], records["reward"][: len(reward)] = action, reward
-    content = records.tobytes()
+    content = fmt.step_records(observation_crc32, action, reward)
     return {
         "row": row, "length": len(action), "frames": len(observation_crc32),
         "episode_return": float(reward.sum(dtype=np.float64)), "terminal": bool(terminal),

@@ -19,7 +19,6 @@ and what they do not use takes no room on the disk.
 import os
 import re
 import struct
-import zlib
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -400,7 +399,7 @@ def write_episode(
     crc32: list[int] = []
     for block in frames:
         here = slice(len(crc32), len(crc32) + len(block))
-        crc32 += [zlib.crc32(frame) for frame in block]
+        crc32 += fmt.frame_crc32s(block).tolist()
         writer.append(observation=block, **{name: column[here] for name, column in rows.items()})
     return [
         importing.segment(

@@ -301,9 +301,8 @@ class Replay:
             action uint8 [L], reward float32 [L].
         """
         run = self._game_runs(game)[self._episodes[game].run[number]]
-        row, length, frames = (
-            int(self._episodes[game]._asdict()[name][number]) for name in ("row", "length", "frames")
-        )
+        episodes = self._episodes[game]
+        row, length, frames = (int(column[number]) for column in (episodes.row, episodes.length, episodes.frames))
         where = np.array([row]), np.array([length])
         return {
             "observation": run.windows(where[0], where[0] + frames - 1)[0],
@@ -414,29 +413,31 @@ class Replay:
         if n_step < 1 or stack_size < 1:
             raise ReplayError(f"n_step and stack_size are at least 1, got {n_step} and {stack_size}.")
         size = len(indices)
+        action, reward, discounts = np.empty(size, np.int32), np.empty(size, np.float32), np.empty(size, np.float32)
+        spans = list(self._spans(games, indices, n_step, stack_size))
+        for places, run, span in spans:
+            action[places] = run.values("action", span.now, span.now)[:, 0]
+            reward[places] = span.returns(run, n_step, discount, clip_rewards)
+            discounts[places] = np.where(span.ended, 0.0, discount**n_step)
+        observation, next_observation = self._read_stacks(spans, size, stack_size)
+        return Batch(observation, action, reward, discounts, next_observation, games)
+
+    def _read_stacks(
+        self, spans: list[tuple[np.ndarray, Run, "Span"]], size: int, stack_size: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The observations of a batch of `size` at t and at t + n, uint8 [B, 84, 84, S] each."""
         stacks = np.empty((2, size, stack_size, *FRAME_SHAPE), np.uint8)
-        batch = Batch(
-            # Frames are written whole and shown last: views, so that nothing is transposed here.
-            observation=stacks[0].transpose(0, 2, 3, 1),
-            action=np.empty(size, np.int32),
-            reward=np.empty(size, np.float32),
-            discount=np.empty(size, np.float32),
-            next_observation=stacks[1].transpose(0, 2, 3, 1),
-            game=games,
-        )
         windows: list = [None] * size
         earliest, ends = np.empty(size, np.int64), np.empty((2, size), np.int64)
-        for places, run, span in self._spans(games, indices, n_step, stack_size):
-            batch.action[places] = run.values("action", span.now, span.now)[:, 0]
-            batch.reward[places] = span.returns(run, n_step, discount, clip_rewards)
-            batch.discount[places] = np.where(span.ended, 0.0, discount**n_step)
+        for places, run, span in spans:
             earliest[places], ends[:, places] = span.earliest, (span.now, span.then)
             for place, window in zip(places.tolist(), run.read_windows(span.earliest, span.then)):
                 windows[place] = window
         for begin in range(0, size, READ_TOGETHER):
             group = slice(begin, begin + READ_TOGETHER)
             self._cut_stacks(stacks[:, group], windows[group], earliest[group], ends[:, group])
-        return batch
+        # Frames are written whole and shown last: views, so that nothing is transposed here.
+        return stacks[0].transpose(0, 2, 3, 1), stacks[1].transpose(0, 2, 3, 1)
 
     def _cut_stacks(self, stacks: np.ndarray, windows: list, earliest: np.ndarray, ends: np.ndarray) -> None:
         """Fill frame stacks, uint8 [2, B, S, 84, 84], that end at rows `ends` [2, B]; those before `earliest` with 0.
@@ -586,7 +587,7 @@ def validate_run(run: Run, progress: Callable[[int], None] = lambda transitions:
             here = slice(row.row - low, row.row - low + row.length)
             frames = columns["observation"][row.row - low : row.row - low + row.frames]
             action, reward = columns["action"][here], columns["reward"][here]
-            if zlib.crc32(fmt.step_records(frames, action, reward)) != row.crc32:
+            if zlib.crc32(fmt.step_records(fmt.frame_crc32s(frames), action, reward)) != row.crc32:
                 problems.append(f"{where}: contents differ from the recorded CRC-32.")
             if action.min() < 0 or action.max() >= limit:
                 problems.append(f"{where}: actions outside 0..{limit - 1}.")

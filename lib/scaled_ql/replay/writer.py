@@ -273,6 +273,6 @@ def episode_rows(
         "terminal": terminal,
         "truncated": not terminal,
         "continued": False,
-        "crc32": zlib.crc32(fmt.step_records(observation, action, reward)),
+        "crc32": zlib.crc32(fmt.step_records(fmt.frame_crc32s(observation), action, reward)),
     }
     return data, entry
