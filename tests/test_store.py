@@ -572,6 +572,20 @@ def test_damage_is_named_and_never_yields_other_data(sound, data):
     np.testing.assert_array_equal(read_all(folder).next_observation, expected.next_observation)
 
 
+@pytest.mark.parametrize("bit", range(128))
+def test_damaged_entry_of_the_index_is_named(sound, bit):
+    folder, _ = sound
+    file = shards(folder, "action")[0]
+    content = file.read_bytes()
+    flipped = content[bit // 8] ^ (1 << bit % 8)
+    try:
+        file.write_bytes(content[: bit // 8] + bytes([flipped]) + content[bit // 8 + 1 :])
+        with pytest.raises(ReplayError, match="Pong/1/action: "):
+            read_all(folder)
+    finally:
+        file.write_bytes(content)
+
+
 @pytest.mark.parametrize("what", ["its only file", "the array", "zarr.json"])
 @pytest.mark.parametrize("name", ["observation", "action", "reward"])
 def test_lost_file_is_named_and_appending_does_not_hide_it(tmp_path, name, what):

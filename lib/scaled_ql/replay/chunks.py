@@ -88,7 +88,7 @@ class Chunks:
 def _check(offset: int, size: int, largest: int) -> None:
     if offset == ABSENT:
         raise ValueError("it was never written")
-    if size > largest:
+    if size > largest or offset >= 2**63:  # beyond what the system can seek to
         raise ValueError("the file's index is damaged")
 
 
