@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scaled_ql import evaluation, losses, networks, training
+from scaled_ql import evaluation, losses, networks, objectives, training
 from scaled_ql.environments import make_environment
 from scaled_ql.games import action_names
 
@@ -60,7 +60,8 @@ def test_the_q_function_is_the_networks_expected_value_of_the_games_own_actions(
     network = networks.make_q_network("nature", 2, head, hidden_sizes=(16, 16))
     graph, state = training.init_state(network, training.make_optimizer())
     stacks = np.random.default_rng(0).integers(256, size=(3, 4, 84, 84), dtype=np.uint8)
-    q = evaluation.make_q_function(graph, state.params, 1, 4)(stacks)
+    prefer = objectives.preferences(graph, [3, 4], head=head)
+    q = evaluation.make_q_function(prefer, state.params, 1, 4)(stacks)
     outputs = network(jnp.asarray(stacks.transpose(0, 2, 3, 1)), jnp.ones(3, int))
     expected = losses.expected_q(outputs, losses.support()) if head == "c51" else outputs
     np.testing.assert_allclose(q, expected[:, :4], rtol=1e-5, atol=1e-5)

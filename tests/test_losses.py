@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from scaled_ql import losses, training
+from scaled_ql import losses, objectives, training
 from scaled_ql.games import NUM_ACTIONS
 from scaled_ql.replay.store import Batch
 
@@ -291,8 +291,8 @@ def reference_metrics(outputs, target_outputs, selector_outputs, batch, atoms, a
         "cql_loss": cql.mean(),
         "q_data": np.mean([q[row, action] for row, action in enumerate(batch.action)]),
         "q_greedy": np.mean([max(q[row, : NUM_GAME_ACTIONS[game]]) for row, game in enumerate(batch.game)]),
-        "td_sum": [sum(td[batch.game == game]) for game in range(3)],
-        "td_count": [sum(batch.game == game) for game in range(3)],
+        "td_loss_sum": [sum(td[batch.game == game]) for game in range(3)],
+        "td_loss_count": [sum(batch.game == game) for game in range(3)],
     }
 
 
@@ -300,7 +300,8 @@ def assert_metrics(metrics, expected, tolerance):
     assert metrics.keys() == expected.keys() | {"grad_norm"}
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=tolerance, atol=tolerance, err_msg=name)
-    np.testing.assert_allclose(metrics["td_sum"].sum() / metrics["td_count"].sum(), metrics["td_loss"], rtol=1e-5)
+    mean = metrics["td_loss_sum"].sum() / metrics["td_loss_count"].sum()
+    np.testing.assert_allclose(mean, metrics["td_loss"], rtol=1e-5)
 
 
 class Table(nnx.Module):
@@ -309,8 +310,14 @@ class Table(nnx.Module):
     def __init__(self, table):
         self.table = nnx.Param(jnp.array(table))
 
-    def __call__(self, observation, game):
+    def features(self, observation, game, augment=None):
         return self.table[...][game, observation[:, 0, 0, 0]]
+
+    def heads(self, features, game):
+        return features
+
+    def __call__(self, observation, game):
+        return self.features(observation, game)
 
 
 @pytest.mark.parametrize("double_q", [False, True])
@@ -345,9 +352,9 @@ def test_batch_loss_and_its_gradient_equal_the_references(head, double_q):
         optimizer = optax.sgd(1.0)  # its step is the gradient
         graph, state = training.init_state(Table(table), optimizer)
         state = state._replace(target_params={"table": jnp.array(target_table)})
-        train_step = training.make_train_step(
-            graph, optimizer, NUM_GAME_ACTIONS, alpha=alpha, atoms=jnp.array(atoms), double_q=double_q
-        )
+        settings = {"head": head, "alpha": alpha, "atoms": jnp.array(atoms), "double_q": double_q}
+        objective = objectives.q_learning(graph, NUM_GAME_ACTIONS, **settings)
+        train_step = training.make_train_step(objective, optimizer)
         state, metrics = jax.device_get(train_step(state, batch))
     expected = reference_metrics(*outputs(table, table if double_q else target_table), batch, atoms, alpha)
     assert_metrics(metrics, expected, 1e-10)

@@ -36,7 +36,7 @@ def test_every_view_is_valid_and_says_how_to_use_it(file: Path) -> None:
 @pytest.mark.parametrize("file", sorted((PARAMS / "batches").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_batch_is_valid(file: Path) -> None:
     steps = runs.load_batch(file, {})
-    assert [notebook for notebook, _ in steps] == sorted(notebook for notebook, _ in steps)
+    assert [step.notebook for step in steps] == sorted(step.notebook for step in steps)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from test_losses import Table, reference_batch
 
-from scaled_ql import losses, training
+from scaled_ql import losses, objectives, training
 from scaled_ql.games import NUM_ACTIONS
 from scaled_ql.networks import make_q_network
 from scaled_ql.replay.store import Batch
@@ -75,7 +75,8 @@ def table_state(step=0, table=TABLE):
 @functools.cache
 def table_step():
     graph = training.init_state(Table(TABLE), OPTIMIZER)[0]
-    return training.make_train_step(graph, OPTIMIZER, NUM_GAME_ACTIONS, alpha=0.1, target_update_period=3)
+    objective = objectives.q_learning(graph, NUM_GAME_ACTIONS, head="mse", alpha=0.1)
+    return training.make_train_step(objective, OPTIMIZER, target_update_period=3)
 
 
 def assert_same(state, other):
@@ -103,9 +104,8 @@ def test_steps_equal_a_plain_numpy_adam_with_a_target_table():
     with jax.enable_x64(True):
         optimizer = training.make_optimizer(learning_rate, epsilon)
         graph, state = training.init_state(Table(table), optimizer)
-        train_step = training.make_train_step(
-            graph, optimizer, NUM_GAME_ACTIONS, alpha=alpha, target_update_period=period
-        )
+        objective = objectives.q_learning(graph, NUM_GAME_ACTIONS, head="mse", alpha=alpha)
+        train_step = training.make_train_step(objective, optimizer, target_update_period=period)
         online, target, mean, square = table.copy(), table.copy(), 0.0, 0.0
         for step in range(1, 9):
             batch = table_batch(step)
@@ -151,7 +151,7 @@ def test_the_state_passed_in_is_donated():
 
 
 def test_action_masks():
-    masks = np.asarray(training.action_masks([3, 18]))
+    masks = np.asarray(objectives.action_masks([3, 18]))
     assert masks.tolist() == [3 * [True] + 15 * [False], 18 * [True]]
 
 
@@ -175,9 +175,8 @@ def nature_step(head):
     optimizer = training.make_optimizer(2e-3)
     network = make_q_network("nature", 3, head, num_atoms=11, hidden_sizes=(16, 16))
     graph, state = training.init_state(network, optimizer)
-    train_step = training.make_train_step(
-        graph, optimizer, NUM_GAME_ACTIONS, atoms=jnp.linspace(-2, 2, 11), target_update_period=5
-    )
+    objective = objectives.q_learning(graph, NUM_GAME_ACTIONS, head=head, atoms=jnp.linspace(-2, 2, 11))
+    train_step = training.make_train_step(objective, optimizer, target_update_period=5)
     return graph, train_step, jax.device_get(state)
 
 
@@ -204,8 +203,8 @@ def test_loss_of_a_real_network_equals_the_reference_on_its_outputs():
     _, metrics = train_step(state, batch)
     for name, expected in {"loss": loss, "td_loss": td.mean(), "cql_loss": cql.mean()}.items():
         np.testing.assert_allclose(metrics[name], expected, rtol=1e-5)
-    np.testing.assert_allclose(metrics["td_sum"], [td[:4].sum(), td[4:].sum(), 0], rtol=1e-5)
-    assert metrics["td_count"].tolist() == [4, 6, 0]
+    np.testing.assert_allclose(metrics["td_loss_sum"], [td[:4].sum(), td[4:].sum(), 0], rtol=1e-5)
+    assert metrics["td_loss_count"].tolist() == [4, 6, 0]
 
 
 @pytest.mark.parametrize("head", ["c51", "mse"])
@@ -219,7 +218,7 @@ def test_a_network_learns_the_best_actions(head):
     assert td[-1] < (0.6 if head == "c51" else 0.1) * td[0]  # rewards between two atoms leave C51 some entropy
     outputs = jax.jit(lambda params: training.apply(graph, params, batch.observation, batch.game))(state.params)
     q = losses.expected_q(outputs, jnp.linspace(-2, 2, 11)) if head == "c51" else outputs
-    masks = training.action_masks(NUM_GAME_ACTIONS)[batch.game]
+    masks = objectives.action_masks(NUM_GAME_ACTIONS)[batch.game]
     assert np.array_equal(jax.vmap(losses.greedy_action)(q, masks), best)
 
 
@@ -251,7 +250,7 @@ def test_rows_average_the_steps_metrics(tmp_path):
     for batch in batches:
         state, metrics = table_step()(state, batch)
         expected.append(jax.device_get(metrics))
-    assert all(metrics["td_count"][2] > 0 for metrics in expected[3:])
+    assert all(metrics["td_loss_count"][2] > 0 for metrics in expected[3:])
 
     checkpoints = Checkpoints(tmp_path / "run", ABOUT)
     trained = training.train(
@@ -270,7 +269,8 @@ def test_rows_average_the_steps_metrics(tmp_path):
         for name in ("loss", "td_loss", "cql_loss", "q_data", "q_greedy", "grad_norm"):
             assert row[name] == pytest.approx(np.mean([metrics[name] for metrics in window]), rel=1e-6)
         for number, game in enumerate(GAMES):
-            total, count = (sum(metrics[name][number] for metrics in window) for name in ("td_sum", "td_count"))
+            total = sum(metrics["td_loss_sum"][number] for metrics in window)
+            count = sum(metrics["td_loss_count"][number] for metrics in window)
             wanted = total / count if count else math.nan
             assert row[f"td_loss/{game}"] == pytest.approx(wanted, rel=1e-6, nan_ok=True)
         assert len(row) == 6 + 3 + 3

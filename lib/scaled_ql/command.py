@@ -25,7 +25,16 @@ def main() -> None:
 @click.argument("params", required=False, type=click.Path(exists=True, dir_okay=False))
 @click.option("-p", "overrides", nargs=2, multiple=True, metavar="NAME VALUE", help="Set one parameter (YAML value).")
 @click.option("--outputs", default="", help="Folder for the runs instead of the workspace's outputs/.")
-def run(target: str, params: str | None, overrides: tuple[tuple[str, str], ...], outputs: str) -> None:
+@click.option("--workers", default=0, show_default=True, help="Runs of a grid at once; 0: one per accelerator or core.")
+@click.option("--scheduler", default="", help="Address of a running Dask scheduler for grids.")
+def run(
+    target: str,
+    params: str | None,
+    overrides: tuple[tuple[str, str], ...],
+    outputs: str,
+    workers: int,
+    scheduler: str,
+) -> None:
     """Run a batch (TARGET is a YAML file), or one notebook (TARGET is its name or path) with a YAML of parameters.
 
     Finished runs are left as they are; stopped ones go on where they stopped.
@@ -40,9 +49,26 @@ def run(target: str, params: str | None, overrides: tuple[tuple[str, str], ...],
             notebook = Path(target).stem
             source = params or "command line"
             given = parameters.load(params) if params else {}
-            steps = [(notebook, parameters.check(notebook, given | values, source))]
-        for notebook, checked in steps:
-            runs.execute(notebook, checked)
+            steps = [runs.Step(notebook, [parameters.check(notebook, given | values, source)], 0)]
+        for step in steps:
+            if len(step.cells) == 1:
+                runs.execute(step.notebook, step.cells[0])
+            else:
+                _run_grid(step, workers, scheduler)
+
+
+def _run_grid(step: runs.Step, workers: int, scheduler: str) -> None:
+    from scaled_ql import grids
+
+    cells = [(step.notebook, values) for values in step.cells]
+    outcomes = grids.run_grid(cells, workers=workers, scheduler=scheduler, retries=step.retries)
+    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    click.echo(f"{step.notebook}: {len(outcomes) - len(failed)} of {len(outcomes)} runs finished")
+    for outcome in failed:
+        click.echo(f"\n{outcome.values.run}: failed, {outcome.retries} retries\n{outcome.error}", err=True)
+    if failed:
+        names = ", ".join(outcome.values.run for outcome in failed)
+        raise runs.RunError(f"{len(failed)} runs failed ({names}); the same command tries these again.")
 
 
 @main.group("import")

@@ -1,51 +1,37 @@
 """Evaluation in ALE: greedy policies, whole episodes, videos (appendix B.3)."""
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import av
-import jax
 import numpy as np
 import pandas as pd
-from flax import nnx
 from PIL import Image, ImageDraw, ImageFont
 
-from scaled_ql import losses, training
 from scaled_ql.environments import MAX_STEPS, STACK_SIZE, make_environment, make_vector_environment
 from scaled_ql.games import action_names
+from scaled_ql.objectives import Preferences, PyTree
 
-QFunction = Callable[[np.ndarray], np.ndarray]  # uint8 [N, 4, 84, 84] stacks -> float32 [N, actions]
-
-
-@functools.partial(jax.jit, static_argnames="graph")
-def _q_values(
-    graph: nnx.GraphDef, params: training.PyTree, atoms: jax.Array, stacks: jax.Array, game: jax.Array
-) -> jax.Array:
-    outputs = training.apply(graph, params, stacks.transpose(0, 2, 3, 1), game)
-    return losses.expected_q(outputs, atoms) if outputs.ndim == 3 else outputs
+# uint8 [N, 4, 84, 84] stacks -> float32 [N, actions], the largest is played; -inf is never
+QFunction = Callable[[np.ndarray], np.ndarray]
 
 
-def make_q_function(
-    graph: nnx.GraphDef, params: training.PyTree, game_index: int, num_actions: int, atoms: jax.Array | None = None
-) -> QFunction:
-    """Q values of a trained network for one game.
+def make_q_function(prefer: Preferences, params: PyTree, game_index: int, num_actions: int) -> QFunction:
+    """A trained network's values, or other preferences, for one game's actions.
 
     Args:
-        graph: from `training.init_state`.
+        prefer: from `objectives.preferences`.
         params: the online parameters.
         game_index: which head.
         num_actions: size of the game's minimal set; the other outputs are cut off.
-        atoms: the support of a C51 head (default: `losses.support()`).
 
     Returns:
         uint8 [N, 4, 84, 84] (frames second, as environments give them) -> float32 [N, num_actions].
     """
-    atoms = losses.support() if atoms is None else atoms
 
     def q_function(stacks: np.ndarray) -> np.ndarray:
         game = np.full(len(stacks), game_index, np.int32)
-        return np.asarray(_q_values(graph, params, atoms, stacks, game))[:, :num_actions]
+        return np.asarray(prefer(params, np.moveaxis(stacks, 1, -1), game))[:, :num_actions]
 
     return q_function
 
@@ -126,6 +112,7 @@ def record_video(
     epsilon: float = 0.001,
     num_steps: int = 900,
     frames_per_second: int = 30,
+    label: str = "Q(s, a)",
 ) -> float:
     """Write an MP4 of the agent at play, with the value of each action drawn beside the screen.
 
@@ -137,6 +124,7 @@ def record_video(
         epsilon: probability of a random action.
         num_steps: agent steps at most; the game itself runs at 15 of them a second.
         frames_per_second: of the video: 30 is twice the game's speed.
+        label: what the values are.
 
     Returns:
         the raw return of the part that is shown.
@@ -156,25 +144,28 @@ def record_video(
             break
     environment.close()
     # One scale for the whole video, so that bars can be compared from frame to frame.
-    low, high = min(q.min() for _, q, _, _ in frames), max(q.max() for _, q, _, _ in frames)
-    pictures = (_draw(screen, game, names, q, a, score, low, high) for screen, q, a, score in frames)
+    low, high = min(q[np.isfinite(q)].min() for _, q, _, _ in frames), max(q.max() for _, q, _, _ in frames)
+    pictures = (_draw(screen, game, names, q, a, score, low, high, label) for screen, q, a, score in frames)
     write_video(file, pictures, frames_per_second)
     return total
 
 
 def _draw(
     screen: np.ndarray, game: str, names: tuple[str, ...], q: np.ndarray, action: int,
-    score: float, low: float, high: float,
+    score: float, low: float, high: float, label: str,
 ) -> np.ndarray:  # fmt: skip
     """The game's screen with a bar per action: uint8 [420, 640, 3]."""
     picture = Image.new("RGB", (640, 420), (250, 250, 250))
     picture.paste(Image.fromarray(screen).resize((320, 420), Image.Resampling.NEAREST))
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
     draw.text((336, 10), f"{game}   score {score:g}", (20, 20, 20), font=ImageFont.load_default(size=17))
-    draw.text((336, 36), f"Q(s, a), bars from {low:.2f} to {high:.2f}", (90, 90, 90), font=font)
+    draw.text((336, 36), f"{label}, bars from {low:.2f} to {high:.2f}", (90, 90, 90), font=font)
     pitch = min(34, 350 // len(names))
     for number, (name, value) in enumerate(zip(names, q)):
         top = 62 + number * pitch
+        if not np.isfinite(value):
+            draw.text((336, top), f"{name}: not allowed", (150, 150, 150), font=font)
+            continue
         width = 4 + int(150 * (value - low) / max(high - low, 1e-6))
         color = (213, 94, 0) if number == action else (0, 114, 178)
         draw.text((336, top), name, (20, 20, 20), font=font)

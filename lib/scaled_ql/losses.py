@@ -1,9 +1,12 @@
 """Losses: one transition in, a scalar out; callers `jax.vmap` over the batch.
 
 Throughout, A is 18 (the full joystick) and `mask` is bool [A]: true for the actions of the transition's game.
-An action outside the mask takes part in nothing: no target, no log-sum-exp, no greedy choice.
+An action outside the mask takes part in nothing: no target, no log-sum-exp, no greedy choice. `allowed` is a mask too:
+of the actions that may be backed up, all of the game's in Q-learning, the likely ones in BCQ.
 Subscripts carry time: `_t` at the state, `_tn` at the state n steps later.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +56,7 @@ def c51_loss(
     discount: jax.Array,
     target_logits_tn: jax.Array,
     selector_q_tn: jax.Array,
-    mask: jax.Array,
+    allowed: jax.Array,
     atoms: jax.Array,
 ) -> jax.Array:
     """Cross-entropy of the predicted return distribution to the projected Bellman target (Bellemare et al., 2017).
@@ -66,16 +69,61 @@ def c51_loss(
         target_logits_tn: [A, N], target network at s_{t+n}.
         selector_q_tn: [A], the Q values whose best action is backed up: the target network's own, or the
             online network's for double Q-learning (van Hasselt et al., 2016).
-        mask: bool [A].
+        allowed: bool [A].
         atoms: [N].
 
     Returns:
         The cross-entropy in nats; its gradient is taken with respect to `logits_t` only.
     """
-    action_tn = greedy_action(selector_q_tn, mask)
+    action_tn = greedy_action(selector_q_tn, allowed)
     probabilities = jax.nn.softmax(target_logits_tn[action_tn])
     target = project_categorical(reward + discount * atoms, probabilities, atoms)
     return -jax.lax.stop_gradient(target) @ jax.nn.log_softmax(logits_t[action_t])
+
+
+def two_hot(value: jax.Array, atoms: jax.Array) -> jax.Array:
+    """A scalar as weights on its two neighbouring atoms, [N], whose mean it is (Schrittwieser et al., 2020)."""
+    return project_categorical(value[None], jnp.ones(1), atoms)
+
+
+def hl_gauss(value: jax.Array, atoms: jax.Array, sigma: float = 0.75) -> jax.Array:
+    """A scalar as the histogram of a normal distribution around it, [N].
+
+    Section 3.1 of Farebrother et al. (2024), "Stop regressing". Bins are centred on the atoms; mass beyond the
+    outermost edges is shared out in proportion.
+
+    Args:
+        value: scalar; beyond the support's ends it counts as the nearer end.
+        atoms: [N], evenly spaced, ascending.
+        sigma: standard deviation in bin widths; the source recommends 0.75. Towards 0 it is a one at the nearest atom.
+    """
+    width = (atoms[-1] - atoms[0]) / (len(atoms) - 1)
+    edges = jnp.append(atoms - width / 2, atoms[-1] + width / 2)
+    value = jnp.clip(value, atoms[0], atoms[-1])
+    below = jax.scipy.stats.norm.cdf(edges, value, sigma * width)
+    return jnp.diff(below) / (below[-1] - below[0])
+
+
+def histogram_loss(
+    logits_t: jax.Array,
+    action_t: jax.Array,
+    reward: jax.Array,
+    discount: jax.Array,
+    target_logits_tn: jax.Array,
+    selector_q_tn: jax.Array,
+    allowed: jax.Array,
+    atoms: jax.Array,
+    encode: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """Cross-entropy to a scalar Bellman target written as a distribution: value learning as classification.
+
+    Args:
+        encode: (scalar, atoms [N]) -> [N]: `two_hot` or `hl_gauss`. The other arguments are those of `c51_loss`, whose
+            target is the whole distribution of the next state's return instead.
+    """
+    action_tn = greedy_action(selector_q_tn, allowed)
+    target = reward + discount * expected_q(target_logits_tn[action_tn], atoms)
+    return -jax.lax.stop_gradient(encode(target, atoms)) @ jax.nn.log_softmax(logits_t[action_t])
 
 
 def mse_loss(
@@ -85,10 +133,10 @@ def mse_loss(
     discount: jax.Array,
     target_q_tn: jax.Array,
     selector_q_tn: jax.Array,
-    mask: jax.Array,
+    allowed: jax.Array,
 ) -> jax.Array:
     """Squared temporal-difference error (Q(s_t, a_t) - r - discount Q'(s_{t+n}, a*))^2, all Q [A]; see `c51_loss`."""
-    action_tn = greedy_action(selector_q_tn, mask)
+    action_tn = greedy_action(selector_q_tn, allowed)
     target = jax.lax.stop_gradient(reward + discount * target_q_tn[action_tn])
     return jnp.square(q_t[action_t] - target)
 
@@ -102,3 +150,69 @@ def cql_loss(q_t: jax.Array, action_t: jax.Array, mask: jax.Array) -> jax.Array:
         mask: bool [A].
     """
     return jax.nn.logsumexp(q_t, where=mask) - q_t[action_t]
+
+
+def likely_actions(behaviour_logits: jax.Array, mask: jax.Array, tau: float = 0.3) -> jax.Array:
+    """The actions that discrete BCQ allows, bool [A]: pi(a|s) >= tau max_a' pi(a'|s) (appendix A.2).
+
+    Args:
+        behaviour_logits: [A], of the cloned behaviour policy.
+        mask: bool [A].
+        tau: 0 allows every action of the game, 1 only the likeliest.
+    """
+    log_policy = jnp.where(mask, behaviour_logits, MASKED)
+    # tau = 0 must allow even what has no probability left; log(0) = -inf does.
+    return mask & (log_policy - log_policy.max() >= jnp.log(jnp.float32(tau)))
+
+
+def bc_loss(logits_t: jax.Array, action_t: jax.Array, mask: jax.Array) -> jax.Array:
+    """Negative log-likelihood of the data's action under a policy with logits [A]: behaviour cloning."""
+    return jax.nn.logsumexp(logits_t, where=mask) - logits_t[action_t]
+
+
+def return_bc_loss(
+    logits_t: jax.Array, action_t: jax.Array, return_to_go: jax.Array, mask: jax.Array, atoms: jax.Array
+) -> jax.Array:
+    """Negative log-likelihood of the data's action together with the return that followed it.
+
+    One categorical distribution over actions x returns: -log p(a, R | s) = -log p(R | s) - log p(a | s, R), which are
+    the return and action terms of the multi-game decision transformer (Lee et al., 2022), without its context.
+
+    Args:
+        logits_t: [A, N].
+        action_t: int scalar.
+        return_to_go: scalar, the discounted return from s_t on; written on the atoms as `two_hot`.
+        mask: bool [A].
+        atoms: [N].
+    """
+    log_joint = logits_t - jax.nn.logsumexp(logits_t, where=mask[:, None])
+    return -two_hot(return_to_go, atoms) @ log_joint[action_t]
+
+
+def expert_action_logits(logits: jax.Array, atoms: jax.Array, kappa: float = 1.0) -> jax.Array:
+    """log p(a | s, expert) up to a constant, [..., A], from the model of `return_bc_loss`, logits [..., A, N].
+
+    Expert behaviour is inferred as by Lee et al. (2022), section 3.4: p(R | expert, s) ~ p(R | s) exp(kappa R), but
+    the return is summed over instead of drawn, and kappa is per unit of return. kappa = 0 is behaviour cloning.
+    """
+    return jax.nn.logsumexp(logits + kappa * atoms, axis=-1)
+
+
+def dr3_penalty(features_t: jax.Array, features_tn: jax.Array) -> jax.Array:
+    """Explicit DR3 regulariser (Kumar et al., 2022, section 5): the dot product of successive representations [F].
+
+    Both carry gradients. The paper at hand replaces it by feature normalisation (section 4).
+    """
+    return features_t @ features_tn
+
+
+def random_offsets(key: jax.Array, number: int, pixels: int) -> jax.Array:
+    """Vertical and horizontal shifts of images, int32 [number, 2], uniform in -pixels..pixels."""
+    return jax.random.randint(key, (number, 2), -pixels, pixels + 1)
+
+
+def shift_image(image: jax.Array, offset: jax.Array, pixels: int) -> jax.Array:
+    """Move an image [H, W, C] by `offset` [2] (at most `pixels`), repeating its border (Kostrikov et al., 2021)."""
+    padded = jnp.pad(image, ((pixels, pixels), (pixels, pixels), (0, 0)), mode="edge")
+    start = (pixels - offset[0], pixels - offset[1], 0)
+    return jax.lax.dynamic_slice(padded, start, image.shape)

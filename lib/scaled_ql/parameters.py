@@ -62,6 +62,9 @@ class DataExploration(Parameters):
     seed: Seed = 0
 
 
+Q_LEARNING_ONLY = ("head", "double_q", "scale_rewards", "dr3")
+
+
 class ScaledTraining(Parameters):
     """`02_scaled_training`."""
 
@@ -70,8 +73,9 @@ class ScaledTraining(Parameters):
     replay_storage: Literal["auto", "disk", "memory", "device"] = "auto"
     seed: Seed = 0
 
+    method: Literal["cql", "bcq", "bc", "return_bc"] = "cql"
     encoder: Encoder = "resnet101"
-    head: Literal["c51", "mse"] = "c51"
+    head: Literal["c51", "hl_gauss", "two_hot", "mse"] = "c51"
     hidden_sizes: Annotated[list[Count], Field(min_length=1)] = [2048, 1024, 1024, 1024]
     embedding: Literal["pointwise", "sum", "none"] = "pointwise"
     normalize_features: bool = True
@@ -86,6 +90,11 @@ class ScaledTraining(Parameters):
     discount: Share = 0.99
     alpha: float = -1.0
     double_q: bool = False
+    tau: Share = 0.3
+    kappa: Annotated[float, Field(ge=0)] = 1.0
+    scale_rewards: Literal["auto", "yes", "no"] = "auto"
+    dr3: Annotated[float, Field(ge=0)] = 0.0
+    random_shift: Annotated[int, Field(ge=0, le=42)] = 0
     learning_rate: Annotated[float, Field(gt=0)] = 2.0e-4
     adam_epsilon: Annotated[float, Field(gt=0)] = 3.125e-4
     target_update_period: Count = 2_000
@@ -101,7 +110,7 @@ class ScaledTraining(Parameters):
     eval_epsilon: Share = 0.001
     eval_max_steps: Count = MAX_STEPS
     eval_seed: Seed = 0
-    video_steps: Count = 900
+    video_steps: Annotated[int, Field(ge=0)] = 900
 
     @pydantic.model_validator(mode="after")
     def _periods_fit(self) -> "ScaledTraining":
@@ -115,12 +124,27 @@ class ScaledTraining(Parameters):
             )
         if self.v_min >= self.v_max:
             raise ValueError(f"v_min ({self.v_min}) must be below v_max ({self.v_max})")
+        if self.method in ("bc", "return_bc"):
+            fields = type(self).model_fields
+            idle = [name for name in Q_LEARNING_ONLY if getattr(self, name) != fields[name].default]
+            if idle:
+                raise ValueError(f"{', '.join(idle)}: without effect in method {self.method!r}; leave out")
         return self
 
     @property
     def cql_alpha(self) -> float:
         """The CQL weight; a negative `alpha` stands for Table B.1's value for the head."""
-        return self.alpha if self.alpha >= 0 else {"c51": 0.05, "mse": 0.1}[self.head]
+        return self.alpha if self.alpha >= 0 else 0.1 if self.head == "mse" else 0.05
+
+    @property
+    def scales_rewards(self) -> bool:
+        """Whether rewards are divided by each game's standard deviation; ``auto``: with MSE (section 5.3)."""
+        return self.scale_rewards == "yes" or (self.scale_rewards == "auto" and self.head == "mse")
+
+    @property
+    def network_head(self) -> str:
+        """The form of the network's outputs: clones have logits of actions, or of actions and returns."""
+        return {"bc": "mse", "return_bc": "c51"}.get(self.method, self.head)
 
 
 NOTEBOOKS: dict[str, type[Parameters]] = {

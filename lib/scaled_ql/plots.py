@@ -184,22 +184,37 @@ def contact_sheet(rows: dict[str, np.ndarray]) -> Figure:
 
 
 def learning_curves(metrics: pd.DataFrame) -> Figure:
-    """Training against steps: TD loss per game, CQL loss, mean Q, gradient norm; rows of `training.train`."""
-    games = [name.removeprefix("td_loss/") for name in metrics if name.startswith("td_loss/")]
-    colors = game_colors(games)
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.2))
-    for game in games[:10]:
-        axes[0].plot(metrics["step"], metrics[f"td_loss/{game}"], color=colors[game], label=game, alpha=0.8)
-    axes[0].plot(metrics["step"], metrics["td_loss"], color="black", lw=2, label="all")
-    axes[1].plot(metrics["step"], metrics["cql_loss"], color="black")
-    axes[2].plot(metrics["step"], metrics["q_data"], color=PLAYERS["dataset"], label="actions of the data")
-    axes[2].plot(metrics["step"], metrics["q_greedy"], color=PLAYERS["agent"], label="greedy actions")
-    axes[3].semilogy(metrics["step"], metrics["grad_norm"], color="black")
-    titles = ("TD loss", "CQL loss (before alpha)", "mean Q", "gradient norm")
-    for axis, title in zip(axes, titles):
-        axis.set(title=title, xlabel="gradient step")
-    for axis in (axes[0], axes[2]):
-        axis.legend(fontsize="x-small")
+    """Training against steps: the loss per game, then what the method has of CQL, values, accuracy; gradient norm.
+
+    Args:
+        metrics: rows of `training.train`.
+    """
+    main = "td_loss" if "td_loss" in metrics else "nll"
+    games = [name.removeprefix(f"{main}/") for name in metrics if name.startswith(f"{main}/")]
+    titles = {
+        main: {"td_loss": "TD loss", "nll": "negative log-likelihood, nats"}[main],
+        "cql_loss": "CQL loss (before alpha)",
+        "q_data": "mean Q",
+        "behaviour_loss": "behaviour policy, nats",
+        "dr3_penalty": "DR3 (before its weight)",
+        "accuracy": "data's action is the likeliest",
+        "grad_norm": "gradient norm",
+    }
+    titles = {name: title for name, title in titles.items() if name in metrics}
+    figure, axes = plt.subplots(1, len(titles), figsize=(15, 3.2))
+    for axis, (name, title) in zip(axes, titles.items()):
+        if name == main:
+            for game, color in list(game_colors(games).items())[:10]:
+                axis.plot(metrics["step"], metrics[f"{main}/{game}"], color=color, label=game, alpha=0.8)
+            axis.plot(metrics["step"], metrics[name], color="black", lw=2, label="all")
+        elif name == "q_data":
+            axis.plot(metrics["step"], metrics["q_data"], color=PLAYERS["dataset"], label="actions of the data")
+            axis.plot(metrics["step"], metrics["q_greedy"], color=PLAYERS["agent"], label="greedy actions")
+        else:
+            axis.plot(metrics["step"], metrics[name], color="black")
+        axis.set(title=title, xlabel="gradient step", yscale="log" if name == "grad_norm" else "linear")
+        if name in (main, "q_data"):
+            axis.legend(fontsize="x-small")
     return figure
 
 

@@ -12,9 +12,11 @@
 """
 
 import contextlib
+import itertools
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,7 +26,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import filelock
 import pandas as pd
@@ -120,11 +122,21 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def last_line(file: Path) -> dict[str, Any]:
+    """The last complete line of a JSON-lines file; empty where there is none."""
+    if not file.exists():
+        return {}
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - 65_536))
+        lines = [line for line in stream.read().splitlines(keepends=True) if line.endswith(b"\n")]
+    return json.loads(lines[-1]) if lines else {}
+
+
 def once(file: Path, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     """The table in a CSV file, computed and written first where there is none: a resumed run does not do it twice."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.partial")
+        partial = file.with_name(f".{file.name}.{os.getpid()}.partial")  # several runs may need the same table
         compute().to_csv(partial, index=False)
         partial.replace(file)
     return pd.read_csv(file)
@@ -292,10 +304,12 @@ def _papermill(notebook: str, values: Parameters, folder: Path) -> None:
                 break
             except papermill.PapermillExecutionError as error:
                 partial.replace(folder / "run.ipynb")
-                raise RunError(
+                failed = RunError(
                     f"{source.name}: {error.ename}: {error.evalue}\nThe notebook as far as it came: "
                     f"{folder / 'run.ipynb'}. Running the same command again goes on from what is on disk."
-                ) from None
+                )
+                failed.add_note(re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback or [])))
+                raise failed from None
             except RuntimeError as error:  # the kernel did not start, or died
                 if attempt == 2 or read_json(folder / "status.json").get("pid") is not None:
                     raise RunError(f"{source.name}: the kernel died ({error}). Run again to resume.") from error
@@ -352,6 +366,8 @@ class _Step(pydantic.BaseModel):
 
     notebook: str
     parameters: str
+    grid: list[dict[str, list[Any]]] = []
+    retries: Annotated[int, pydantic.Field(ge=0)] = 2
 
 
 class _Batch(pydantic.BaseModel):
@@ -360,8 +376,40 @@ class _Batch(pydantic.BaseModel):
     steps: list[_Step] = pydantic.Field(min_length=1)
 
 
-def load_batch(file: str | Path, overrides: Mapping[str, Any]) -> list[tuple[str, Parameters]]:
-    """Read and check a batch: an ordered list of notebooks, each with a file of `params/<notebook>/`.
+class Step(NamedTuple):
+    """A step of a batch: runs of a notebook that do not depend on each other, and how often a failed one is retried."""
+
+    notebook: str
+    cells: list[Parameters]
+    retries: int
+
+
+def cell_name(base: Parameters, changes: Mapping[str, Any]) -> str:
+    """The name of the run that changes some parameters of `base`, in the order of the schema: base.head-mse.seed-1."""
+    order = list(type(base).model_fields)
+    parts = [f"{name}-{changes[name]}" for name in sorted(changes, key=order.index) if name not in ("run", "outputs")]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", ".".join([base.run, *parts]).replace("e+", "e"))
+
+
+def expand(base: Parameters, grid: list[dict[str, list[Any]]], notebook: str, source: str) -> list[Parameters]:
+    """The runs of a grid: all combinations of each mapping's values, on top of `base`, each once.
+
+    Raises:
+        ParameterError: a combination that the notebook does not take.
+    """
+    cells: dict[str, Parameters] = {}
+    for mapping in grid or [{}]:
+        for combination in itertools.product(*mapping.values()):
+            given = dict(zip(mapping, combination))
+            checked = parameters.check(notebook, base.model_dump() | given, f"{source} with {given}")
+            changes = {name: value for name, value in given.items() if getattr(base, name) != value}
+            name = cell_name(base, changes)
+            cells[name] = checked.model_copy(update={"run": name})
+    return list(cells.values())
+
+
+def load_batch(file: str | Path, overrides: Mapping[str, Any]) -> list[Step]:
+    """Read and check a batch: an ordered list of notebooks, each with a file of `params/<notebook>/` and maybe a grid.
 
     Raises:
         ParameterError: anything wrong in the batch or in a file it names.
@@ -370,11 +418,11 @@ def load_batch(file: str | Path, overrides: Mapping[str, Any]) -> list[tuple[str
     try:
         batch = _Batch(**content)
     except pydantic.ValidationError as error:
-        raise ParameterError(f"{file}: not a batch of steps (notebook, parameters): {error}") from None
+        raise ParameterError(f"{file}: not a batch of steps (notebook, parameters, grid): {error}") from None
     steps = []
     for step in batch.steps:
         source = workspace() / "params" / step.notebook / step.parameters
-        steps.append(
-            (step.notebook, parameters.check(step.notebook, {**parameters.load(source), **overrides}, str(source)))
-        )
+        base = parameters.check(step.notebook, {**parameters.load(source), **overrides}, str(source))
+        cells = expand(base, step.grid, step.notebook, f"{file}: {step.parameters}")
+        steps.append(Step(step.notebook, cells, step.retries))
     return steps

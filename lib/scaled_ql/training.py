@@ -17,15 +17,11 @@ import orbax.checkpoint as ocp
 import pandas as pd
 from flax import nnx
 
-from scaled_ql import losses
-from scaled_ql.games import NUM_ACTIONS
-from scaled_ql.networks import QNetwork
+from scaled_ql.networks import BCQNetwork, QNetwork
+from scaled_ql.objectives import Metrics, Objective, PyTree
 from scaled_ql.replay.store import Batch
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save there
-
-PyTree = Any
-Metrics = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
@@ -57,7 +53,9 @@ def make_optimizer(learning_rate: float = 2e-4, adam_epsilon: float = 3.125e-4) 
     return optax.adam(learning_rate, eps=adam_epsilon)
 
 
-def init_state(network: QNetwork, optimizer: optax.GradientTransformation) -> tuple[nnx.GraphDef, TrainState]:
+def init_state(
+    network: QNetwork | BCQNetwork, optimizer: optax.GradientTransformation
+) -> tuple[nnx.GraphDef, TrainState]:
     """Split a network once into a static graph definition and the state of a fresh run."""
     graph, variables = nnx.split(network, nnx.Param)
     params = jax.tree.map(jnp.copy, nnx.to_pure_dict(variables))  # steps donate them; the network keeps its own
@@ -70,72 +68,29 @@ def apply(graph: nnx.GraphDef, params: PyTree, observation: jax.Array, game: jax
     return nnx.merge(graph, nnx.State(params))(observation, game)
 
 
-def action_masks(num_actions: list[int]) -> jax.Array:
-    """bool [games, 18]: which actions each game has, from the sizes of their minimal sets."""
-    return jnp.arange(NUM_ACTIONS) < jnp.array(num_actions)[:, None]
-
-
 def make_train_step(
-    graph: nnx.GraphDef,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
-    num_actions: list[int],
     *,
-    alpha: float = 0.05,
-    atoms: jax.Array | None = None,
     target_update_period: int = 2_000,
-    double_q: bool = False,
+    seed: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Compile one step of Scaled QL: mean over the batch of TD error + alpha * CQL (equation 1).
+    """Compile one step: the objective's gradient, Adam, and now and then a copy to the target network.
 
     Args:
-        graph: from `init_state`.
-        optimizer: the same as there.
-        num_actions: size of each game's minimal action set.
-        alpha: weight of the CQL regulariser; Table B.1: 0.05 for C51, 0.1 for MSE.
-        atoms: the support [N] of a C51 head (default: `losses.support()`); ignored by an MSE head.
+        objective: from `objectives`.
+        optimizer: the one that made the state.
         target_update_period: steps between copies of the online to the target network.
-        double_q: the online network chooses the action that the target network values.
+        seed: of an objective's own randomness; step t's is a function of (seed, t).
 
     Returns:
-        (state, batch) -> (state, metrics). The state passed in is donated: use the one returned. Metrics are
-        scalars `loss`, `td_loss`, `cql_loss`, `q_data` (mean Q of the data's actions), `q_greedy` (of the best
-        actions), `grad_norm`, and float32 [games] `td_sum` and `td_count`.
+        (state, batch) -> (state, metrics). The state passed in is donated: use the one returned. Metrics are the
+        objective's and `grad_norm`.
     """
-    masks = action_masks(num_actions)
-    atoms = losses.support() if atoms is None else atoms
 
-    def to_q(outputs: jax.Array) -> jax.Array:
-        return losses.expected_q(outputs, atoms) if outputs.ndim == 3 else outputs
-
-    def loss(params: PyTree, target_params: PyTree, batch: Batch) -> tuple[jax.Array, Metrics]:
-        mask = masks[batch.game]
-        outputs = apply(graph, params, batch.observation, batch.game)
-        target_outputs = apply(graph, target_params, batch.next_observation, batch.game)
-        q = to_q(outputs)
-        if double_q:
-            selector_q = to_q(apply(graph, params, batch.next_observation, batch.game))
-        else:
-            selector_q = to_q(target_outputs)
-        one = (outputs, batch.action, batch.reward, batch.discount, target_outputs, selector_q, mask)
-        if outputs.ndim == 3:
-            td = jax.vmap(losses.c51_loss, in_axes=(0,) * 7 + (None,))(*one, atoms)
-        else:
-            td = jax.vmap(losses.mse_loss)(*one)
-        cql = jax.vmap(losses.cql_loss)(q, batch.action, mask)
-        total = td.mean() + alpha * cql.mean()
-        metrics = {
-            "loss": total,
-            "td_loss": td.mean(),
-            "cql_loss": cql.mean(),
-            "q_data": jnp.take_along_axis(q, batch.action[:, None], axis=1).mean(),
-            "q_greedy": jnp.where(mask, q, losses.MASKED).max(-1).mean(),
-            "td_sum": jax.ops.segment_sum(td, batch.game, len(masks)),
-            "td_count": jax.ops.segment_sum(jnp.ones_like(td), batch.game, len(masks)),
-        }
-        return total, metrics
-
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        gradients, metrics = jax.grad(loss, has_aux=True)(state.params, state.target_params, batch)
+    def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(key, state.step)
+        gradients, metrics = jax.grad(objective, has_aux=True)(state.params, state.target_params, batch, key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
@@ -143,7 +98,14 @@ def make_train_step(
         metrics["grad_norm"] = optax.global_norm(gradients)
         return TrainState(step, params, target_params, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    compiled, run_key = jax.jit(train_step, donate_argnums=0), jax.random.key(seed)
+    return lambda state, batch: compiled(state, batch, run_key)  # an argument: one program for all seeds
+
+
+def cache_compiled_programs() -> None:
+    """Keep compiled programs in ~/.cache, or where JAX_COMPILATION_CACHE_DIR says: later runs start sooner."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "scaled-ql" / "xla"))
 
 
 def train(
@@ -172,7 +134,8 @@ def train(
 
     Yields:
         (state, row) every `log_every` steps: `step`, the metrics of `make_train_step` averaged over the rows'
-        steps, `td_loss/<game>` (NaN where a game was not drawn), `steps_per_second`, `transitions_per_second`.
+        steps, `td_loss/<game>` or `nll/<game>` (NaN where a game was not drawn), `steps_per_second`,
+        `transitions_per_second`.
 
     Raises:
         Diverged: a loss or gradient is NaN or infinite; names the step, the games in its batch and the last checkpoint.
@@ -186,9 +149,9 @@ def train(
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             names = ", ".join(games[number] for number in np.unique(drawn))
             raise Diverged(
-                f"the loss is {values['loss']} at step {step} (TD {values['td_loss']}, CQL {values['cql_loss']}, "
-                f"gradient norm {values['grad_norm']}). Games in the batch: {names}. {checkpoints.describe_latest()} "
-                "Lower learning_rate, or look at the data of these games, and start again under another run name."
+                f"the loss is {values['loss']} at step {step} ({_scalars(values)}). "
+                f"Games in the batch: {names}. {checkpoints.describe_latest()} Lower learning_rate, "
+                "or look at the data of these games, and start again under another run name."
             )
         window.append(values)
 
@@ -216,14 +179,17 @@ def train(
             started = time.perf_counter()
 
 
+def _scalars(metrics: dict[str, np.ndarray]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in metrics.items() if name != "loss" and not np.ndim(value))
+
+
 def _average(window: list[dict[str, np.ndarray]], games: list[str]) -> dict[str, float]:
     sums = {name: sum(row[name] for row in window) for name in window[0]}
-    td, count = sums.pop("td_sum"), sums.pop("td_count")
-    row = {name: float(total / len(window)) for name, total in sums.items()}
-    return row | {
-        f"td_loss/{game}": float(total / number) if number else math.nan
-        for game, total, number in zip(games, td, count)
-    }
+    row = {name: float(total / len(window)) for name, total in sums.items() if not np.ndim(total)}
+    for name in [name.removesuffix("_sum") for name in sums if name.endswith("_sum")]:
+        parts = zip(games, sums[f"{name}_sum"], sums[f"{name}_count"])
+        row |= {f"{name}/{game}": float(total / count) if count else math.nan for game, total, count in parts}
+    return row
 
 
 class MetricsLog:

@@ -1,8 +1,9 @@
 """The paper's multi-game Q-network (Figure 3, appendix B.1)."""
 
 import functools
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from scaled_ql.games import NUM_ACTIONS
 from scaled_ql.networks.encoders import Dtype, make_encoder
 
 Embedding = Literal["pointwise", "sum", "none"]
+Head = Literal["c51", "hl_gauss", "two_hot", "mse"]
 
 
 class SpatialEmbedding(nnx.Module):
@@ -94,12 +96,21 @@ class QNetwork(nnx.Module):
         self.head_kernel = nnx.Param(init(rngs.params(), (num_games, sizes[-1], width)))
         self.head_bias = nnx.Param(jnp.zeros((num_games, width)))
 
-    def features(self, observation: jax.Array, game: jax.Array) -> jax.Array:
-        """The representation before the heads, [B, last hidden size]; arguments as in `__call__`."""
+    def features(
+        self, observation: jax.Array, game: jax.Array, augment: Callable[[jax.Array], jax.Array] | None = None
+    ) -> jax.Array:
+        """The representation before the heads, [B, last hidden size].
+
+        Args:
+            observation: as in `__call__`.
+            game: as in `__call__`.
+            augment: of the images, float [B, 84, 84, 4] -> the same shape, after the mean was taken off.
+        """
         x = observation.astype(self.dtype)
         if self.mean_frames is not None:
             x -= jax.lax.stop_gradient(self.mean_frames[...])[game][..., None].astype(self.dtype)
         x /= 255
+        x = augment(x) if augment else x
         x = self.embedding(self.encoder(x))
         for number, layer in enumerate(self.hidden):
             x = layer(x)
@@ -113,7 +124,11 @@ class QNetwork(nnx.Module):
             observation: uint8 [B, 84, 84, 4], oldest frame first.
             game: int32 [B], which head.
         """
-        x = self.features(observation, game).astype(self.dtype)
+        return self.heads(self.features(observation, game), game)
+
+    def heads(self, features: jax.Array, game: jax.Array) -> jax.Array:
+        """Outputs as of `__call__` from a representation [B, last hidden size]."""
+        x = features.astype(self.dtype)
         kernel, bias = self.head_kernel[...].astype(self.dtype), self.head_bias[...]
         # All heads for all rows, then each row's own: far cheaper than gathering a kernel per row.
         outputs = jnp.einsum("bf,gfo->bgo", x, kernel)
@@ -122,10 +137,22 @@ class QNetwork(nnx.Module):
         return outputs.reshape(len(outputs), *shape)
 
 
+class BCQNetwork(nnx.Module):
+    """A Q-network and a behaviour policy of the same architecture, which share nothing (appendix A.2).
+
+    Attributes:
+        q: the Q-network.
+        behaviour: its outputs [B, 18] are logits of a policy.
+    """
+
+    def __init__(self, q: QNetwork, behaviour: QNetwork):
+        self.q, self.behaviour = q, behaviour
+
+
 def make_q_network(
     encoder: str,
     num_games: int,
-    head: Literal["c51", "mse"] = "c51",
+    head: Head = "c51",
     seed: int = 0,
     *,
     num_atoms: int = 51,
@@ -143,9 +170,9 @@ def make_q_network(
         encoder: a key of `networks.ENCODERS`: ``resnet34``, ``resnet50``, ``resnet101``, ``resnet152``,
             ``resnet_narrow``, ``impala_x1``, ``impala_x4``, ``impala_x8``, ``impala_x16`` or ``nature``.
         num_games: heads.
-        head: ``c51``: logits [B, 18, num_atoms]; ``mse``: values [B, 18].
+        head: ``c51``, ``hl_gauss``, ``two_hot``: logits [B, 18, num_atoms]; ``mse``: values [B, 18].
         seed: of the initial parameters.
-        num_atoms: of the ``c51`` head.
+        num_atoms: of a categorical head.
         hidden_sizes: of the fully connected layers; the first is followed by LayerNorm.
         embedding: ``pointwise``, ``sum`` or ``none``; see `SpatialEmbedding`.
         normalize_features: divide the representation by its L2 norm.
@@ -159,13 +186,13 @@ def make_q_network(
     Raises:
         ValueError: an unknown encoder, head or embedding.
     """
-    if head not in ("c51", "mse"):
-        raise ValueError(f"unknown head {head!r}; there are c51, mse.")
+    if head not in get_args(Head):
+        raise ValueError(f"unknown head {head!r}; there are {', '.join(get_args(Head))}.")
     create = functools.partial(
         QNetwork,
         encoder,
         num_games,
-        num_outputs=num_atoms if head == "c51" else 1,
+        num_outputs=1 if head == "mse" else num_atoms,
         hidden_sizes=tuple(hidden_sizes),
         embedding=embedding,
         normalize=normalize_features,

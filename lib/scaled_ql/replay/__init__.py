@@ -4,6 +4,7 @@ from scaled_ql.replay.dqn_replay import import_dqn_replay
 from scaled_ql.replay.export import export_dqn_replay
 from scaled_ql.replay.format import ReplayError
 from scaled_ql.replay.minari import import_minari
+from scaled_ql.replay.returns import label_with_returns, returns_to_go, reward_scales
 from scaled_ql.replay.rl_unplugged import import_rl_unplugged
 from scaled_ql.replay.sampling import mean_frames, prefetch, sample_batch, sample_indices
 from scaled_ql.replay.store import Batch, Replay, open_replay
@@ -20,10 +21,13 @@ __all__ = [
     "import_dqn_replay",
     "import_minari",
     "import_rl_unplugged",
+    "label_with_returns",
     "load_view",
     "mean_frames",
     "open_replay",
     "prefetch",
+    "returns_to_go",
+    "reward_scales",
     "sample_batch",
     "sample_indices",
 ]

@@ -1,0 +1,206 @@
+"""Grids: runs that differ in a few parameters, in parallel on Dask workers, with a table that follows them.
+
+A step of a batch may carry a grid, a list of mappings from parameter names to values; each mapping stands for all
+combinations of its values, on top of the step's file of parameters. Every combination is a run with a name of its own
+(`runs.cell_name`), so finished ones are recognised, and interrupted ones resume from their checkpoints.
+"""
+
+import contextlib
+import io
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from scaled_ql import parameters, runs
+from scaled_ql.parameters import Parameters
+
+REFRESH_SECONDS = 2.0
+
+
+class Outcome(NamedTuple):
+    """How a run of a grid ended.
+
+    Attributes:
+        notebook, values: the run.
+        state: ``finished`` or ``failed``.
+        retries: how often it was tried again.
+        error: "" or the last error, with the traceback of the cell that failed.
+    """
+
+    notebook: str
+    values: Parameters
+    state: str
+    retries: int
+    error: str
+
+
+def run_grid(
+    cells: Sequence[tuple[str, Parameters]], *, workers: int = 0, scheduler: str = "", retries: int = 2
+) -> list[Outcome]:
+    """Execute runs in parallel; a failed one is tried again, and does not stop the others.
+
+    Args:
+        cells: notebooks and their checked parameters, each of another run.
+        workers: processes of a local Dask cluster; 0: one for each accelerator, or else for each core. Each has an
+            accelerator, or an equal share of the cores, to itself.
+        scheduler: address of a running Dask scheduler to use instead, whose workers (one thread and one accelerator
+            each) see the same files.
+        retries: of each run.
+
+    Returns:
+        one outcome per run, in their order.
+    """
+    from distributed import Client
+
+    done = [cell for cell in cells if runs.finished(*cell)]
+    outcomes = {cell[1].run: Outcome(*cell, "finished", 0, "") for cell in done}
+    left = [cell for cell in cells if cell[1].run not in outcomes]
+    if left:
+        cluster = contextlib.nullcontext(scheduler) if scheduler else _local_cluster(workers, len(left))
+        with cluster as where, Client(where, set_as_default=False) as client:
+            outcomes |= _follow(client, left, retries, Progress(cells, outcomes))
+    return [outcomes[values.run] for _, values in cells]
+
+
+def _follow(client, cells: list[tuple[str, Parameters]], retries: int, progress: "Progress") -> dict[str, Outcome]:
+    """Submit runs, again where they fail, until all have ended; returns their outcomes by name of the run."""
+    outcomes: dict[str, Outcome] = {}
+    tried = dict.fromkeys((values.run for _, values in cells), 0)
+
+    def submit(cell: tuple[str, Parameters]):
+        notebook, values = cell
+        # Impure: the same call again does something new. Dask itself moves runs of workers that died.
+        return client.submit(_execute, notebook, values.model_dump(), pure=False, key=f"{values.run}-{time.time_ns()}")
+
+    futures = {submit(cell): cell for cell in cells}
+    try:
+        with progress.live() as live:
+            while futures:
+                time.sleep(REFRESH_SECONDS)
+                for future in [future for future in futures if future.done()]:
+                    notebook, values = cell = futures.pop(future)
+                    error = future.exception()
+                    if error is not None and tried[values.run] < retries:
+                        tried[values.run] += 1
+                        futures[submit(cell)] = cell
+                        continue
+                    text = "" if error is None else "\n".join([str(error), *getattr(error, "__notes__", [])])
+                    state = "finished" if error is None else "failed"
+                    outcomes[values.run] = Outcome(notebook, values, state, tried[values.run], text)
+                progress.update(live, tried, outcomes)
+    finally:
+        client.cancel(list(futures), force=True)
+    return outcomes
+
+
+def _execute(notebook: str, values: dict) -> None:
+    """On a worker: one run, quietly."""
+    from distributed import get_worker
+
+    lane = getattr(get_worker(), "scaled_ql_lane", None)
+    if lane is not None:
+        cores, accelerator = lane
+        os.sched_setaffinity(0, cores)  # of this thread, and so of the kernel that it starts
+        if accelerator is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = accelerator
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        runs.execute(notebook, parameters.check(notebook, values))
+
+
+def accelerators() -> list[str]:
+    """Numbers of this machine's NVIDIA accelerators, as CUDA_VISIBLE_DEVICES lists them; JAX is not needed."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+    return [str(number) for number, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
+
+
+@contextlib.contextmanager
+def _local_cluster(workers: int, most: int) -> Iterator:
+    """A cluster of processes of one thread each on this machine, which do not share cores or accelerators."""
+    from distributed import Client, LocalCluster
+
+    cores, devices = sorted(os.sched_getaffinity(0)), accelerators()
+    workers = min(workers or len(devices) or len(cores), most)
+    lanes = [
+        (cores[number::workers] or cores, devices[number % len(devices)] if devices else None)
+        for number in range(workers)
+    ]
+
+    def take_lane(dask_worker) -> None:
+        dask_worker.scaled_ql_lane = lanes[int(dask_worker.name)]
+
+    quiet = {"silence_logs": "ERROR", "dashboard_address": None}
+    local = LocalCluster(workers, threads_per_worker=1, host="127.0.0.1", memory_limit=0, **quiet)
+    with local as cluster, Client(cluster, set_as_default=False) as client:
+        client.register_worker_callbacks(take_lane)  # of workers that Dask restarts as well
+        yield cluster
+
+
+class Progress:
+    """A table of the runs: in a terminal and in JupyterLab it is updated in place, elsewhere a line ends each run."""
+
+    def __init__(self, cells: Sequence[tuple[str, Parameters]], outcomes: dict[str, Outcome]):
+        self._cells, self._done, self._told = cells, outcomes, set()
+        self._console = Console()
+
+    def live(self) -> contextlib.AbstractContextManager:
+        """What `update` draws on."""
+        if self._console.is_terminal or self._console.is_jupyter:
+            return Live(self.table({}, {}), console=self._console, auto_refresh=False)
+        return contextlib.nullcontext()
+
+    def update(self, live: Live | None, tried: dict[str, int], outcomes: dict[str, Outcome]) -> None:
+        """Show where all runs are."""
+        if live is not None:
+            live.update(self.table(tried, outcomes), refresh=True)
+            return
+        for name, outcome in outcomes.items():
+            if name not in self._told:
+                self._told.add(name)
+                count = len(self._told) + len(self._done)
+                again = f", tried {outcome.retries + 1} times" if outcome.retries else ""
+                print(f"[{count}/{len(self._cells)}] {name}: {outcome.state}{again}", flush=True)
+
+    def table(self, tried: dict[str, int], outcomes: dict[str, Outcome]) -> Table:
+        """The runs that are under way or ended badly, one a row, and counts of the others."""
+        outcomes = self._done | outcomes
+        rows, waiting, finished = [], 0, 0
+        for notebook, values in self._cells:
+            state = outcomes[values.run].state if values.run in outcomes else None
+            folder = runs.outputs_folder(values) / notebook / values.run
+            row = describe(folder) if state is None else {"state": state}
+            if state == "finished":
+                finished += 1
+            elif state is None and row["state"] == "waiting" and not tried.get(values.run):
+                waiting += 1
+            else:
+                rows.append((values.run, row, tried.get(values.run, 0)))
+        table = Table(title=f"{finished} of {len(self._cells)} finished, {waiting} waiting", title_justify="left")
+        for column in ("run", "state", "step", "steps/s", "loss", "time left", "retries"):
+            table.add_column(column, justify="left" if column in ("run", "state") else "right")
+        for name, row, retries in rows:
+            shown = [row.get(column, "") for column in ("state", "step", "steps/s", "loss", "time left")]
+            table.add_row(name, *shown, str(retries or ""))
+        return table
+
+
+def describe(folder: Path) -> dict[str, str]:
+    """Where an unfinished run is, from the files of its folder: state, step, steps/s, loss, time left."""
+    status = runs.read_json(folder / "status.json")
+    row = {"state": status.get("state", "waiting")}
+    if not status.get("total"):
+        return row
+    left = status["total"] - status["done"]
+    row |= {"step": f"{status['done']:,} of {status['total']:,}", "state": row["state"] if left else "evaluating"}
+    last = runs.last_line(folder / "metrics.jsonl")
+    if last and left:
+        seconds = left / last["steps_per_second"]
+        row |= {"steps/s": f"{last['steps_per_second']:.1f}", "loss": f"{last['loss']:.3f}"}
+        row["time left"] = f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
+    return row

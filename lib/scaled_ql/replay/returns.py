@@ -1,0 +1,40 @@
+"""What some methods need to know of all rewards: returns to the episode's end, and the scale of each game's rewards."""
+
+import numpy as np
+from scipy.signal import lfilter
+
+from scaled_ql.replay.store import Batch, Replay
+
+
+def returns_to_go(replay: Replay, game: str, discount: float = 0.99) -> np.ndarray:
+    """The discounted sum of clipped rewards from each transition of a game to its episode's end, float32 [T].
+
+    Where an episode was truncated it ends with what was recorded. T floats are kept in memory: 40 MB for 10 million.
+    """
+    rewards = replay.rewards(game).clip(-1, 1).astype(np.float64)
+    lengths = replay.episodes(game)["length"].to_numpy()
+    parts = np.split(rewards, np.cumsum(lengths)[:-1])
+    # G_t = r_t + discount G_{t+1} is a first-order filter, run backwards.
+    returns = [lfilter([1.0], [1.0, -discount], part[::-1])[::-1] for part in parts]
+    return np.concatenate(returns).astype(np.float32)
+
+
+def label_with_returns(batch: Batch, index: np.ndarray, returns: list[np.ndarray]) -> Batch:
+    """A batch whose `reward` is the return to go.
+
+    Args:
+        batch: of transitions.
+        index: int [B], their time indices, from `sample_indices`.
+        returns: `returns_to_go` of each game, in the order of `Replay.games`.
+    """
+    labels = [returns[game][time] for game, time in zip(batch.game.tolist(), index.tolist())]
+    return batch._replace(reward=np.array(labels, np.float32))
+
+
+def reward_scales(replay: Replay) -> np.ndarray:
+    """The standard deviation of each game's clipped rewards, float32 [games]; 1 where they never change.
+
+    Dividing by it standardises rewards across tasks (Kurin et al., 2022; section 5.3 uses it with the MSE loss).
+    """
+    deviations = np.array([replay.rewards(game).clip(-1, 1).std(dtype=np.float64) for game in replay.games])
+    return np.where(deviations > 0, deviations, 1).astype(np.float32)
