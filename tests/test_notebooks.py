@@ -82,13 +82,13 @@ def test_the_summary_compares_agent_dataset_and_random_player(outputs: Path) -> 
 
 def test_finished_runs_are_recognised(outputs: Path) -> None:
     before = {
-        file: file.stat().st_mtime_ns for file in outputs.rglob("*") if file.is_file() and ".lock" not in file.name
+        file: file.stat().st_mtime_ns
+        for file in outputs.rglob("*")
+        if file.is_file() and ".lock" not in file.name and not set(runs.GATHERING) & set(file.parts)
     }
-    began = time.monotonic()
     done = run("params/batches/tiny.yaml", outputs)
     assert done.returncode == 0
-    assert done.stdout.count("finished before") == 3
-    assert time.monotonic() - began < 20
+    assert done.stdout.count("finished before") == 3, "reports that gather other runs are made anew"
     assert before == {file: file.stat().st_mtime_ns for file in before}
 
 

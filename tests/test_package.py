@@ -11,12 +11,12 @@ import pytest
 # From the bottom up; a module imports only what stands before it.
 ORDER = (
     "games", "environments", "metrics", "plots",
-    "replay.format", "replay.views", "replay.chunks", "replay.store",
-    "replay.writer", "replay.sampling",
+    "replay.format", "replay.views", "replay.chunks", "replay.shared", "replay.store",
+    "replay.writer", "replay.sampling", "replay.workers",
     "replay.returns", "replay.importing", "replay.dqn_replay", "replay.export", "replay.rl_unplugged", "replay.minari",
     "replay", "replay.memory", "replay.device", "benchmarks", "collect",
     "networks.encoders", "networks.q_network", "networks", "losses", "objectives", "training", "evaluation",
-    "parameters", "runs", "grids", "explore", "command",
+    "parameters", "paper", "runs", "ablations", "grids", "explore", "command",
 )  # fmt: skip
 WITHOUT_JAX = ("games", "environments", "replay", "collect", "metrics", "plots", "parameters", "runs")
 

@@ -3,6 +3,7 @@
 They print tables and assert nothing: a figure means something only beside the others of the same run.
 """
 
+import contextlib
 import gzip
 import json
 import os
@@ -11,7 +12,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +24,7 @@ import pyarrow as pa
 import zstandard
 
 from scaled_ql.games import TRAINING_GAMES, action_names
-from scaled_ql.replay import Replay, export_dqn_replay, open_replay, prefetch, sample_batch
+from scaled_ql.replay import Replay, export_dqn_replay, open_replay, prefetch, sample_batch, sample_batches
 from scaled_ql.replay import format as fmt
 from scaled_ql.replay.memory import to_memory
 from scaled_ql.replay.writer import episode_rows
@@ -99,11 +102,20 @@ def _rate(work: Callable[[int], object], size: int, seconds: float) -> float:
     return size / float(np.median(durations))
 
 
-def sampling_rate(replay: Replay, threads: int, seconds: float, batch_size: int = BATCH) -> float:
-    """Transitions per second of prefetched batches, stack 4, n-step 3: median over stretches of eight batches."""
+def sampling_rate(
+    replay: Replay, threads: int, seconds: float, batch_size: int = BATCH, *, processes: int = 0
+) -> float:
+    """Transitions per second of batches from threads, or from `processes`, stack 4, n-step 3.
+
+    Median over stretches of eight batches, each of them dropped when the next one comes.
+    """
     shape = {"games_per_batch": batch_size // 4, "transitions_per_game": 4, "n_step": N_STEP, "stack_size": STACK}
-    batches = prefetch(lambda step: sample_batch(replay, 0, step, **shape), 0, 10**9, threads=threads)
-    return _rate(lambda step: [next(batches) for _ in range(8)], 8 * batch_size, seconds)
+    if processes:
+        batches = sample_batches(replay, 0, 0, 10**9, processes=processes, **shape)
+    else:
+        batches = prefetch(lambda step: sample_batch(replay, 0, step, **shape), 0, 10**9, threads=threads)
+    with contextlib.closing(batches):
+        return _rate(lambda step: deque(islice(batches, 8), maxlen=0), 8 * batch_size, seconds)
 
 
 def zstd_rate(replay: Replay, seconds: float) -> float:
@@ -147,6 +159,8 @@ def benchmark_sampling(path: str, seconds: float = 5.0) -> pd.DataFrame:
     for name, where in (("disk", replay), ("memory, compressed", to_memory(replay))):
         for threads in sorted({1, cores, 2 * cores}):
             rates[f"{name}, {threads} threads"] = sampling_rate(where, threads, seconds)
+        for processes in sorted({1, cores}):
+            rates[f"{name}, {processes} processes"] = sampling_rate(where, 0, seconds, processes=processes)
     rates[f"limit: zstd alone, {cores} threads"] = zstd_rate(replay, seconds)
     return pd.DataFrame({"transitions/s": pd.Series(rates)})
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import dask
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -75,8 +76,9 @@ def _follow(client, cells: list[tuple[str, Parameters]], retries: int, progress:
 
     def submit(cell: tuple[str, Parameters]):
         notebook, values = cell
-        # Impure: the same call again does something new. Dask itself moves runs of workers that died.
-        return client.submit(_execute, notebook, values.model_dump(), pure=False, key=f"{values.run}-{time.time_ns()}")
+        # A key of its own: the same call again does something new. Dask itself moves runs of workers that died.
+        key = f"{values.run}-{time.time_ns()}"
+        return client.submit(_execute, notebook, values.model_dump(), key=key, priority=-cells.index(cell))
 
     futures = {submit(cell): cell for cell in cells}
     try:
@@ -135,9 +137,14 @@ def _local_cluster(workers: int, most: int) -> Iterator:
     def take_lane(dask_worker) -> None:
         dask_worker.scaled_ql_lane = lanes[int(dask_worker.name)]
 
+    # Dask looks at itself a hundred times a second, which on small machines is felt.
+    calm = {"distributed.worker.profile.enabled": False, "distributed.admin.tick.interval": "1s"}
     quiet = {"silence_logs": "ERROR", "dashboard_address": None}
-    local = LocalCluster(workers, threads_per_worker=1, host="127.0.0.1", memory_limit=0, **quiet)
-    with local as cluster, Client(cluster, set_as_default=False) as client:
+    with (
+        dask.config.set(calm),
+        LocalCluster(workers, threads_per_worker=1, host="127.0.0.1", memory_limit=0, **quiet) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
         client.register_worker_callbacks(take_lane)  # of workers that Dask restarts as well
         yield cluster
 

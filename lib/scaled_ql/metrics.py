@@ -140,6 +140,25 @@ def improvement_interval(
     return _percentiles(np.concatenate([probability_of_improvement(*both) for both in zip(*samples)]), confidence)
 
 
+def difference_interval(
+    scores: np.ndarray,
+    others: np.ndarray,
+    statistic: Statistic,
+    replicates: int = 50_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `interval`, over the runs of both methods, of statistic(scores) - statistic(others)."""
+    pair = _runs_and_tasks(scores), _runs_and_tasks(others)
+    if min(map(len, pair)) < 2:
+        raise ValueError("one run says nothing about the spread of runs")
+    part = max(1, TOGETHER // max(one.size for one in pair))
+    samples = [
+        _resampled(one, replicates, rng, "runs", part) for one, rng in zip(pair, np.random.default_rng(seed).spawn(2))
+    ]
+    return _percentiles(np.concatenate([statistic(one) - statistic(other) for one, other in zip(*samples)]), confidence)
+
+
 def _resampled(
     scores: np.ndarray, replicates: int, rng: np.random.Generator, over: str, part: int
 ) -> Iterator[np.ndarray]:

@@ -62,6 +62,11 @@ class DataExploration(Parameters):
     seed: Seed = 0
 
 
+# Parameters of training runs that change nothing about what a run learns or how it is measured, and the seed.
+INCIDENTAL = frozenset((
+    "run", "outputs", "seed", "replay_storage", "sampling_processes", "log_every", "checkpoint_every",
+    "keep_checkpoint_every", "video_steps",
+))  # fmt: skip
 Q_LEARNING_ONLY = ("head", "double_q", "scale_rewards", "dr3")
 
 
@@ -71,6 +76,7 @@ class ScaledTraining(Parameters):
     dataset: str = "00_data_collection/default/replay"
     view: str = ""
     replay_storage: Literal["auto", "disk", "memory", "device"] = "auto"
+    sampling_processes: Annotated[int, Field(ge=0)] = 0
     seed: Seed = 0
 
     method: Literal["cql", "bcq", "bc", "return_bc"] = "cql"
@@ -147,10 +153,38 @@ class ScaledTraining(Parameters):
         return {"bc": "mse", "return_bc": "c51"}.get(self.method, self.head)
 
 
+class PaperReport(Parameters):
+    """`05_paper_report`."""
+
+    sub_optimal: str = "forty_games_suboptimal"
+    near_optimal: str = "forty_games_near_optimal"
+    seed: Seed = 0
+    replicates: Count = 50_000
+
+
+class Ablations(Parameters):
+    """`03_ablations`."""
+
+    forty_games: str = "forty_games.yaml"
+    six_games: str = "six_games.yaml"
+    six_games_long: str = "six_games_long.yaml"
+    encoders: Annotated[list[Encoder], Field(min_length=1)] = ["resnet34", "resnet50", "resnet101"]
+    encoder: Encoder = "resnet101"
+    long_encoder: Encoder = "resnet50"
+    sizes: Annotated[list[Encoder], Field(min_length=1)] = [
+        "impala_x4", "impala_x8", "impala_x16", "resnet34", "resnet50", "resnet101", "resnet152",
+    ]  # fmt: skip
+    seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
+    replicates: Count = 50_000
+    seed: Seed = 0
+
+
 NOTEBOOKS: dict[str, type[Parameters]] = {
     "00_data_collection": DataCollection,
     "01_data_exploration": DataExploration,
     "02_scaled_training": ScaledTraining,
+    "03_ablations": Ablations,
+    "05_paper_report": PaperReport,
 }
 
 

@@ -1,5 +1,7 @@
 """Figures: a tidy DataFrame or arrays in, a matplotlib figure out; colour-blind-safe, a game always one colour."""
 
+import textwrap
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
 import matplotlib.pyplot as plt
@@ -7,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from scaled_ql.metrics import iqm
@@ -233,4 +236,215 @@ def scores(table: pd.DataFrame, episodes: pd.DataFrame) -> Figure:
         axis.scatter(["agent"] * len(dots), dots, color="black", s=8, alpha=0.6, zorder=3)
         axis.axhline(0, color="black", lw=0.8)
         axis.set(title=game, ylabel="episode return (raw)")
+    return figure
+
+
+# A family of systems has a hue, its larger member the darker shade; a system has its colour in every figure.
+SYSTEMS = {
+    "DT (200M)": "#0072b2", "DT (40M)": "#7cc4ee", "BC (200M)": "#a8417c", "BC (80M)": "#dd9cc2",
+    "MT Impala-DQN": "#999999", "Scaled QL (80M)": "#d55e00", "Behaviour policy": "#000000",
+}  # fmt: skip
+PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+OTHER_SYSTEMS = ("#009e73", "#e6b000", "#5d3a9b", "#7f4f24", "#4d5b66")
+
+
+def system_colors(systems: Iterable[str]) -> dict[str, str]:
+    """A colour per system: those of `SYSTEMS`, and one each for others, by name."""
+    others = sorted({*systems} - SYSTEMS.keys())
+    return SYSTEMS | dict(zip(others, OTHER_SYSTEMS * (len(others) // len(OTHER_SYSTEMS) + 1)))
+
+
+def system_bars(table: pd.DataFrame, colors: Mapping[str, str] = SYSTEMS) -> Figure:
+    """Aggregate human-normalised scores: a panel each, a bar per system with its interval, hatched if not the paper's.
+
+    "Behaviour policy" is a dashed line; a diamond is what the paper prints.
+
+    Args:
+        table: columns panel, system, value, low, high (fractions) and, where known, printed.
+        colors: of `system_colors`.
+    """
+    panels = list(table["panel"].unique())
+    columns = min(len(panels), 2)
+    longest = table[table["system"] != "Behaviour policy"].groupby("panel").size().max()
+    size = (12.4, (0.46 * longest + 1.3) * -(-len(panels) // columns) + 0.4)
+    figure, axes = plt.subplots(-(-len(panels) // columns), columns, figsize=size, squeeze=False)
+    table = pd.DataFrame({"printed": np.nan}, index=table.index).assign(**table)
+    for axis, (panel, rows) in zip(axes.flat, table.groupby("panel", sort=False)):
+        bars, line = rows[rows["system"] != "Behaviour policy"], rows[rows["system"] == "Behaviour policy"]
+        places = np.arange(len(bars))
+        reach = np.abs(bars[["low", "high"]].sub(bars["value"], axis=0).to_numpy().T)
+        fill = {"color": [colors[system] for system in bars["system"]], "edgecolor": "white"}
+        hatch = ["" if system in SYSTEMS else "//" for system in bars["system"]]
+        axis.barh(places, bars["value"], xerr=reach, hatch=hatch, error_kw={"lw": 1.2, "capsize": 3}, **fill)
+        axis.scatter(bars["printed"], places, marker="D", s=26, color="white", edgecolor="black", zorder=3)
+        # With few games a whisker can be many times as long as all bars: such a one leaves the panel.
+        right = max(0.01, line["value"].max(), min(bars["high"].max(), 2.5 * bars["value"].max()))
+        for place, value, high in zip(places, bars["value"], bars["high"]):
+            where = (min(max(high, 0), right), place), (6, 0), "data", "offset points"
+            axis.annotate(f"{value:.1%}", *where, va="center", fontsize="small", bbox=PLAIN, zorder=4)
+        axis.set_yticks(places, [textwrap.fill(system, 34) for system in bars["system"]], fontsize="small")
+        for value in line["value"]:
+            axis.axvline(value, color=colors["Behaviour policy"], ls="--", lw=1.3)
+        axis.invert_yaxis()
+        axis.set_xlim(max(1.05 * min(0.0, bars["low"].min()), -right), 1.25 * right)
+        axis.grid(False, axis="y")
+        axis.axvline(0, color="black", lw=0.8)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_formatter(PercentFormatter(1))
+        axis.set(title=textwrap.fill(panel, 44, break_on_hyphens=False), xlabel="human-normalised score")
+    for spare in axes.flat[len(panels) :]:
+        spare.set_visible(False)
+    _explain_bars(figure, table)
+    return figure
+
+
+def _explain_bars(figure: Figure, table: pd.DataFrame) -> None:
+    """A legend above the panels of the marks that are there."""
+    policy = table.loc[table["system"] == "Behaviour policy", "value"].map("{:.1%}".format).unique()
+    marks = {
+        "95% interval over games": Line2D([], [], color="black", marker="|", lw=1.2),
+        "as the paper prints it": Line2D([], [], color="white", marker="D", mec="black", ms=5, lw=0),
+        f"behaviour policy ({', '.join(policy)}, as printed)": Line2D([], [], color="black", ls="--", lw=1.3),
+    }
+    there = (True, table["printed"].notna().any(), len(policy) > 0)
+    known = {label: mark for (label, mark), show in zip(marks.items(), there) if show}
+    figure.legend(known.values(), known, loc="outside upper center", ncols=len(known), fontsize="small", frameon=False)
+
+
+def performance_profile(
+    table: pd.DataFrame,
+    colors: Mapping[str, str] = SYSTEMS,
+    xlabel: str = "human-normalised score τ",
+    ylabel: str = "fraction of games with score > τ",
+    mark: float | None = 1.0,
+) -> Figure:
+    """The fraction of games above each threshold, a line with its band per system.
+
+    Args:
+        table: columns system, threshold, fraction, low, high.
+        colors: of `system_colors`; "A over B" has the colour of A.
+        xlabel: what the threshold is of.
+        ylabel: what the fraction is of.
+        mark: a threshold to mark, by default human play.
+    """
+    figure, axis = plt.subplots(figsize=(10.5, 4.6))
+    for system, rows in table.groupby("system", sort=False):
+        first = system.split(" over ")[0]
+        color = colors[first]
+        look = {"color": color, "lw": 2, "ls": "-" if first in SYSTEMS else "--", "drawstyle": "steps-post"}
+        axis.plot(rows["threshold"], rows["fraction"], label=textwrap.fill(system, 30), **look)
+        axis.fill_between(rows["threshold"], rows["low"], rows["high"], step="post", color=color, alpha=0.13, lw=0)
+    if mark is not None:
+        axis.axvline(mark, color="black", ls=":", lw=1.2)
+    axis.set(xlim=(table["threshold"].min(), table["threshold"].max()), ylim=(0, 1), xlabel=xlabel, ylabel=ylabel)
+    axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    return figure
+
+
+def improvements(table: pd.DataFrame, colors: Mapping[str, str] = SYSTEMS) -> Figure:
+    """How much higher one system's human-normalised score is than another's, a bar per game, sorted, on a log scale.
+
+    Args:
+        table: columns system ("A over B": a panel each), game, improvement (a fraction).
+        colors: of `system_colors`; a bar has the colour of the system that is better.
+    """
+    panels = list(table["system"].unique())
+    columns = min(len(panels), 2)
+    sizes = [len(games) for _, games in table.groupby("system", sort=False)]
+    heights = [0.215 * max(sizes[i : i + columns]) + 1.3 for i in range(0, len(sizes), columns)]
+    size = (9.5 if columns == 1 else 12.4, sum(heights))
+    figure, axes = plt.subplots(len(heights), columns, figsize=size, squeeze=False, height_ratios=heights)
+    low, high = (1.6 * edge for edge in (min(table["improvement"].min(), -0.1), max(table["improvement"].max(), 0.1)))
+    ticks = [tick for tick in (-10, -1, -0.1, -0.01, 0, 0.01, 0.1, 1, 10) if low <= tick <= high]
+    for axis, (panel, games) in zip(axes.flat, table.groupby("system", sort=False)):
+        games = games.sort_values("improvement", ascending=False)
+        first, second = panel.split(" over ")
+        color = [colors[first] if value > 0 else colors[second] for value in games["improvement"]]
+        axis.barh(games["game"], games["improvement"], color=color, edgecolor="none")
+        axis.invert_yaxis()
+        axis.set_xscale("symlog", linthresh=0.01, linscale=0.5)
+        axis.set_xlim(low, high)
+        axis.set_xticks(ticks, [f"{tick:+,.0%}" if tick else "0" for tick in ticks], fontsize="small")
+        axis.set_xticks([], minor=True)
+        axis.tick_params(axis="y", labelsize="small", pad=2)
+        axis.axvline(0, color="black", lw=0.8)
+        axis.grid(False, axis="y")
+        axis.margins(y=0.01)
+        better = (games["improvement"] > 0).sum()
+        axis.set_title(f"{textwrap.fill(panel, 52)}\nhigher in {better} of {len(games)} games")
+        axis.set_xlabel("difference of human-normalised scores (log scale)", fontsize="small")
+    for spare in axes.flat[len(panels) :]:
+        spare.set_visible(False)
+    return figure
+
+
+# The same variant always has the same colour; the base is blue.
+VARIANTS = {
+    "Scaled QL": "#0072b2", "C51": "#0072b2", "with": "#0072b2", "CQL": "#0072b2",
+    "MSE": "#d55e00", "without": "#999999", "BCQ": "#009e73", "behaviour cloning": "#e69f00",
+    "return-conditioned cloning": "#cc79a7", "HL-Gauss": "#56b4e9", "two-hot": "#f0e442",
+    "DR3 besides": "#661100", "random shift": "#332288",
+}  # fmt: skip
+
+
+def ablation(compared: pd.DataFrame, label: str = "human-normalised IQM") -> Figure:
+    """Bars of variants with their 95% intervals, side by side for each value of the other parameter.
+
+    Args:
+        compared: from `ablations.compare`; a variant without runs has a gap and the word missing.
+        label: what the score is.
+    """
+    axis_name = next((name for name in compared.columns[1:2] if name != "runs"), None)
+    groups = list(compared[axis_name].unique()) if axis_name else [""]
+    variants = list(compared["variant"].unique())
+    figure, axis = plt.subplots(figsize=(min(12.8, 2.5 + 0.9 * len(groups) * len(variants)), 3.4))
+    width = 0.8 / len(variants)
+    for number, variant in enumerate(variants):
+        rows = compared[compared["variant"] == variant]
+        at = np.arange(len(groups)) + (number - (len(variants) - 1) / 2) * width
+        errors = np.abs(rows[["low", "high"]].to_numpy().T - rows["score"].to_numpy())
+        look = {"color": VARIANTS.get(variant, "#666666"), "edgecolor": "black", "linewidth": 0.5}
+        axis.bar(at, rows["score"], 0.92 * width, yerr=errors, capsize=3, label=variant, **look)
+        for place in at[rows["score"].isna()]:
+            axis.annotate("missing", (place, 0), rotation=90, ha="center", va="bottom", fontsize="x-small")
+    axis.axhline(0, color="black", lw=0.8)
+    axis.set_xticks(range(len(groups)), groups)
+    axis.set(xlabel=axis_name or "", ylabel=label)
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    axis.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def scaling(compared: pd.DataFrame, label: str = "human-normalised IQM") -> Figure:
+    """Score against parameters, a line per family of encoders and variant; 95% intervals (Figure 6).
+
+    Args:
+        compared: from `ablations.compare`, across encoders.
+        label: what the score is.
+    """
+    known = compared.dropna(subset="score")
+    figure, axis = plt.subplots(figsize=(8.5, 3.8))
+    family = known["encoder"].str.extract(r"^([a-z]+)")[0]
+    for (name, variant), rows in known.groupby([family, "variant"], sort=False):
+        rows = rows.sort_values("num_parameters")
+        errors = np.abs(rows[["low", "high"]].to_numpy().T - rows["score"].to_numpy())
+        color = VARIANTS.get(variant, "#666666")
+        marker = {"resnet": "o", "impala": "s"}.get(name, "^")
+        millions = rows["num_parameters"] / 1e6
+        axis.errorbar(
+            millions, rows["score"], errors, color=color, marker=marker, capsize=3, label=f"{name}, {variant}"
+        )
+        for x, y, encoder in zip(millions, rows["score"], rows["encoder"]):
+            axis.annotate(encoder, (x, y), (5, 5), textcoords="offset points", fontsize="x-small")
+    axis.set(xscale="log", xlabel="parameters, millions", ylabel=label)
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(axis="x", which="minor", labelsize="x-small")
+    if len(known):
+        axis.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
+    else:
+        axis.annotate("no runs", (0.5, 0.5), xycoords="axes fraction", ha="center")
     return figure

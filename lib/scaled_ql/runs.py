@@ -42,6 +42,7 @@ PACKAGES = (
     "scaled-ql", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "pandas",
     "ale-py", "gymnasium", "papermill",
 )  # fmt: skip
+GATHERING = ("03_ablations", "05_paper_report")  # reports on whatever runs there are: executed anew each time
 LOCK_SECONDS = 20.0  # a kernel whose runner was killed takes a moment to notice
 
 
@@ -250,7 +251,7 @@ def compare_parameters(notebook: str, values: Parameters) -> bool:
 
 
 def finished(notebook: str, values: Parameters) -> bool:
-    """Whether this very run is complete, report included.
+    """Whether this very run is complete, report included; a report that gathers other runs never is.
 
     Raises:
         RunError: the folder holds a run with other parameters.
@@ -258,7 +259,7 @@ def finished(notebook: str, values: Parameters) -> bool:
     folder = outputs_folder(values) / notebook / values.run
     exists = compare_parameters(notebook, values)
     done = read_json(folder / "status.json").get("state") == "finished"
-    return exists and done and (folder / "run.html").exists()
+    return exists and done and (folder / "run.html").exists() and notebook not in GATHERING
 
 
 def execute(notebook: str, values: Parameters) -> Path:

@@ -9,6 +9,7 @@ from scaled_ql.replay.rl_unplugged import import_rl_unplugged
 from scaled_ql.replay.sampling import mean_frames, prefetch, sample_batch, sample_indices
 from scaled_ql.replay.store import Batch, Replay, open_replay
 from scaled_ql.replay.views import View, load_view
+from scaled_ql.replay.workers import sample_batches
 from scaled_ql.replay.writer import ReplayWriter
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "returns_to_go",
     "reward_scales",
     "sample_batch",
+    "sample_batches",
     "sample_indices",
 ]

@@ -1,10 +1,12 @@
 """A dataset in memory as it lies on disk: compressed chunks, decoded when a batch needs them. No disk is read again."""
 
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 
-from scaled_ql.replay.chunks import Chunks, read_memory
+from scaled_ql.replay.chunks import Chunks, Read, read_memory
+from scaled_ql.replay.format import ARRAYS
+from scaled_ql.replay.shared import SharedMemory
 from scaled_ql.replay.store import Replay, Run
 
 BYTES_PER_FRAME = 150  # to reckon with: compressed frame, action, reward, index
@@ -14,11 +16,16 @@ FILES_AT_ONCE = 16  # that are read together while loading
 def to_memory(replay: Replay) -> Replay:
     """The same dataset, or view, with all that it shows in memory: about 100 bytes a transition of a usual game.
 
+    Processes that it is handed to (`scaled_ql.replay.workers`) share that memory.
+
     Raises:
         ReplayError: a damaged file.
     """
+    memory = SharedMemory()
     runs = {
-        game: [MemoryRun(run, *replay.rows_in_use(game, number)) for number, run in enumerate(replay.runs(game))]
+        game: [
+            MemoryRun(run, *replay.rows_in_use(game, number), memory) for number, run in enumerate(replay.runs(game))
+        ]
         for game in replay.games
     }
     return Replay(replay.path, runs, replay.view)
@@ -30,33 +37,52 @@ class MemoryRun(Run):
     Args:
         run: on disk or behind a URL.
         first, frames: int64 [episodes], the rows that are needed: frames[i] rows from first[i] on.
+        memory: where they are put.
     """
 
-    def __init__(self, run: Run, first: np.ndarray, frames: np.ndarray):
+    def __init__(self, run: Run, first: np.ndarray, frames: np.ndarray, memory: SharedMemory):
         super().__init__(run.kvstore, run.manifest, run.table)
         order = np.argsort(first)
         self._first = first[order]
         self._place = np.cumsum(frames[order]) - frames[order] - self._first  # of a row in the columns: row + this
-        self._columns = {
-            "action": run.stretches("action", self._first, frames[order]),
-            "reward": run.stretches("reward", self._first, frames[order]),
-        }
+        self._memory = memory
+        self._stored_columns = {}  # where each begins, and its length
+        for name in ("action", "reward"):
+            column = run.stretches(name, self._first, frames[order])
+            self._stored_columns[name] = memory.append(column.tobytes()), len(column)
         shard = run.arrays["observation"].chunk_layout.write_chunk.shape[0]
-        needed = [np.arange(a // shard, (a + n - 1) // shard + 1) for a, n in zip(first, frames)]
-        self._files = self._load(np.unique(np.concatenate(needed)).tolist())
+        needed = {number for a, n in zip(first, frames) for number in range(a // shard, (a + n - 1) // shard + 1)}
+        self._stored_files = self._store(sorted(needed))
 
-    def _load(self, numbers: list[int]) -> dict[int, bytes]:
-        files = {}
+    def _store(self, numbers: list[int]) -> dict[int, tuple[int, int]]:
+        """Read files of frames into memory: where each begins, and its size."""
+        stored = {}
         for begin in range(0, len(numbers), FILES_AT_ONCE):
             group = numbers[begin : begin + FILES_AT_ONCE]
             reads = [self.kvstore.read(f"observation/c/{number}/0/0") for number in group]
-            files |= {number: read.result().value for number, read in zip(group, reads)}
-        return files
+            for number, read in zip(group, reads):
+                content = read.result().value
+                stored[number] = self._memory.append(content), len(content)
+        return stored
 
     @cached_property
     def chunks(self) -> dict[str, Chunks]:
         """The frames, chunk by chunk."""
-        return {"observation": self._chunks("observation", partial(read_memory, self._files))}
+        content = memoryview(self._memory.content)
+        files = {number: content[begin : begin + size] for number, (begin, size) in self._stored_files.items()}
+
+        def make_read(largest: int) -> Read:
+            read = read_memory(files, largest)
+            return lambda file, place: bytes(read(file, place))  # of which checksums are made
+
+        return {"observation": self._chunks("observation", make_read)}
+
+    @cached_property
+    def _columns(self) -> dict[str, np.ndarray]:
+        return {
+            name: np.frombuffer(self._memory.content, ARRAYS[name], length, begin)
+            for name, (begin, length) in self._stored_columns.items()
+        }
 
     def values(self, name: str, first: np.ndarray, last: np.ndarray, width: int = 1) -> np.ndarray:
         """One column at rows first[i]..last[i], inclusive, at most `width` of them: [B, width], zeros behind them."""

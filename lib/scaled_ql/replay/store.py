@@ -67,6 +67,11 @@ class Run:
         self.folder = unquote(parts.path) if parts.scheme == "file" else None
         self.num_rows = int((table["row"].to_numpy() + table["frames"].to_numpy()).max())
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs, which opens the files anew."""
+        kind = type(self)
+        return {k: v for k, v in vars(self).items() if not isinstance(getattr(kind, k, None), cached_property)}
+
     def open_array(self, name: str) -> ts.TensorStore:
         """One of the arrays, for reading."""
         where = f"{self.kvstore.url}{name}"
@@ -210,6 +215,12 @@ class Replay:
         self._local = threading.local()
         self.sampleable = lru_cache(maxsize=None)(self._sampleable)
         self._ranks = lru_cache(maxsize=None)(self._sampleable_ranks)
+
+    def __reduce__(self) -> tuple:
+        """For another process; it sees the same episodes, even if the store has grown since."""
+        if type(self) is not Replay:
+            raise TypeError(f"a {type(self).__name__} cannot be handed to another process.")
+        return Replay, (self.path, self._runs, self.view)
 
     def _join_episodes(self, game: str) -> Episodes:
         columns: dict[str, list[np.ndarray]] = {name: [] for name in Episodes._fields}
@@ -408,8 +419,14 @@ class Replay:
         discount: float = 0.99,
         stack_size: int = 4,
         clip_rewards: bool = True,
+        out: np.ndarray | None = None,
     ) -> Batch:
-        """Transitions of several games: int32 [B] into `games` and int [B] time indices; otherwise as `batch`."""
+        """Transitions of several games: int32 [B] into `games` and int [B] time indices; otherwise as `batch`.
+
+        Args:
+            out: uint8 [2, B, stack_size, 84, 84], contiguous, that the observations are written to and the batch
+                shows; by default new memory. Not for a dataset that is on a device.
+        """
         if n_step < 1 or stack_size < 1:
             raise ReplayError(f"n_step and stack_size are at least 1, got {n_step} and {stack_size}.")
         size = len(indices)
@@ -419,14 +436,19 @@ class Replay:
             action[places] = run.values("action", span.now, span.now)[:, 0]
             reward[places] = span.returns(run, n_step, discount, clip_rewards)
             discounts[places] = np.where(span.ended, 0.0, discount**n_step)
-        observation, next_observation = self._read_stacks(spans, size, stack_size)
+        read_stacks = self._read_stacks if out is None else partial(self._read_stacks, out=out)
+        observation, next_observation = read_stacks(spans, size, stack_size)
         return Batch(observation, action, reward, discounts, next_observation, games)
 
     def _read_stacks(
-        self, spans: list[tuple[np.ndarray, Run, "Span"]], size: int, stack_size: int
+        self,
+        spans: list[tuple[np.ndarray, Run, "Span"]],
+        size: int,
+        stack_size: int,
+        out: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The observations of a batch of `size` at t and at t + n, uint8 [B, 84, 84, S] each."""
-        stacks = np.empty((2, size, stack_size, *FRAME_SHAPE), np.uint8)
+        stacks = np.empty((2, size, stack_size, *FRAME_SHAPE), np.uint8) if out is None else out
         windows: list = [None] * size
         earliest, ends = np.empty(size, np.int64), np.empty((2, size), np.int64)
         for places, run, span in spans:

@@ -1,0 +1,205 @@
+"""Batches sampled ahead by processes of their own: threads of one process wait for Python's lock, processes do not.
+
+A worker is a fresh Python that the program starts (a fork of one that has loaded JAX may hang). It reads the same
+files or the same shared memory as the program, takes the number of a batch from a pipe that all workers share, and
+writes the frames to shared memory, where the program's arrays show them: no frame is copied on the way. When the
+program ends, be it killed, the pipes end and with them the workers, and nothing is left behind.
+"""
+
+import math
+import mmap
+import os
+import signal
+import struct
+import subprocess
+import sys
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scaled_ql.replay.format import FRAME_SHAPE
+from scaled_ql.replay.sampling import prefetch, sample_batch
+from scaled_ql.replay.shared import SharedMemory, pack, unpack
+from scaled_ql.replay.store import Batch, Replay
+
+TASK = struct.Struct("qq")  # number of a batch, place for it
+# The package's own __init__ is left out: what it imports to import datasets takes twice as long as all the rest.
+WORKER = """
+import sys, types
+sys.path[:] = {path}
+import scaled_ql
+package = sys.modules["scaled_ql.replay"] = types.ModuleType("scaled_ql.replay")
+package.__path__ = [{folder!r}]
+from scaled_ql.replay.workers import work
+work{descriptors}
+"""
+
+
+def sample_batches(
+    replay: Replay, seed: int, start: int, stop: int, *, processes: int = 0, depth: int = 4, **sampling: Any
+) -> Iterator[Batch]:
+    """Yield sample_batch(replay, seed, step, **sampling) for step = start, ..., stop - 1, `depth` of them ahead.
+
+    Args:
+        processes: that sample, each about 6,000 transitions/s from disk and 10,000 from memory (`scaled-ql benchmark
+            sampling` says what it is here) at the price of a core; no more than cores that training leaves free.
+            0: two threads of this process (`prefetch`), as always for a dataset on a device.
+        depth: batches that are being made while the caller works on one.
+        sampling: see `sample_batch`, but for `out`.
+
+    The frames lie in memory that is used again once no array shows it any more: a batch may be kept for ever.
+    Closing the iterator ends the processes.
+
+    Raises:
+        ReplayError: damaged data, when its batch's turn comes; so with whatever else `sample_batch` raises.
+        RuntimeError: a process ended by itself.
+    """
+    if not processes or type(replay) is not Replay:
+        return prefetch(partial(sample_batch, replay, seed, **sampling), start, stop, depth=depth)
+    return _sample_in_workers(replay, seed, range(start, stop), processes, depth, sampling)
+
+
+def _sample_in_workers(
+    replay: Replay, seed: int, steps: range, processes: int, depth: int, sampling: dict[str, Any]
+) -> Iterator[Batch]:
+    options = sample_batch.__kwdefaults__ | sampling
+    size = options["games_per_batch"] * options["transitions_per_game"] // options["shard"][1]
+    places = _Places((2, size, options["stack_size"], *FRAME_SHAPE))
+    used: dict[int, int] = {}  # place of each batch under way
+    ahead = iter(steps)
+    with _Workers(partial(sample_batch, replay, seed, **sampling), places, processes) as workers:
+        for step in steps:
+            while len(used) <= depth and (later := next(ahead, None)) is not None:
+                used[later] = places.take()
+                workers.begin(later, used[later])
+            scalars = workers.result(step)
+            observation, next_observation = places.lend(used.pop(step)).transpose(0, 1, 3, 4, 2)
+            yield Batch(observation=observation, next_observation=next_observation, **scalars)
+            del observation, next_observation  # else the last batch's memory would still be in use
+
+
+class _Places:
+    """Room for batches' frames in shared memory, each place used again when nobody has it any more.
+
+    Args:
+        shape: of the frames of a batch, uint8.
+    """
+
+    def __init__(self, shape: tuple[int, ...]):
+        self._memory, self._shape = SharedMemory(), shape
+        self._size = max(-(-math.prod(shape) // mmap.ALLOCATIONGRANULARITY), 1) * mmap.ALLOCATIONGRANULARITY
+        self._count, self._free, self._maps = 0, deque(), {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_free": deque(), "_maps": {}}
+
+    def take(self) -> int:
+        """A place that is free, or a new one."""
+        if self._free:
+            return self._free.popleft()
+        self._count += 1
+        self._memory.grow((2 ** self._count.bit_length() - 1) * self._size)  # of it only what is written is real
+        return self._count - 1
+
+    def array(self, place: int) -> np.ndarray:
+        """What lies at a place."""
+        block = (place + 1).bit_length() - 1  # mapped together: one place, then two, four, ...; each costs a descriptor
+        first = 2**block - 1
+        if block not in self._maps:
+            self._maps[block] = self._memory.map(first * self._size, 2**block * self._size)
+        return np.ndarray(self._shape, np.uint8, self._maps[block], (place - first) * self._size)
+
+    def lend(self, place: int) -> np.ndarray:
+        """What lies at a place, which is free again when this array and all that share its memory are gone."""
+        array = self.array(place)
+        weakref.finalize(array, self._free.append, place).atexit = False
+        return array
+
+
+class _Workers:
+    """Processes that sample; leaving the context ends them.
+
+    Args:
+        load: called with the number of a batch and `out`.
+        places: where the frames go.
+        processes: how many.
+    """
+
+    def __init__(self, load: partial, places: _Places, processes: int):
+        packed, descriptors = pack((load, places))
+        tasks, self._tasks = os.pipe()
+        self._processes: dict[Connection, subprocess.Popen] = {}
+        self._results: dict[int, tuple[dict[str, np.ndarray] | None, Exception | None]] = {}
+        try:
+            for _ in range(processes):
+                results, sender = Pipe(duplex=False)
+                given = packed.descriptor, tasks, sender.fileno()
+                code = WORKER.format(path=sys.path, folder=str(Path(__file__).parent), descriptors=given)
+                self._processes[results] = subprocess.Popen(
+                    [sys.executable, "-c", code],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[*descriptors, tasks, sender.fileno()],
+                    process_group=0,  # Ctrl-C is for the program
+                )
+                sender.close()  # so that the pipe ends with the process
+        except BaseException:
+            self.__exit__()
+            raise
+        finally:
+            os.close(tasks)
+
+    def __enter__(self) -> "_Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._tasks)
+        for results, process in self._processes.items():
+            results.close()
+            process.kill()  # it only reads
+        for process in self._processes.values():
+            process.wait()
+
+    def begin(self, step: int, place: int) -> None:
+        """Have batch number `step` made."""
+        with suppress(BrokenPipeError):  # all are dead: `result` says so
+            os.write(self._tasks, TASK.pack(step, place))
+
+    def result(self, step: int) -> dict[str, np.ndarray]:
+        """Wait for batch number `step`; returns all of it but the observations."""
+        while step not in self._results:
+            for results in wait(list(self._processes)):
+                try:
+                    number, *result = results.recv()
+                except EOFError:
+                    status = self._processes[results].wait()
+                    raise RuntimeError(
+                        f"a process that samples batches ended with status {status}. Its own message, if any, is "
+                        "above or in this program's log; -9 often means that memory ran out: use fewer processes."
+                    ) from None
+                self._results[number] = result
+        scalars, error = self._results.pop(step)
+        if error is not None:
+            raise error
+        return scalars
+
+
+def work(packed: int, tasks: int, results: int) -> None:
+    """What a worker does, given the descriptors of its work and of its two pipes, until one of these ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    load, places = unpack(packed)
+    with Connection(results, readable=False) as sender, suppress(BrokenPipeError):
+        while task := os.read(tasks, TASK.size):
+            step, place = TASK.unpack(task)
+            try:
+                batch, error = load(step, out=places.array(place))._asdict(), None
+                del batch["observation"], batch["next_observation"]  # they lie in their place
+            except Exception as caught:
+                batch, error = None, caught
+            sender.send((step, batch, error))

@@ -1,0 +1,162 @@
+"""Gathering and comparing runs: what takes part, what is refused, what is missing, and the numbers."""
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from scaled_ql import ablations, metrics, parameters
+from scaled_ql.games import reference_score
+
+BASE = parameters.check("02_scaled_training", {"run": "base", "encoder": "nature", "alpha": 1.0})
+GAMES = ("Breakout", "Freeway", "Pong")
+VARIANTS = {"MSE": {"head": "mse"}, "C51": {}}
+FEW = {"replicates": 200}
+
+
+def write(outputs, name, scores, *, state="finished", data="abc", **changes):
+    """A run's folder, with human-normalised scores of GAMES."""
+    folder = outputs / "02_scaled_training" / name
+    folder.mkdir(parents=True)
+    values = BASE.model_dump() | changes | {"run": name}
+    (folder / "parameters.yaml").write_text(yaml.safe_dump(values))
+    (folder / "status.json").write_text(json.dumps({"state": state}))
+    if state == "finished":
+        returns = {}
+        for game, score in scores.items():
+            random, human = (
+                reference_score(game, who) if game in GAMES else who == "human" for who in ("random", "human")
+            )
+            returns[game] = {"agent_return": random + score * (human - random), "agent_episodes": 3}
+        summary = {"games": returns, "dataset": data, "parameters": 1_000, "steps": 5}
+        (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def scores_of(*values):
+    return dict(zip(GAMES, values))
+
+
+@pytest.fixture
+def outputs(tmp_path):
+    """Three seeds of the base, two of MSE, one with another encoder; and one that is running, one that failed."""
+    for seed, values in enumerate([(0.1, 0.2, 0.3), (0.2, 0.4, 0.9), (0.3, 0.3, 0.6)]):
+        write(tmp_path, f"base.seed-{seed}", scores_of(*values), seed=seed)
+    for seed, values in enumerate([(0.0, 0.1, 0.2), (0.1, 0.0, 0.1)]):
+        write(tmp_path, f"base.head-mse.seed-{seed}", scores_of(*values), seed=seed, head="mse")
+    write(tmp_path, "base.encoder", scores_of(0.5, 0.5, 0.5), encoder="resnet_narrow")
+    write(tmp_path, "under-way", {}, state="running", seed=7)
+    write(tmp_path, "broken", {}, state="failed", seed=8)
+    return tmp_path
+
+
+def test_unfinished_and_failed_runs_are_named_and_left_out(outputs: Path) -> None:
+    (outputs / "02_scaled_training" / "old").mkdir()
+    (outputs / "02_scaled_training" / "old" / "parameters.yaml").write_text("heda: mse\n")
+    (outputs / "02_scaled_training" / "old" / "status.json").write_text('{"state": "finished"}')
+    gathered = ablations.gather(outputs)
+    assert len(gathered.runs) == 6
+    why = gathered.left_out.set_index("run")["why"]
+    assert set(why.index) == {"under-way", "broken", "old"}
+    assert why["under-way"] == "running" and why["broken"] == "failed" and "did you mean head" in why["old"]
+    assert len(gathered.scores) == 18
+
+
+def test_compared_scores_are_what_a_plain_reading_gives(outputs: Path) -> None:
+    gathered = ablations.gather(outputs)
+    encoders = {"encoder": ["nature", "resnet_narrow"]}
+    table = ablations.compare(gathered, BASE, VARIANTS, encoders, statistic=metrics.median, **FEW)
+    assert list(table["variant"]) == ["MSE", "C51", "MSE", "C51"]
+    assert list(table["runs"]) == [2, 3, 0, 1]
+    assert list(table["seeds"]) == ["0, 1", "0, 1, 2", "", "0"]
+    assert table["score"].tolist() == pytest.approx([0.05, 0.3, np.nan, 0.5], nan_ok=True)
+    assert list(table["over"]) == ["runs", "runs", "", "tasks"]
+    known = table.dropna(subset="score")
+    assert ((known["low"] <= known["score"]) & (known["score"] <= known["high"])).all()
+    shown = ablations.shown(table, ablations.paper_table("1", "median"))
+    assert list(shown.loc[shown["encoder"] == "resnet_narrow", "score, %"]) == ["missing", "50.0"]
+    assert shown.loc[(shown["variant"] == "C51") & (shown["encoder"] == "resnet101"), "paper, %"].tolist() == [98.9]
+
+
+def test_differences_and_their_verdicts(outputs: Path) -> None:
+    gathered = ablations.gather(outputs)
+    table = ablations.compare(gathered, BASE, VARIANTS, {"encoder": ["nature", "resnet_narrow"]}, **FEW)
+    both = [ablations.difference(gathered, table, *pair, **FEW) for pair in (("C51", "MSE"), ("MSE", "C51"))]
+    assert [list(one["verdict"]) for one in both] == [["yes", "missing"], ["no", "missing"]]
+    row = both[0].iloc[0]
+    assert row["low"] > 0 and row["low"] <= row["difference"] <= row["high"]
+    assert row["improvement"] == pytest.approx(
+        metrics.probability_of_improvement(
+            np.array([[0.1, 0.2, 0.3], [0.2, 0.4, 0.9], [0.3, 0.3, 0.6]]), np.array([[0, 0.1, 0.2], [0.1, 0, 0.1]])
+        )
+    )
+    said = ablations.verdicts(pd.concat(both))
+    assert said[0].startswith("**C51 > MSE** (nature): supported here; difference +")
+    assert said[1] == "**C51 > MSE** (resnet_narrow): not tried here, runs are missing."
+    assert "contradicted" in said[2]
+
+
+def test_overlapping_scores_cannot_be_told_apart(tmp_path: Path) -> None:
+    for seed, (one, other) in enumerate([(0.1, 0.3), (0.3, 0.1), (0.2, 0.2)]):
+        write(tmp_path, f"a{seed}", scores_of(one, one, one), seed=seed)
+        write(tmp_path, f"b{seed}", scores_of(other, other, other), seed=seed, head="mse")
+    gathered = ablations.gather(tmp_path)
+    table = ablations.compare(gathered, BASE, VARIANTS, **FEW)
+    assert list(ablations.difference(gathered, table, "C51", "MSE", **FEW)["verdict"]) == ["cannot tell"]
+
+
+def test_missing_runs_are_commands_that_make_them(outputs: Path) -> None:
+    gathered = ablations.gather(outputs)
+    table = ablations.compare(gathered, BASE, VARIANTS, {"encoder": ["nature", "resnet_narrow"]}, **FEW)
+    commands = ablations.missing(table, BASE, "base.yaml", VARIANTS, "encoder", [0, 1, 2])
+    assert len(commands) == 1 + 3 + 2
+    made = []
+    for command in commands:
+        words = shlex.split(command)
+        assert words[:4] == ["scaled-ql", "run", "02_scaled_training", "params/02_scaled_training/base.yaml"]
+        given = {name: yaml.safe_load(value) for flag, name, value in zip(*[iter(words[4:])] * 3)}
+        values = parameters.check("02_scaled_training", BASE.model_dump() | given)
+        made.append((values.head, values.encoder, values.seed))
+    assert made[0] == ("mse", "nature", 2)
+    assert set(made[1:4]) == {("mse", "resnet_narrow", seed) for seed in range(3)}
+    assert set(made[4:]) == {("c51", "resnet_narrow", seed) for seed in (1, 2)}
+
+
+def test_two_runs_of_one_seed_are_refused(outputs: Path) -> None:
+    write(outputs, "again", scores_of(1, 1, 1), seed=1)
+    with pytest.raises(ablations.GatherError, match=r"again, base\.seed-1|base\.seed-1, again"):
+        ablations.compare(ablations.gather(outputs), BASE, VARIANTS, **FEW)
+
+
+def test_runs_on_other_contents_of_the_dataset_are_refused(outputs: Path) -> None:
+    write(outputs, "elsewhere", scores_of(1, 1, 1), seed=9, data="xyz")
+    with pytest.raises(ablations.GatherError, match="xyz: elsewhere"):
+        ablations.compare(ablations.gather(outputs), BASE, VARIANTS, **FEW)
+
+
+def test_runs_of_another_protocol_are_another_comparison(outputs: Path) -> None:
+    write(outputs, "shorter", scores_of(1, 1, 1), seed=9, eval_max_steps=5)
+    write(outputs, "view", scores_of(1, 1, 1), seed=9, view="half")
+    table = ablations.compare(ablations.gather(outputs), BASE, VARIANTS, **FEW)
+    assert list(table["runs"]) == [2, 3]
+
+
+def test_a_game_without_reference_scores_is_left_out_of_normalised_scores(tmp_path: Path) -> None:
+    write(tmp_path, "a", scores_of(0.1, 0.2, 0.3) | {"Adventure": 5.0})
+    gathered = ablations.gather(tmp_path)
+    assert list(ablations.score_matrix(gathered, ["a"]).columns) == list(GAMES)
+    table = ablations.compare(gathered, BASE, {"C51": {}}, **FEW)
+    assert list(ablations.per_game(gathered, table).index) == ["Adventure", *GAMES]
+
+
+def test_nothing_to_gather(tmp_path: Path) -> None:
+    gathered = ablations.gather(tmp_path)
+    assert len(gathered.runs) == len(gathered.scores) == len(gathered.left_out) == 0
+    table = ablations.compare(gathered, BASE, VARIANTS, {"encoder": ["nature"]}, **FEW)
+    assert table["score"].isna().all()
+    assert list(ablations.shown(table)["score, %"]) == ["missing", "missing"]
+    assert ablations.per_game(gathered, table).empty
+    assert list(ablations.difference(gathered, table, "C51", "MSE", **FEW)["verdict"]) == ["missing"]
