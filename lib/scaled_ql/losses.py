@@ -83,7 +83,7 @@ def c51_loss(
 
 def two_hot(value: jax.Array, atoms: jax.Array) -> jax.Array:
     """A scalar as weights on its two neighbouring atoms, [N], whose mean it is (Schrittwieser et al., 2020)."""
-    return project_categorical(value[None], jnp.ones(1), atoms)
+    return project_categorical(jnp.asarray(value)[None], jnp.ones(1), atoms)
 
 
 def hl_gauss(value: jax.Array, atoms: jax.Array, sigma: float = 0.75) -> jax.Array:
@@ -95,7 +95,7 @@ def hl_gauss(value: jax.Array, atoms: jax.Array, sigma: float = 0.75) -> jax.Arr
     Args:
         value: scalar; beyond the support's ends it counts as the nearer end.
         atoms: [N], evenly spaced, ascending.
-        sigma: standard deviation in bin widths; the source recommends 0.75. Towards 0 it is a one at the nearest atom.
+        sigma: standard deviation in bin widths, above 0; the source recommends 0.75. Towards 0 it is a one at the nearest atom.
     """
     width = (atoms[-1] - atoms[0]) / (len(atoms) - 1)
     edges = jnp.append(atoms - width / 2, atoms[-1] + width / 2)
@@ -160,7 +160,7 @@ def likely_actions(behaviour_logits: jax.Array, mask: jax.Array, tau: float = 0.
         mask: bool [A].
         tau: 0 allows every action of the game, 1 only the likeliest.
     """
-    log_policy = jnp.where(mask, behaviour_logits, MASKED)
+    log_policy = jnp.where(mask, behaviour_logits, -jnp.inf)  # only compared: no gradient comes here
     # tau = 0 must allow even what has no probability left; log(0) = -inf does.
     return mask & (log_policy - log_policy.max() >= jnp.log(jnp.float32(tau)))
 
