@@ -95,7 +95,8 @@ def hl_gauss(value: jax.Array, atoms: jax.Array, sigma: float = 0.75) -> jax.Arr
     Args:
         value: scalar; beyond the support's ends it counts as the nearer end.
         atoms: [N], evenly spaced, ascending.
-        sigma: standard deviation in bin widths, above 0; the source recommends 0.75. Towards 0 it is a one at the nearest atom.
+        sigma: standard deviation in bin widths, above 0; the source recommends 0.75. Towards 0 the result becomes a one
+            at the nearest atom.
     """
     width = (atoms[-1] - atoms[0]) / (len(atoms) - 1)
     edges = jnp.append(atoms - width / 2, atoms[-1] + width / 2)

@@ -380,12 +380,12 @@ def improvements(table: pd.DataFrame, colors: Mapping[str, str] = SYSTEMS) -> Fi
     return figure
 
 
-# The same variant always has the same colour; the base is blue.
+# A variant always has the same colour; the base, Scaled QL, that of agents everywhere.
 VARIANTS = {
-    "Scaled QL": "#0072b2", "C51": "#0072b2", "with": "#0072b2", "CQL": "#0072b2",
-    "MSE": "#d55e00", "without": "#999999", "BCQ": "#009e73", "behaviour cloning": "#e69f00",
-    "return-conditioned cloning": "#cc79a7", "HL-Gauss": "#56b4e9", "two-hot": "#f0e442",
-    "DR3 besides": "#661100", "random shift": "#332288",
+    "Scaled QL": PLAYERS["agent"], "C51": PLAYERS["agent"], "with": PLAYERS["agent"], "CQL": PLAYERS["agent"],
+    "without": "#999999", "MSE": "#009e73", "BCQ": "#e69f00", "behaviour cloning": "#cc79a7",
+    "return-conditioned cloning": "#56b4e9", "HL-Gauss": "#f0e442", "two-hot": "#332288", "DR3 besides": "#661100",
+    "random shift": "#44aa99",
 }  # fmt: skip
 
 
@@ -411,7 +411,8 @@ def ablation(compared: pd.DataFrame, label: str = "human-normalised IQM") -> Fig
             axis.annotate("missing", (place, 0), rotation=90, ha="center", va="bottom", fontsize="x-small")
     axis.axhline(0, color="black", lw=0.8)
     axis.set_xticks(range(len(groups)), groups)
-    axis.set(xlabel=axis_name or "", ylabel=label)
+    axis.set(xlabel=axis_name or "", ylabel=label, xlim=(-0.5, len(groups) - 0.5))
+    axis.grid(visible=False, axis="x")
     axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
     return figure
