@@ -94,6 +94,10 @@ def test_the_table_shows_where_runs_are(tmp_path: Path) -> None:
     (folder / "status.json").write_text(json.dumps({"state": "running", "done": 500, "total": 2_000}))
     line = json.dumps({"step": 500, "loss": 3.25, "steps_per_second": 8.0})
     (folder / "metrics.jsonl").write_text(line + "\n" + '{"step": 550, "lo')
+    done = tmp_path / "00_data_collection" / "ended"
+    done.mkdir()
+    scores = {game: {"human-normalised %": score} for game, score in zip("abcd", (0.0, 10.0, 20.0, 90.0))}
+    (done / "summary.json").write_text(json.dumps({"games": scores}))
     outcomes = {
         run: grids.Outcome(*one, state, 0, "") for run, state, one in
         (("ended", "finished", cells[2]), ("broken", "failed", cells[3]))
@@ -105,6 +109,7 @@ def test_the_table_shows_where_runs_are(tmp_path: Path) -> None:
     (row,) = [line for line in text.splitlines() if "running" in line and "500" in line]
     for shown in ("500 of 2,000", "8.0", "3.250", "3 min", "2"):
         assert shown in row
+    assert any("ended" in line and "15.0%" in line for line in text.splitlines())
     assert any("broken" in line and "failed" in line for line in text.splitlines())
 
 

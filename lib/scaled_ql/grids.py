@@ -18,10 +18,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from scaled_ql import parameters, runs
+from scaled_ql import metrics, parameters, runs
 from scaled_ql.parameters import Parameters
 
 REFRESH_SECONDS = 2.0
+FINISHED_SHOWN = 5
+COLUMNS = ("state", "step", "steps/s", "loss", "score", "time left")
 
 
 class Outcome(NamedTuple):
@@ -172,29 +174,40 @@ class Progress:
                 self._told.add(name)
                 count = len(self._told) + len(self._done)
                 again = f", tried {outcome.retries + 1} times" if outcome.retries else ""
-                print(f"[{count}/{len(self._cells)}] {name}: {outcome.state}{again}", flush=True)
+                score = last_score(runs.outputs_folder(outcome.values) / outcome.notebook / name)
+                said = f"{name}: {outcome.state}{again}{f', score {score}' if score else ''}"
+                print(f"[{count}/{len(self._cells)}] {said}", flush=True)
 
     def table(self, tried: dict[str, int], outcomes: dict[str, Outcome]) -> Table:
-        """The runs that are under way or ended badly, one a row, and counts of the others."""
+        """The runs under way, those that ended badly, and the last that ended well, one a row; counts of the others."""
+        recent = [name for name, outcome in outcomes.items() if outcome.state == "finished"][-FINISHED_SHOWN:]
         outcomes = self._done | outcomes
         rows, waiting, finished = [], 0, 0
         for notebook, values in self._cells:
             state = outcomes[values.run].state if values.run in outcomes else None
             folder = runs.outputs_folder(values) / notebook / values.run
-            row = describe(folder) if state is None else {"state": state}
-            if state == "finished":
-                finished += 1
-            elif state is None and row["state"] == "waiting" and not tried.get(values.run):
+            row = describe(folder) if state is None else {"state": state, "score": last_score(folder)}
+            finished += state == "finished"
+            if state == "finished" and values.run not in recent:
+                continue
+            if state is None and row["state"] == "waiting" and not tried.get(values.run):
                 waiting += 1
             else:
                 rows.append((values.run, row, tried.get(values.run, 0)))
         table = Table(title=f"{finished} of {len(self._cells)} finished, {waiting} waiting", title_justify="left")
-        for column in ("run", "state", "step", "steps/s", "loss", "time left", "retries"):
+        for column in ("run", *COLUMNS, "retries"):
             table.add_column(column, justify="left" if column in ("run", "state") else "right")
         for name, row, retries in rows:
-            shown = [row.get(column, "") for column in ("state", "step", "steps/s", "loss", "time left")]
+            shown = [row.get(column, "") for column in COLUMNS]
             table.add_row(name, *shown, str(retries or ""))
         return table
+
+
+def last_score(folder: Path) -> str:
+    """The IQM over games of a finished run's human-normalised scores, in percent; "" where there is none."""
+    games = runs.read_json(folder / "summary.json").get("games", {})
+    known = [row["human-normalised %"] for row in games.values() if "human-normalised %" in row] if games else []
+    return f"{metrics.iqm(known):.1f}%" if known else ""
 
 
 def describe(folder: Path) -> dict[str, str]:
