@@ -144,7 +144,7 @@ def _local_cluster(workers: int, most: int) -> Iterator:
     quiet = {"silence_logs": "ERROR", "dashboard_address": None}
     with (
         dask.config.set(calm),
-        LocalCluster(workers, threads_per_worker=1, host="127.0.0.1", memory_limit=0, **quiet) as cluster,
+        LocalCluster(n_workers=workers, threads_per_worker=1, host="127.0.0.1", memory_limit=0, **quiet) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         client.register_worker_callbacks(take_lane)  # of workers that Dask restarts as well
