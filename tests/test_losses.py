@@ -325,7 +325,7 @@ class Table(nnx.Module):
 def test_batch_loss_and_its_gradient_equal_the_references(head, double_q):
     rng, alpha, atoms = np.random.default_rng(1), 0.3, np.linspace(-2, 2, 3)
     game, now, later = np.array([0, 1, 2, 0], np.int32), [0, 0, 1, 1], [1, 1, 0, 0]
-    batch = Batch(
+    batch = Batch.of_stacks(
         observation=np.array(now, np.uint8).reshape(4, 1, 1, 1),
         action=np.array([2, 14, 6, 0], np.int32),
         reward=rng.normal(size=4),

@@ -423,7 +423,7 @@ def linear_params(seed, head="mse"):
 def linear_batch(reward=None):
     rng = np.random.default_rng(7)
     game = np.array([0, 1, 1, 0, 1], np.int32)
-    return Batch(
+    return Batch.of_stacks(
         observation=np.array([0, 1, 2, 1, 0], np.uint8).reshape(ROWS, 1, 1, 1),
         action=np.array([1, 2, 0, 0, 1], np.int32),
         reward=rng.normal(size=ROWS) if reward is None else reward,
@@ -431,6 +431,11 @@ def linear_batch(reward=None):
         next_observation=np.array([1, 2, 0, 2, 1], np.uint8).reshape(ROWS, 1, 1, 1),
         game=game,
     )
+
+
+def show(batch, observation, next_observation):
+    """The same transitions between other images."""
+    return Batch.of_stacks(observation, batch.action, batch.reward, batch.discount, next_observation, batch.game)
 
 
 def to_network(params):
@@ -727,7 +732,7 @@ def test_random_shifts_are_a_function_of_the_step_and_change_with_it():
     graph, state = training.init_state(Middle(), optimizer)
     state = jax.device_get(state)
     images = rng.uniform(size=(2, ROWS, 9, 9, 1)).astype(np.float32)
-    batch = single(linear_batch())._replace(observation=images[0], next_observation=images[1])
+    batch = show(single(linear_batch()), *images)
     objective = objectives.q_learning(graph, NUM_GAME_ACTIONS, head="mse", random_shift=2)
     train_step = training.make_train_step(objective, optimizer, seed=3)
 
@@ -762,7 +767,7 @@ def test_an_objectives_key_is_of_seed_and_step():
 def test_cloning_shifts_its_images():
     graph, state = training.init_state(Middle(), optax.sgd(0.0))
     images = np.random.default_rng(0).uniform(size=(ROWS, 9, 9, 1)).astype(np.float32)
-    batch = single(linear_batch())._replace(observation=images)
+    batch = show(single(linear_batch()), images, images)
     objective = objectives.cloning(graph, NUM_GAME_ACTIONS, random_shift=2)
 
     @jax.jit
@@ -796,7 +801,7 @@ def test_the_q_network_shifts_both_observations_after_the_mean_was_taken_off(mon
 
     settings = {"head": "mse", "alpha": 0.1}
     objective = objectives.q_learning(graph, NUM_GAME_ACTIONS, random_shift=pixels, **settings)
-    batch = batch._replace(observation=images[0], next_observation=images[1])
+    batch = show(batch, *images)
     where = np.broadcast_to(np.indices((84, 84)).transpose(1, 2, 0).astype(np.float32), (size, 84, 84, 2))
 
     @jax.jit
@@ -811,7 +816,7 @@ def test_the_q_network_shifts_both_observations_after_the_mean_was_taken_off(mon
 
     def loss(change):
         pair = [np.stack(list(map(change, image, mean, offset))) for image, offset in zip(images, offsets)]
-        return plain_loss(plain, plain, batch._replace(observation=pair[0], next_observation=pair[1]), key)[1]
+        return plain_loss(plain, plain, show(batch, *pair), key)[1]
 
     right = loss(lambda image, mean, offset: reference_shift(image.astype(np.float32) - mean, offset))
     wrong = loss(lambda image, mean, offset: reference_shift(image.astype(np.float32), offset) - mean)

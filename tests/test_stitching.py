@@ -98,7 +98,7 @@ def images():
 
 
 def to_batch(steps, reward):
-    return Batch(
+    return Batch.of_stacks(
         observation=images()[steps.state],
         action=steps.action.astype(np.int32),
         reward=reward.astype(np.float32),

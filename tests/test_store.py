@@ -157,11 +157,12 @@ def test_batches_equal_naive_ones(runs, stack_size, clip_rewards, seed):
             np.testing.assert_array_equal(batch.discount, wanted[3].astype(np.float32))
             np.testing.assert_array_equal(batch.next_observation, wanted[4])
             assert (batch.game == 1).all()
-            frames = (len(usable), 84, 84, stack_size)
+            size, width = len(usable), stack_size + n_step
             assert [(field.dtype, field.shape) for field in batch] == [
-                ("uint8", frames), ("int32", frames[:1]), ("float32", frames[:1]),
-                ("float32", frames[:1]), ("uint8", frames), ("int32", frames[:1]),
+                ("uint8", (size, width, 84, 84)), ("int32", (size, stack_size)), ("int32", (size,)),
+                ("float32", (size,)), ("float32", (size,)), ("int32", (size,)),
             ]  # fmt: skip
+            assert batch.observation.dtype == batch.next_observation.dtype == "uint8"
 
 
 def test_batch_by_hand(tmp_path):

@@ -1,4 +1,4 @@
-"""A small dataset on the accelerator: all frames decoded in its memory, frame stacks gathered there."""
+"""A small dataset on the accelerator: all frames decoded in its memory, batches gathered there."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from scaled_ql.replay.store import Replay, Run, Span
 
 
 class DeviceReplay(Replay):
-    """A dataset, or view, whose frames are in a device's memory, 7 KB each; a batch's stacks never leave it.
+    """A dataset, or view, whose frames are in a device's memory, 7 KB each; a batch's frames never leave it.
 
     Raises:
         ReplayError: a damaged file.
@@ -33,28 +33,24 @@ class DeviceReplay(Replay):
                 count += int(frames.sum())
         self._frames = jax.device_put(np.concatenate(blocks), device)
 
-    def _read_stacks(
-        self, spans: list[tuple[np.ndarray, Run, Span]], size: int, stack_size: int
-    ) -> tuple[jax.Array, jax.Array]:
-        """As in `Replay`, arrays of the device."""
-        places = np.empty((2, size, stack_size), np.int32)
-        back = np.arange(1 - stack_size, 1)
+    def _read_frames(
+        self, spans: list[tuple[np.ndarray, Run, Span]], shape: tuple[int, int], stack_size: int
+    ) -> jax.Array:
+        """As in `Replay`, an array of the device."""
+        places = np.empty(shape, np.int32)
         for rows, run, span in spans:
             first, shift = self._places[id(run)]
             place = shift[np.searchsorted(first, span.now, side="right") - 1]
-            for stack, end in enumerate((span.now, span.then)):
-                wanted = end[:, None] + back
-                inside = wanted >= span.first[:, None]
-                places[stack, rows] = np.where(inside, wanted + place[:, None], -1)
-        return _gather_stacks(self._frames, places)
+            wanted = span.now[:, None] + np.arange(shape[1]) - stack_size + 1
+            inside = (wanted >= span.earliest[:, None]) & (wanted <= span.then[:, None])
+            places[rows] = np.where(inside, wanted + place[:, None], -1)
+        return _gather_frames(self._frames, places)
 
 
 @jax.jit
-def _gather_stacks(frames: jax.Array, places: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Two stacks of frames, uint8 [B, 84, 84, S] each; place -1 is a frame of zeros."""
-    stacks = jnp.where((places >= 0)[..., None, None], frames[jnp.maximum(places, 0)], 0)
-    stacks = stacks.reshape(*places.shape, *FRAME_SHAPE).transpose(0, 1, 3, 4, 2)
-    return stacks[0], stacks[1]
+def _gather_frames(frames: jax.Array, places: np.ndarray) -> jax.Array:
+    """Frames at places [...], uint8 [..., 84, 84]; place -1 is a frame of zeros."""
+    return jnp.where((places >= 0)[..., None, None], frames[jnp.maximum(places, 0)], 0)
 
 
 def place(replay: Replay, where: str = "auto") -> Replay:

@@ -60,7 +60,7 @@ def sample_batch(
     Args:
         shard: (i, n): the i-th of n equal, disjoint shares of the batch, for one of n processes; together, in
             order, they are the whole batch.
-        out: memory for the observations; see `Replay.gather`.
+        out: memory for the frames; see `Replay.gather`.
 
     Raises:
         ValueError: the batch cannot be shared out evenly.

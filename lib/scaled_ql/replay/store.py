@@ -29,23 +29,54 @@ VALIDATED_TOGETHER = 8_192  # rows
 
 
 class Batch(NamedTuple):
-    """B transitions with n-step returns (a pytree of NumPy arrays).
+    """B transitions with n-step returns (a pytree of arrays: NumPy's where it was read, JAX's inside a program).
+
+    The two frame stacks of a transition share frames, so what is kept, and sent to an accelerator, is each frame once;
+    `observation` and `next_observation` are cut from them where they are used.
 
     Attributes:
-        observation: uint8 [B, 84, 84, 4], oldest frame first, frames before the episode's start zero.
+        frames: uint8 [B, S + n, 84, 84], t - S + 1 .. t + n, oldest first; those before the episode's start, and after
+            the last that `next_observation` shows, are zero.
+        next_stack: int32 [B, S], which of these make `next_observation`.
         action: int32 [B], index in the game's minimal action set.
         reward: float32 [B], sum over k < n of discount^k r_{t+k}, cut at the episode's end.
         discount: float32 [B], discount^n, or 0 where the episode terminated within the n steps.
-        next_observation: uint8 [B, 84, 84, 4], the stack at t + n; where discount is 0, the episode's last one.
         game: int32 [B], index into the replay's `games`.
     """
 
-    observation: np.ndarray
+    frames: np.ndarray
+    next_stack: np.ndarray
     action: np.ndarray
     reward: np.ndarray
     discount: np.ndarray
-    next_observation: np.ndarray
     game: np.ndarray
+
+    @property
+    def observation(self) -> np.ndarray:
+        """uint8 [B, 84, 84, S], the stack at t, oldest frame first."""
+        return self.frames[:, : self.next_stack.shape[1]].transpose(0, 2, 3, 1)
+
+    @property
+    def next_observation(self) -> np.ndarray:
+        """uint8 [B, 84, 84, S], the stack at t + n; where `discount` is 0, the episode's last one."""
+        rows = np.arange(len(self.next_stack))[:, None]
+        return self.frames[rows, self.next_stack].transpose(0, 2, 3, 1)
+
+    @classmethod
+    def of_stacks(
+        cls,
+        observation: np.ndarray,
+        action: np.ndarray,
+        reward: np.ndarray,
+        discount: np.ndarray,
+        next_observation: np.ndarray,
+        game: np.ndarray,
+    ) -> "Batch":
+        """A batch from two stacks of frames each, [B, H, W, S], that share nothing."""
+        size, stack = observation.shape[0], observation.shape[-1]
+        frames = np.concatenate([observation, next_observation], axis=-1).transpose(0, 3, 1, 2)
+        next_stack = np.tile(np.arange(stack, 2 * stack, dtype=np.int32), (size, 1))
+        return cls(frames, next_stack, action, reward, discount, game)
 
 
 class Run:
@@ -424,7 +455,7 @@ class Replay:
         """Transitions of several games: int32 [B] into `games` and int [B] time indices; otherwise as `batch`.
 
         Args:
-            out: uint8 [2, B, stack_size, 84, 84], contiguous, that the observations are written to and the batch
+            out: uint8 [B, stack_size + n_step, 84, 84], contiguous, that the frames are written to and the batch
                 shows; by default new memory. Not for a dataset that is on a device.
         """
         if n_step < 1 or stack_size < 1:
@@ -436,33 +467,38 @@ class Replay:
             action[places] = run.values("action", span.now, span.now)[:, 0]
             reward[places] = span.returns(run, n_step, discount, clip_rewards)
             discounts[places] = np.where(span.ended, 0.0, discount**n_step)
-        read_stacks = self._read_stacks if out is None else partial(self._read_stacks, out=out)
-        observation, next_observation = read_stacks(spans, size, stack_size)
-        return Batch(observation, action, reward, discounts, next_observation, games)
+        next_stack = np.empty((size, stack_size), np.int32)
+        for places, _, span in spans:
+            next_stack[places] = (span.then - span.now)[:, None] + np.arange(stack_size)
+        read = self._read_frames if out is None else partial(self._read_frames, out=out)
+        frames = read(spans, (size, stack_size + n_step), stack_size)
+        return Batch(frames, next_stack, action, reward, discounts, games)
 
-    def _read_stacks(
+    def _read_frames(
         self,
         spans: list[tuple[np.ndarray, Run, "Span"]],
-        size: int,
+        shape: tuple[int, int],
         stack_size: int,
         out: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The observations of a batch of `size` at t and at t + n, uint8 [B, 84, 84, S] each."""
-        stacks = np.empty((2, size, stack_size, *FRAME_SHAPE), np.uint8) if out is None else out
+    ) -> np.ndarray:
+        """The frames of a batch, uint8 [*shape, 84, 84]: those from `stack_size` - 1 before t on."""
+        size, width = shape
+        frames = np.empty((size, width, *FRAME_SHAPE), np.uint8) if out is None else out
         windows: list = [None] * size
-        earliest, ends = np.empty(size, np.int64), np.empty((2, size), np.int64)
+        first, earliest, last = np.empty((3, size), np.int64)
         for places, run, span in spans:
-            earliest[places], ends[:, places] = span.earliest, (span.now, span.then)
+            first[places], earliest[places], last[places] = span.now - stack_size + 1, span.earliest, span.then
             for place, window in zip(places.tolist(), run.read_windows(span.earliest, span.then)):
                 windows[place] = window
         for begin in range(0, size, READ_TOGETHER):
             group = slice(begin, begin + READ_TOGETHER)
-            self._cut_stacks(stacks[:, group], windows[group], earliest[group], ends[:, group])
-        # Frames are written whole and shown last: views, so that nothing is transposed here.
-        return stacks[0].transpose(0, 2, 3, 1), stacks[1].transpose(0, 2, 3, 1)
+            self._cut_windows(frames[group], windows[group], first[group], earliest[group], last[group])
+        return frames
 
-    def _cut_stacks(self, stacks: np.ndarray, windows: list, earliest: np.ndarray, ends: np.ndarray) -> None:
-        """Fill frame stacks, uint8 [2, B, S, 84, 84], that end at rows `ends` [2, B]; those before `earliest` with 0.
+    def _cut_windows(
+        self, frames: np.ndarray, windows: list, first: np.ndarray, earliest: np.ndarray, last: np.ndarray
+    ) -> None:
+        """Fill uint8 [B, width, 84, 84] with rows first, first + 1, ...; with 0 outside `earliest` .. `last`.
 
         The windows are read into one buffer, small enough to stay in the processor's cache, and copied from there in
         one go: little work for Python, so that several threads can read at once.
@@ -472,15 +508,13 @@ class Replay:
         if buffer is None or len(buffer) < needed:
             buffer = self._local.buffer = np.zeros((needed, *FRAME_SHAPE), np.uint8)  # the first stays black
         at, shift = 1, []
-        for first, rows, read in windows:
+        for begin, rows, read in windows:
             read(buffer[at : at + rows])
-            shift.append(at - first)
+            shift.append(at - begin)
             at += rows
-        wanted = ends[:, :, None] + np.arange(1 - stacks.shape[2], 1)
-        inside = wanted >= earliest[:, None]
-        places = np.where(inside, wanted + np.array(shift)[:, None], 0)
-        for stack, place in zip(stacks, places):
-            np.take(buffer, place, axis=0, out=stack, mode="clip")
+        wanted = first[:, None] + np.arange(frames.shape[1])
+        inside = (wanted >= earliest[:, None]) & (wanted <= last[:, None])
+        np.take(buffer, np.where(inside, wanted + np.array(shift)[:, None], 0), axis=0, out=frames, mode="clip")
 
     def _spans(
         self, games: np.ndarray, indices: np.ndarray, n_step: int, stack_size: int

@@ -71,7 +71,7 @@ def _sample_in_workers(
 ) -> Iterator[Batch]:
     options = sample_batch.__kwdefaults__ | sampling
     size = options["games_per_batch"] * options["transitions_per_game"] // options["shard"][1]
-    places = _Places((2, size, options["stack_size"], *FRAME_SHAPE))
+    places = _Places((size, options["stack_size"] + options["n_step"], *FRAME_SHAPE))
     used: dict[int, int] = {}  # place of each batch under way
     ahead = iter(steps)
     with _Workers(partial(sample_batch, replay, seed, **sampling), places, processes) as workers:
@@ -80,9 +80,9 @@ def _sample_in_workers(
                 used[later] = places.take()
                 workers.begin(later, used[later])
             scalars = workers.result(step)
-            observation, next_observation = places.lend(used.pop(step)).transpose(0, 1, 3, 4, 2)
-            yield Batch(observation=observation, next_observation=next_observation, **scalars)
-            del observation, next_observation  # else the last batch's memory would still be in use
+            frames = places.lend(used.pop(step))
+            yield Batch(frames=frames, **scalars)
+            del frames  # else the last batch's memory would still be in use
 
 
 class _Places:
@@ -172,7 +172,7 @@ class _Workers:
             os.write(self._tasks, TASK.pack(step, place))
 
     def result(self, step: int) -> dict[str, np.ndarray]:
-        """Wait for batch number `step`; returns all of it but the observations."""
+        """Wait for batch number `step`; returns all of it but the frames."""
         while step not in self._results:
             for results in wait(list(self._processes)):
                 try:
@@ -199,7 +199,7 @@ def work(packed: int, tasks: int, results: int) -> None:
             step, place = TASK.unpack(task)
             try:
                 batch, error = load(step, out=places.array(place))._asdict(), None
-                del batch["observation"], batch["next_observation"]  # they lie in their place
+                del batch["frames"]  # they lie in their place
             except Exception as caught:
                 batch, error = None, caught
             sender.send((step, batch, error))
