@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaled_ql import networks
-from scaled_ql.networks import ENCODERS, count_parameters, make_encoder, make_q_network
-from scaled_ql.networks.encoders import BasicBlock, BottleneckBlock
+from scaled_ql.networks import ENCODERS, count_parameters, encoders, make_encoder, make_q_network
+from scaled_ql.networks.encoders import BasicBlock, BottleneckBlock, stem
 from scaled_ql.networks.q_network import SpatialEmbedding, normalize_features
 
 call = jax.jit(lambda module, *inputs: module(*inputs))
@@ -130,7 +130,7 @@ def forward(network, encode, observation, game, group_size=4):
         x = relu(x)
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
     kernel, bias = value(network.head_kernel), value(network.head_bias)
-    return np.stack([row @ kernel[number] + bias[number] for row, number in zip(x, game)])
+    return np.stack([row @ kernel[:, number] + bias[number] for row, number in zip(x, game)])
 
 
 @pytest.mark.parametrize("stride, inputs", [(1, 8), (2, 8), (1, 32)])
@@ -185,9 +185,9 @@ def test_encoder_and_first_dense_layer_have_the_papers_size(encoder, millions):
     network, _ = abstract(encoder, "c51")
     count = count_parameters(network.encoder, network.embedding, network.hidden[0])
     assert count / 1e6 == pytest.approx(millions, abs=0.05)
-    norms = [module for _, module in nnx.iter_modules(network) if isinstance(module, nnx.GroupNorm)]
+    norms = [module for _, module in nnx.iter_modules(network) if isinstance(module, encoders.GroupNorm)]
     assert len(norms) == {"resnet34": 36, "resnet50": 53, "resnet101": 104, "resnet152": 155}[encoder]
-    assert all(norm.num_groups * 4 == norm.scale.size for norm in norms)
+    assert all(norm.group_size == 4 for norm in norms)
 
 
 def test_trunk_and_heads_have_the_papers_layers():
@@ -289,6 +289,29 @@ def test_normalize_features_switch():
     np.testing.assert_allclose(on, off / lengths, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 6, 11, 21, 84])
+def test_max_pool_and_its_gradient_equal_a_window_reduction(size):
+    x = jax.random.normal(jax.random.key(size), (2, size, size + 1, 3))
+    expected, gradient = jax.vjp(lambda x: nnx.max_pool(x, (3, 3), (2, 2), padding="SAME"), x)
+    pooled, own_gradient = jax.vjp(encoders.max_pool, x)
+    np.testing.assert_array_equal(pooled, expected)
+    y = jax.random.normal(jax.random.key(0), pooled.shape)
+    np.testing.assert_allclose(own_gradient(y)[0], gradient(y)[0], atol=1e-6)
+
+
+def test_the_stem_is_a_strided_convolution():
+    with jax.enable_x64(True):
+        x, kernel = (jax.random.normal(jax.random.key(0), shape) for shape in ((2, 12, 8, 4), (7, 7, 4, 5)))
+        dimensions = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+        expected = jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", **dimensions)
+        np.testing.assert_allclose(stem(x, kernel), expected, atol=1e-12)
+
+
+def test_groups_must_divide_the_channels():
+    with pytest.raises(ValueError, match=r"16 channels cannot be divided .* group_size = 3"):
+        make_q_network("resnet_narrow", 1, group_size=3)
+
+
 # Heads, seeds, precision, names.
 
 
@@ -297,7 +320,7 @@ def test_a_game_uses_its_own_head_alone():
     same = np.repeat(OBSERVATION[:1], 3, axis=0)
     before = np.asarray(call(network, same, np.arange(3, dtype=np.int32)))
     assert all(np.abs(before[a] - before[b]).max() > 0.01 for a, b in ((0, 1), (1, 2), (0, 2)))
-    network.head_kernel[...] = network.head_kernel[...].at[1].add(0.5)
+    network.head_kernel[...] = network.head_kernel[...].at[:, 1].add(0.5)
     network.head_bias[...] = network.head_bias[...].at[1].add(0.5)
     after = np.asarray(call(network, same, np.arange(3, dtype=np.int32)))
     np.testing.assert_array_equal(after[[0, 2]], before[[0, 2]])

@@ -95,7 +95,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
         target_params = optax.periodic_update(params, state.target_params, step, target_update_period)
-        metrics["grad_norm"] = optax.global_norm(gradients)
+        metrics["grad_norm"] = jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(gradients)))
         return TrainState(step, params, target_params, opt_state), metrics
 
     compiled, run_key = jax.jit(train_step, donate_argnums=0), jax.random.key(seed)

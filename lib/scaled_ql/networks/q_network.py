@@ -91,9 +91,10 @@ class QNetwork(nnx.Module):
         self.layer_norm = nnx.LayerNorm(hidden_sizes[0], dtype=dtype, rngs=rngs)
         width = NUM_ACTIONS * num_outputs
         init = nnx.initializers.variance_scaling(
-            1.0, "fan_in", "truncated_normal", in_axis=1, out_axis=2, batch_axis=(0,)
+            1.0, "fan_in", "truncated_normal", in_axis=0, out_axis=2, batch_axis=(1,)
         )
-        self.head_kernel = nnx.Param(init(rngs.params(), (num_games, sizes[-1], width)))
+        # Features first: all heads together are then one matrix product, and nothing is transposed for it.
+        self.head_kernel = nnx.Param(init(rngs.params(), (sizes[-1], num_games, width)))
         self.head_bias = nnx.Param(jnp.zeros((num_games, width)))
 
     def features(
@@ -131,7 +132,7 @@ class QNetwork(nnx.Module):
         x = features.astype(self.dtype)
         kernel, bias = self.head_kernel[...].astype(self.dtype), self.head_bias[...]
         # All heads for all rows, then each row's own: far cheaper than gathering a kernel per row.
-        outputs = jnp.einsum("bf,gfo->bgo", x, kernel)
+        outputs = (x @ kernel.reshape(len(kernel), -1)).reshape(len(x), *bias.shape)
         outputs = jnp.take_along_axis(outputs, game[:, None, None], axis=1)[:, 0].astype(jnp.float32) + bias[game]
         shape = (NUM_ACTIONS,) if self.num_outputs == 1 else (NUM_ACTIONS, self.num_outputs)
         return outputs.reshape(len(outputs), *shape)
