@@ -100,6 +100,40 @@ def action_names(game: str) -> tuple[str, ...]:
     return tuple(action.name for action in ale.getMinimalActionSet())
 
 
+class UnknownVariant(ValueError):
+    """A mode or difficulty that a game's ROM does not offer."""
+
+
+@functools.cache
+def _variants(game: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    import ale_py
+    from ale_py import roms
+
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+    ale = ale_py.ALEInterface()
+    ale.loadROM(roms.get_rom_path(rom_name(game)))
+    return tuple(ale.getAvailableModes()), tuple(ale.getAvailableDifficulties())
+
+
+def check_variant(game: str, mode: int | None, difficulty: int | None) -> None:
+    """Check that a game can be played in a mode and at a difficulty; None is the default, which there always is.
+
+    Raises:
+        UnknownVariant: it cannot; the message lists what the ROM offers.
+    """
+    modes, difficulties = _variants(game)
+    if mode not in (None, *modes) or difficulty not in (None, *difficulties):
+        asked = " and ".join(
+            f"{name} {value}"
+            for name, value, offered in (("mode", mode, modes), ("difficulty", difficulty, difficulties))
+            if value not in (None, *offered)
+        )
+        raise UnknownVariant(
+            f"{game} has no {asked}. Its modes are {', '.join(map(str, modes))}; its difficulties "
+            f"{', '.join(map(str, difficulties))}."
+        )
+
+
 @functools.cache
 def _reference_scores() -> dict[str, dict[str, str]]:
     table = resources.files("scaled_ql") / "data" / "reference_scores.csv"

@@ -1,0 +1,306 @@
+"""Experience in memory while it is made: single frames in a ring, sampled uniformly, for agents that learn online.
+
+One ring holds one game, played by E environments that step together. Row k of each environment's part holds the frame
+on which its k-th action was chosen, that action and what it earned. The frame after an episode's last action has a row
+of its own, which is no transition; the next episode begins in the row behind it. That is how environments behave that
+spend a step on resetting.
+"""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
+
+import numpy as np
+import zstandard
+
+from scaled_ql.replay.format import FRAME_SHAPE, INNER_CHUNK, ReplayError
+from scaled_ql.replay.store import Batch
+
+FRAME_BYTES = FRAME_SHAPE[0] * FRAME_SHAPE[1]
+ROW_BYTES = 16  # action, reward, flags, and where its episode begins
+COMPRESSED_FRAME_BYTES = 400  # to reckon with: most games take 50 to 200
+DRAWS = 1_000  # of which none may be sampled, before giving up
+
+
+class Ring:
+    """The last rows of E environments of one game.
+
+    Args:
+        num_environments: E.
+        capacity: transitions that can be sampled. At least one whole episode of each environment is kept beyond that,
+            so that it can be logged when it ends.
+        max_steps: of an episode.
+        compressed: keep frames compressed, `INNER_CHUNK` at a time: a fiftieth of the memory, slower to sample.
+
+    Attributes:
+        rows: kept per environment.
+        now: the row of the current frames; those before it are complete.
+    """
+
+    def __init__(self, num_environments: int, capacity: int, max_steps: int, *, compressed: bool = False):
+        self.num_environments = num_environments
+        self._window = -(-capacity // num_environments)
+        self.rows = kept_rows(num_environments, capacity, max_steps)
+        self._frames = (CompressedFrames if compressed else RawFrames)(num_environments, self.rows)
+        shape = num_environments, self.rows
+        self._action, self._reward = np.zeros(shape, np.uint8), np.zeros(shape, np.float32)
+        self._terminal, self._ended, self._is_step = (np.zeros(shape, bool) for _ in range(3))
+        self._begin = np.zeros(shape, np.int64)  # row of the episode's first frame
+        self._resetting = np.zeros(num_environments, bool)
+        self.now = -1
+
+    def begin(self, frames: np.ndarray) -> None:
+        """The first frames, uint8 [E, 84, 84], when all environments were reset; whatever was played before ends here.
+
+        An episode that was under way can no longer be finished, but what there is of it can be sampled.
+        """
+        if self.now >= 0:
+            self._is_step[:, self.now % self.rows] = False
+        if self.now > 0:
+            self._ended[:, (self.now - 1) % self.rows] |= self._is_step[:, (self.now - 1) % self.rows]
+        self.now += 1
+        self._begin[:, self.now % self.rows] = self.now
+        self._resetting[:] = False
+        self._frames.write(self.now, frames)
+
+    def add(
+        self,
+        action: np.ndarray,
+        reward: np.ndarray,
+        terminal: np.ndarray,
+        truncated: np.ndarray,
+        frames: np.ndarray,
+        idle: np.ndarray | bool = False,
+    ) -> np.ndarray:
+        """A step of all environments: what it did, and the frames it led to.
+
+        Args:
+            action: integers [E], indices in the minimal set; of an environment that reset, anything.
+            reward: [E], raw.
+            terminal: bool [E], the episode ended in the game.
+            truncated: bool [E], it ended without that.
+            frames: uint8 [E, 84, 84], after the step.
+            idle: bool [E], rows that no transition fills: a stand-in where an environment has less to tell.
+
+        Returns:
+            numbers of the environments whose episode this step ended; read them with `episode` before the next step.
+        """
+        row, following = self.now % self.rows, (self.now + 1) % self.rows
+        is_step = ~self._resetting & ~np.asarray(idle)
+        ended = (terminal | truncated) & is_step
+        self._action[:, row], self._reward[:, row] = action, reward
+        self._terminal[:, row] = terminal & is_step
+        self._ended[:, row], self._is_step[:, row] = ended, is_step
+        self._begin[:, following] = np.where(is_step, self._begin[:, row], self.now + 1)
+        self._resetting = ended
+        self.now += 1
+        self._frames.write(self.now, frames)
+        return np.flatnonzero(ended)
+
+    @property
+    def resetting(self) -> np.ndarray:
+        """bool [E]: environments that spend the next step on resetting."""
+        return self._resetting.copy()
+
+    def episode(self, environment: int) -> dict[str, np.ndarray | bool]:
+        """The episode that the last step of an environment ended, as `ReplayWriter.append` takes it."""
+        last = self.now - 1
+        rows = np.arange(self._begin[environment, last % self.rows], last + 1)
+        at = environment, rows % self.rows
+        frames = self._frames.read(np.array([environment]), rows[:1], len(rows) + 1)[0]
+        return {
+            "observation": frames[:-1],
+            "action": self._action[at].astype(np.int32),
+            "reward": self._reward[at].copy(),
+            "terminal": bool(self._terminal[environment, last % self.rows]),
+            "final_observation": frames[-1],
+        }
+
+    def fill(self, episodes: Iterable[dict[str, np.ndarray | bool]]) -> None:
+        """Play recorded episodes into an empty ring, in time order, as if its environments had played them."""
+        ahead = iter(episodes)
+        tracks = [_rows(ahead) for _ in range(self.num_environments)]  # each takes the next episode when it is free
+        blank = np.zeros(FRAME_SHAPE, np.uint8)
+        for entries in zip(*(_then(track, (blank, 0, 0.0, False, False, True)) for track in tracks)):
+            frames, action, reward, terminal, truncated, idle = (np.array(column) for column in zip(*entries))
+            if idle.all():
+                return
+            if self.now < 0:
+                self.begin(frames)
+            else:
+                self.add(*previous, frames, previous_idle)
+            previous, previous_idle = (action, reward, terminal, truncated), idle
+
+    def sample(
+        self,
+        rng: np.random.Generator,
+        size: int,
+        *,
+        n_step: int = 1,
+        discount: float = 0.99,
+        stack_size: int = 4,
+    ) -> Batch:
+        """Draw transitions uniformly, with n-step returns of clipped rewards; `game` is 0.
+
+        As in `Replay.batch`: a truncated episode's last n - 1 transitions have no state to bootstrap from and are not
+        drawn; those whose state n steps later is still to come are not, either.
+
+        Raises:
+            ReplayError: there is nothing to draw yet.
+        """
+        environment, row, steps, terminated = np.empty((4, size), np.int64)
+        wanted = np.arange(size)
+        for _ in range(DRAWS):
+            oldest = max(self.now - self.rows + 1, self.now - self._window, 0)
+            environment[wanted] = rng.integers(self.num_environments, size=len(wanted))
+            row[wanted] = rng.integers(oldest, max(self.now, oldest + 1), size=len(wanted))
+            usable, steps[wanted], terminated[wanted] = self._look_ahead(
+                environment[wanted], row[wanted], n_step, stack_size
+            )
+            wanted = wanted[~usable]
+            if not len(wanted):
+                return self._batch(environment, row, steps, terminated.astype(bool), n_step, discount, stack_size)
+        raise ReplayError(
+            f"after {self.now} steps of {self.num_environments} environments there is nothing to learn from yet: no "
+            f"state {n_step} steps later is known. Let them play longer before learning begins."
+        )
+
+    def _look_ahead(
+        self, environment: np.ndarray, row: np.ndarray, n_step: int, stack_size: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(may be sampled, steps up to the state that follows, the episode terminated by then), each [N]."""
+        ahead = row[:, None] + np.arange(n_step)
+        at = environment[:, None], ahead % self.rows
+        ended = self._ended[at] & (ahead < self.now)
+        within = ended.any(1)
+        steps = np.where(within, ended.argmax(1) + 1, n_step)
+        last = environment, (row + steps - 1) % self.rows
+        terminated = within & self._terminal[last]
+        here = environment, row % self.rows
+        earliest = np.maximum(self._begin[here], row - stack_size + 1)
+        usable = self._is_step[here] & (row + steps <= self.now) & (earliest > self.now - self.rows)
+        return usable & (terminated | (steps == n_step)), steps, terminated
+
+    def _batch(
+        self,
+        environment: np.ndarray,
+        row: np.ndarray,
+        steps: np.ndarray,
+        terminated: np.ndarray,
+        n_step: int,
+        discount: float,
+        stack_size: int,
+    ) -> Batch:
+        here = environment, row % self.rows
+        ahead = np.arange(n_step)
+        rewards = self._reward[environment[:, None], (row[:, None] + ahead) % self.rows].clip(-1, 1)
+        rewards = np.where(ahead < steps[:, None], rewards, 0).astype(np.float64)
+        first, width = row - stack_size + 1, stack_size + n_step
+        frames = self._frames.read(environment, first, width)
+        shown = first[:, None] + np.arange(width)
+        outside = (shown < self._begin[here][:, None]) | (shown > (row + steps)[:, None])
+        frames[outside] = 0
+        return Batch(
+            frames=frames,
+            next_stack=(steps[:, None] + np.arange(stack_size)).astype(np.int32),
+            action=self._action[here].astype(np.int32),
+            reward=(rewards @ discount**ahead).astype(np.float32),
+            discount=np.where(terminated, 0, discount**n_step).astype(np.float32),
+            game=np.zeros(len(row), np.int32),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in use."""
+        return self._frames.nbytes + ROW_BYTES * self._action.size
+
+
+def kept_rows(num_environments: int, capacity: int, max_steps: int) -> int:
+    """Rows that a `Ring` keeps per environment: its share of the capacity, at least the longest episode; whole chunks."""
+    rows = max(-(-capacity // num_environments), max_steps + 2)
+    return -(-rows // INNER_CHUNK) * INNER_CHUNK
+
+
+def ring_bytes(num_environments: int, capacity: int, max_steps: int, compressed: bool) -> int:
+    """Bytes that a full `Ring` takes: 7.1 GB for a million transitions, compressed at most half a GB."""
+    frame = COMPRESSED_FRAME_BYTES if compressed else FRAME_BYTES
+    return num_environments * kept_rows(num_environments, capacity, max_steps) * (frame + ROW_BYTES)
+
+
+def _rows(episodes: Iterator[dict[str, np.ndarray | bool]]) -> Iterator[tuple]:
+    """What `Ring.add` takes of one environment, row by row, and the frame before it, of the episodes it takes."""
+    for episode in episodes:
+        last = len(episode["action"]) - 1
+        for step, frame in enumerate(episode["observation"]):
+            ended = step == last
+            terminal = ended and bool(episode["terminal"])
+            yield frame, episode["action"][step], episode["reward"][step], terminal, ended and not terminal, False
+        yield episode["final_observation"], 0, 0.0, False, False, False
+
+
+def _then(rows: Iterator[tuple], idle: tuple) -> Iterator[tuple]:
+    yield from rows
+    yield from repeat(idle)
+
+
+class RawFrames:
+    """The last `rows` frames of E environments; memory that was never written is none."""
+
+    def __init__(self, num_environments: int, rows: int):
+        self._rows = rows
+        self._frames = np.zeros((num_environments, rows, *FRAME_SHAPE), np.uint8)
+        self._flat = self._frames.reshape(-1, *FRAME_SHAPE)
+        self.nbytes = self._frames.nbytes
+
+    def write(self, row: int, frames: np.ndarray) -> None:
+        """Frames [E, 84, 84] of one row."""
+        self._frames[:, row % self._rows] = frames
+
+    def read(self, environment: np.ndarray, first: np.ndarray, width: int) -> np.ndarray:
+        """uint8 [N, width, 84, 84], rows first, first + 1, ... of an environment each; new memory."""
+        rows = (first[:, None] + np.arange(width)) % self._rows
+        return np.take(self._flat, environment[:, None] * self._rows + rows, axis=0)
+
+
+class CompressedFrames:
+    """As `RawFrames`, each environment's frames compressed when a chunk of them is full."""
+
+    def __init__(self, num_environments: int, rows: int):
+        self._rows = rows
+        self._open = np.zeros((num_environments, INNER_CHUNK, *FRAME_SHAPE), np.uint8)  # the chunk being filled
+        self._chunks: list[list[bytes]] = [[b""] * (rows // INNER_CHUNK) for _ in range(num_environments)]
+        self._opened = 0
+        self._pool = ThreadPoolExecutor(thread_name_prefix="compress")
+
+    def write(self, row: int, frames: np.ndarray) -> None:
+        """Frames [E, 84, 84] of one row."""
+        number, place = divmod(row, INNER_CHUNK)
+        if number != self._opened:
+            full = list(self._pool.map(zstandard.compress, self._open, repeat(3)))
+            for chunks, chunk in zip(self._chunks, full):
+                chunks[self._opened % len(chunks)] = chunk
+            self._opened = number
+        self._open[:, place] = frames
+
+    def _chunk(self, environment: int, number: int) -> np.ndarray:
+        if number == self._opened:
+            return self._open[environment]
+        chunk = self._chunks[environment][number % len(self._chunks[environment])]
+        if not chunk:
+            return np.zeros((INNER_CHUNK, *FRAME_SHAPE), np.uint8)
+        return np.frombuffer(zstandard.decompress(chunk), np.uint8).reshape(INNER_CHUNK, *FRAME_SHAPE)
+
+    def read(self, environment: np.ndarray, first: np.ndarray, width: int) -> np.ndarray:
+        """As `RawFrames.read`."""
+        frames = np.empty((len(first), width, *FRAME_SHAPE), np.uint8)
+        for target, who, begin in zip(frames, environment.tolist(), first.tolist()):
+            for number in range(begin // INNER_CHUNK, (begin + width - 1) // INNER_CHUNK + 1):
+                low, high = max(begin, number * INNER_CHUNK), min(begin + width, (number + 1) * INNER_CHUNK)
+                part = self._chunk(who, number)[low - number * INNER_CHUNK : high - number * INNER_CHUNK]
+                target[low - begin : high - begin] = part
+        return frames
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in use."""
+        return self._open.nbytes + sum(len(chunk) + 33 for chunks in self._chunks for chunk in chunks)
