@@ -57,7 +57,7 @@ class Play:
             values = {"action": action[e], "reward": reward[e], "begin": self.begin[e], "end": end}
             self.log[e].append({"kind": "step", **values})
         frames = np.stack([frame(e, row + 1) for e in range(size)])
-        for e in self.ring.add(action, reward, terminal, truncated, frames):
+        for e in self.ring.add(frames, action, reward, terminal, truncated):
             self.ended.append((e, self.log[e][row]["begin"], row, self.ring.episode(e)))
 
     def transition(self, e, t, n, discount, stack):

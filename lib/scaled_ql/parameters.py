@@ -18,7 +18,7 @@ from scaled_ql.environments import MAX_STEPS
 
 Encoder = Literal[
     "resnet34", "resnet50", "resnet101", "resnet152", "resnet_narrow",
-    "impala_x1", "impala_x4", "impala_x8", "impala_x16", "nature",
+    "impala_x1", "impala_x4", "impala_x8", "impala_x16", "nature", "nature_narrow",
 ]  # fmt: skip
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Count = Annotated[int, Field(ge=1)]

@@ -68,27 +68,21 @@ def apply(graph: nnx.GraphDef, params: PyTree, observation: jax.Array, game: jax
     return nnx.merge(graph, nnx.State(params))(observation, game)
 
 
-def make_train_step(
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
-    *,
-    target_update_period: int = 2_000,
-    seed: int = 0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Compile one step: the objective's gradient, Adam, and now and then a copy to the target network.
+def make_update(
+    objective: Objective, optimizer: optax.GradientTransformation, target_update_period: int = 2_000
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
+    """One step as a pure function: the objective's gradient, Adam, and now and then a copy to the target network.
 
     Args:
         objective: from `objectives`.
         optimizer: the one that made the state.
         target_update_period: steps between copies of the online to the target network.
-        seed: of an objective's own randomness; step t's is a function of (seed, t).
 
     Returns:
-        (state, batch) -> (state, metrics). The state passed in is donated: use the one returned. Metrics are the
-        objective's and `grad_norm`.
+        (state, batch, key of the run) -> (state, metrics): the objective's, and `grad_norm`.
     """
 
-    def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         gradients, metrics = jax.grad(objective, has_aux=True)(state.params, state.target_params, batch, key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -98,7 +92,27 @@ def make_train_step(
         metrics["grad_norm"] = jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(gradients)))
         return TrainState(step, params, target_params, opt_state), metrics
 
-    compiled, run_key = jax.jit(train_step, donate_argnums=0), jax.random.key(seed)
+    return update
+
+
+def make_train_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    target_update_period: int = 2_000,
+    seed: int = 0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Compile `make_update`.
+
+    Args:
+        objective, optimizer, target_update_period: as there.
+        seed: of an objective's own randomness; step t's is a function of (seed, t).
+
+    Returns:
+        (state, batch) -> (state, metrics). The state passed in is donated: use the one returned.
+    """
+    update = make_update(objective, optimizer, target_update_period)
+    compiled, run_key = jax.jit(update, donate_argnums=0), jax.random.key(seed)
     return lambda state, batch: compiled(state, batch, run_key)  # an argument: one program for all seeds
 
 

@@ -200,12 +200,13 @@ class Impala(nnx.Module):
 
 
 class Nature(nnx.Module):
-    """The three convolutions of Mnih et al. (2015)."""
+    """The three convolutions of Mnih et al. (2015), 32, 64 and 64 channels, divided by `narrower`."""
 
-    def __init__(self, *, channels: int, group_size: int, dtype: Dtype, rngs: nnx.Rngs):
+    def __init__(self, narrower: int = 1, *, channels: int, group_size: int, dtype: Dtype, rngs: nnx.Rngs):
         del group_size  # the family has no normalisation
         layers: list[Callable] = []
         for outputs, kernel, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
+            outputs //= narrower
             size, strides = (kernel, kernel), (stride, stride)
             conv = nnx.Conv(
                 channels, outputs, size, strides, padding="VALID", kernel_init=kaiming, dtype=dtype, rngs=rngs
@@ -230,6 +231,7 @@ ENCODERS: dict[str, Callable[..., nnx.Module]] = {
     "impala_x8": partial(Impala, 8),
     "impala_x16": partial(Impala, 16),
     "nature": Nature,
+    "nature_narrow": partial(Nature, 4),
 }
 
 

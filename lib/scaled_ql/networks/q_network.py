@@ -75,20 +75,21 @@ class QNetwork(nnx.Module):
         normalize: bool,
         group_size: int,
         stack_size: int,
-        mean_frames: np.ndarray | None,
+        mean_frames: jax.Array | None,
+        layer_norm: bool,
         dtype: Dtype,
         rngs: nnx.Rngs,
     ):
         self.num_outputs, self.normalize, self.dtype = num_outputs, normalize, dtype
         # A constant, kept among the parameters so that a checkpoint holds it; without a gradient Adam leaves it alone.
-        self.mean_frames = None if mean_frames is None else nnx.Param(jnp.asarray(mean_frames, jnp.float32))
+        self.mean_frames = None if mean_frames is None else nnx.Param(mean_frames)
         self.encoder = make_encoder(encoder, channels=stack_size, group_size=group_size, dtype=dtype, rngs=rngs)
         image = jax.ShapeDtypeStruct((1, 84, 84, stack_size), dtype)
         _, height, width, channels = jax.eval_shape(self.encoder, image).shape
         self.embedding = SpatialEmbedding(embedding, height, width, channels, dtype=dtype, rngs=rngs)
         sizes = [self.embedding.features, *hidden_sizes]
         self.hidden = nnx.List(nnx.Linear(a, b, dtype=dtype, rngs=rngs) for a, b in pairwise(sizes))
-        self.layer_norm = nnx.LayerNorm(hidden_sizes[0], dtype=dtype, rngs=rngs)
+        self.layer_norm = nnx.LayerNorm(hidden_sizes[0], dtype=dtype, rngs=rngs) if layer_norm else None
         width = NUM_ACTIONS * num_outputs
         init = nnx.initializers.variance_scaling(
             1.0, "fan_in", "truncated_normal", in_axis=0, out_axis=2, batch_axis=(1,)
@@ -115,7 +116,7 @@ class QNetwork(nnx.Module):
         x = self.embedding(self.encoder(x))
         for number, layer in enumerate(self.hidden):
             x = layer(x)
-            x = nnx.relu(self.layer_norm(x) if number == 0 else x)
+            x = nnx.relu(self.layer_norm(x) if number == 0 and self.layer_norm else x)
         return normalize_features(x) if self.normalize else x
 
     def __call__(self, observation: jax.Array, game: jax.Array) -> jax.Array:
@@ -163,18 +164,20 @@ def make_q_network(
     group_size: int = 4,
     stack_size: int = 4,
     mean_frames: np.ndarray | None = None,
+    layer_norm: bool = True,
     dtype: str = "float32",
 ) -> QNetwork:
     """A Q-network with the paper's defaults (appendix B.1).
 
     Args:
         encoder: a key of `networks.ENCODERS`: ``resnet34``, ``resnet50``, ``resnet101``, ``resnet152``,
-            ``resnet_narrow``, ``impala_x1``, ``impala_x4``, ``impala_x8``, ``impala_x16`` or ``nature``.
+            ``resnet_narrow``, ``impala_x1``, ``impala_x4``, ``impala_x8``, ``impala_x16``, ``nature`` or
+            ``nature_narrow``.
         num_games: heads.
         head: ``c51``, ``hl_gauss``, ``two_hot``: logits [B, 18, num_atoms]; ``mse``: values [B, 18].
         seed: of the initial parameters.
         num_atoms: of a categorical head.
-        hidden_sizes: of the fully connected layers; the first is followed by LayerNorm.
+        hidden_sizes: of the fully connected layers.
         embedding: ``pointwise``, ``sum`` or ``none``; see `SpatialEmbedding`.
         normalize_features: divide the representation by its L2 norm.
         group_size: channels per group of the ResNets' group normalisation.
@@ -182,6 +185,7 @@ def make_q_network(
         mean_frames: [num_games, 84, 84], subtracted from every frame (He et al., 2016, train on images "with the
             per-pixel mean subtracted"; the paper does not say). Most of a game's screen never changes, and without
             it a short training run sees little else.
+        layer_norm: after the first fully connected layer; online DQN has none (Mnih et al., 2015).
         dtype: of the computation, ``float32`` or ``bfloat16``; parameters and outputs are float32.
 
     Raises:
@@ -199,11 +203,13 @@ def make_q_network(
         normalize=normalize_features,
         group_size=group_size,
         stack_size=stack_size,
-        mean_frames=mean_frames,
+        layer_norm=layer_norm,
         dtype=jnp.dtype(dtype),
     )
-    # One compiled program draws all parameters: several times faster than layer by layer.
-    return nnx.jit(lambda: create(rngs=nnx.Rngs(seed)))()
+    # One compiled program draws all parameters: several times faster than layer by layer. What differs between runs is
+    # an argument, so that one program serves them all.
+    draw = nnx.jit(lambda key, mean_frames: create(mean_frames=mean_frames, rngs=nnx.Rngs(key)))
+    return draw(jax.random.key(seed), None if mean_frames is None else jnp.asarray(mean_frames, jnp.float32))
 
 
 def count_parameters(*modules: Any) -> int:

@@ -65,21 +65,21 @@ class Ring:
 
     def add(
         self,
+        frames: np.ndarray,
         action: np.ndarray,
         reward: np.ndarray,
         terminal: np.ndarray,
         truncated: np.ndarray,
-        frames: np.ndarray,
         idle: np.ndarray | bool = False,
     ) -> np.ndarray:
         """A step of all environments: what it did, and the frames it led to.
 
         Args:
+            frames: uint8 [E, 84, 84], after the step.
             action: integers [E], indices in the minimal set; of an environment that reset, anything.
             reward: [E], raw.
             terminal: bool [E], the episode ended in the game.
             truncated: bool [E], it ended without that.
-            frames: uint8 [E, 84, 84], after the step.
             idle: bool [E], rows that no transition fills: a stand-in where an environment has less to tell.
 
         Returns:
@@ -107,7 +107,8 @@ class Ring:
         last = self.now - 1
         rows = np.arange(self._begin[environment, last % self.rows], last + 1)
         at = environment, rows % self.rows
-        frames = self._frames.read(np.array([environment]), rows[:1], len(rows) + 1)[0]
+        frames = np.empty((len(rows) + 1, *FRAME_SHAPE), np.uint8)
+        self._frames.read(np.array([environment]), rows[:1], frames[None])
         return {
             "observation": frames[:-1],
             "action": self._action[at].astype(np.int32),
@@ -121,15 +122,16 @@ class Ring:
         ahead = iter(episodes)
         tracks = [_rows(ahead) for _ in range(self.num_environments)]  # each takes the next episode when it is free
         blank = np.zeros(FRAME_SHAPE, np.uint8)
+        previous = None
         for entries in zip(*(_then(track, (blank, 0, 0.0, False, False, True)) for track in tracks)):
-            frames, action, reward, terminal, truncated, idle = (np.array(column) for column in zip(*entries))
-            if idle.all():
+            frames, *step = (np.array(column) for column in zip(*entries))
+            if step[-1].all():  # none has anything left
                 return
-            if self.now < 0:
+            if previous is None:
                 self.begin(frames)
             else:
-                self.add(*previous, frames, previous_idle)
-            previous, previous_idle = (action, reward, terminal, truncated), idle
+                self.add(frames, *previous)
+            previous = step
 
     def sample(
         self,
@@ -139,11 +141,13 @@ class Ring:
         n_step: int = 1,
         discount: float = 0.99,
         stack_size: int = 4,
+        out: np.ndarray | None = None,
     ) -> Batch:
         """Draw transitions uniformly, with n-step returns of clipped rewards; `game` is 0.
 
         As in `Replay.batch`: a truncated episode's last n - 1 transitions have no state to bootstrap from and are not
-        drawn; those whose state n steps later is still to come are not, either.
+        drawn; those whose state n steps later is still to come are not, either. `out` is memory for the frames, as in
+        `Replay.gather`.
 
         Raises:
             ReplayError: there is nothing to draw yet.
@@ -159,7 +163,8 @@ class Ring:
             )
             wanted = wanted[~usable]
             if not len(wanted):
-                return self._batch(environment, row, steps, terminated.astype(bool), n_step, discount, stack_size)
+                frames = np.empty((size, stack_size + n_step, *FRAME_SHAPE), np.uint8) if out is None else out
+                return self._batch(environment, row, steps, terminated.astype(bool), n_step, discount, frames)
         raise ReplayError(
             f"after {self.now} steps of {self.num_environments} environments there is nothing to learn from yet: no "
             f"state {n_step} steps later is known. Let them play longer before learning begins."
@@ -189,14 +194,15 @@ class Ring:
         terminated: np.ndarray,
         n_step: int,
         discount: float,
-        stack_size: int,
+        frames: np.ndarray,
     ) -> Batch:
         here = environment, row % self.rows
-        ahead = np.arange(n_step)
+        ahead, width = np.arange(n_step), frames.shape[1]
+        stack_size = width - n_step
         rewards = self._reward[environment[:, None], (row[:, None] + ahead) % self.rows].clip(-1, 1)
         rewards = np.where(ahead < steps[:, None], rewards, 0).astype(np.float64)
-        first, width = row - stack_size + 1, stack_size + n_step
-        frames = self._frames.read(environment, first, width)
+        first = row - stack_size + 1
+        self._frames.read(environment, first, frames)
         shown = first[:, None] + np.arange(width)
         outside = (shown < self._begin[here][:, None]) | (shown > (row + steps)[:, None])
         frames[outside] = 0
@@ -216,7 +222,7 @@ class Ring:
 
 
 def kept_rows(num_environments: int, capacity: int, max_steps: int) -> int:
-    """Rows that a `Ring` keeps per environment: its share of the capacity, at least the longest episode; whole chunks."""
+    """Rows that a `Ring` keeps per environment: a share of the capacity, or the longest episode; whole chunks."""
     rows = max(-(-capacity // num_environments), max_steps + 2)
     return -(-rows // INNER_CHUNK) * INNER_CHUNK
 
@@ -256,10 +262,10 @@ class RawFrames:
         """Frames [E, 84, 84] of one row."""
         self._frames[:, row % self._rows] = frames
 
-    def read(self, environment: np.ndarray, first: np.ndarray, width: int) -> np.ndarray:
-        """uint8 [N, width, 84, 84], rows first, first + 1, ... of an environment each; new memory."""
-        rows = (first[:, None] + np.arange(width)) % self._rows
-        return np.take(self._flat, environment[:, None] * self._rows + rows, axis=0)
+    def read(self, environment: np.ndarray, first: np.ndarray, frames: np.ndarray) -> None:
+        """Fill uint8 [N, width, 84, 84] with rows first, first + 1, ... of an environment each."""
+        rows = (first[:, None] + np.arange(frames.shape[1])) % self._rows
+        np.take(self._flat, environment[:, None] * self._rows + rows, axis=0, out=frames, mode="clip")
 
 
 class CompressedFrames:
@@ -290,15 +296,14 @@ class CompressedFrames:
             return np.zeros((INNER_CHUNK, *FRAME_SHAPE), np.uint8)
         return np.frombuffer(zstandard.decompress(chunk), np.uint8).reshape(INNER_CHUNK, *FRAME_SHAPE)
 
-    def read(self, environment: np.ndarray, first: np.ndarray, width: int) -> np.ndarray:
+    def read(self, environment: np.ndarray, first: np.ndarray, frames: np.ndarray) -> None:
         """As `RawFrames.read`."""
-        frames = np.empty((len(first), width, *FRAME_SHAPE), np.uint8)
+        width = frames.shape[1]
         for target, who, begin in zip(frames, environment.tolist(), first.tolist()):
             for number in range(begin // INNER_CHUNK, (begin + width - 1) // INNER_CHUNK + 1):
                 low, high = max(begin, number * INNER_CHUNK), min(begin + width, (number + 1) * INNER_CHUNK)
                 part = self._chunk(who, number)[low - number * INNER_CHUNK : high - number * INNER_CHUNK]
                 target[low - begin : high - begin] = part
-        return frames
 
     @property
     def nbytes(self) -> int:
