@@ -51,6 +51,8 @@ def evaluate(
     max_steps: int = MAX_STEPS,
     num_environments: int = 16,
     sticky_actions: float = 0.0,
+    mode: int | None = None,
+    difficulty: int | None = None,
 ) -> pd.DataFrame:
     """Play whole episodes, epsilon-greedily, in environments side by side.
 
@@ -66,15 +68,17 @@ def evaluate(
         max_steps: agent steps after which an episode is truncated (Table B.1: 27,000).
         num_environments: at most; never more than `episodes`.
         sticky_actions: 0 in the paper's evaluation, which departs from the data's 0.25.
+        mode, difficulty: the game's variant; see `make_vector_environment`.
 
     Returns:
         one row per episode: environment, episode_return (raw), length, truncated.
     """
     slots = min(num_environments, episodes)
     quota = np.full(slots, episodes // slots) + (np.arange(slots) < episodes % slots)
-    environments = make_vector_environment(game, slots, sticky_actions=sticky_actions, max_steps=max_steps)
+    variant = {"mode": mode, "difficulty": difficulty}
+    environments = make_vector_environment(game, slots, sticky_actions=sticky_actions, max_steps=max_steps, **variant)
     rng, num_actions = np.random.default_rng(seed), environments.single_action_space.n
-    stacks, _ = environments.reset(seed=rng.integers(2**31, size=slots))
+    stacks, _ = environments.reset(seed=int(rng.integers(2**30)))
     played, total, length = np.zeros(slots, int), np.zeros(slots), np.zeros(slots, int)
     resetting = np.zeros(slots, bool)
     rows = []
@@ -82,7 +86,8 @@ def evaluate(
         actions = q_function(stacks).argmax(1)
         explore = rng.random(slots) < epsilon
         actions = np.where(explore, rng.integers(num_actions, size=slots), actions)
-        stacks, reward, terminated, truncated, _ = environments.step(actions)
+        environments.send(actions)
+        stacks, reward, terminated, truncated, _ = environments.recv()
         total += np.where(resetting, 0, reward)
         length += ~resetting
         ended = (terminated | truncated) & ~resetting

@@ -23,6 +23,7 @@ from flax import nnx
 
 from scaled_ql import objectives
 from scaled_ql.environments import MAX_STEPS, STACK_SIZE, VectorEnvironment, make_vector_environment
+from scaled_ql.evaluation import QFunction, make_q_function
 from scaled_ql.games import action_names, check_variant, rom_md5
 from scaled_ql.networks.q_network import Head, QNetwork
 from scaled_ql.replay.format import FRAME_SHAPE
@@ -34,6 +35,11 @@ from scaled_ql.training import Checkpoints, Diverged, PyTree, TrainState, make_u
 THREAD_BYTES, PROCESS_BYTES = 4_000_000, 130_000_000  # that an environment takes: measured, on a thread, as a process
 EPISODES_WAITING = 64  # to be written, before playing waits for the disk
 WRITERS = 4
+# What `play` takes under the names that the notebook's parameters have.
+PLAYING = (
+    "capacity", "compressed", "batch_size", "n_step", "discount", "min_history", "update_period", "epsilon_decay",
+    "checkpoint_every",
+)  # fmt: skip
 
 
 class OutOfMemory(MemoryError):
@@ -48,12 +54,14 @@ class Learner(NamedTuple):
         update: (state, batch) -> (state, metrics); donates the state. A batch has [G, B] transitions, or of a learner
             that is `shared` [B], and metrics have [G] losses, or one.
         greedy: (params, uint8 [G, E, 4, 84, 84]) -> int32 [G, E], the best actions.
+        q_function: (params, number of a game) -> its agent's values, for `evaluation.evaluate`.
         shared: whether all games have one network.
     """
 
     state: TrainState
     update: Callable[[TrainState, Batch], tuple[TrainState, objectives.Metrics]]
     greedy: Callable[[PyTree, np.ndarray], jax.Array]
+    q_function: Callable[[PyTree, int], QFunction]
     shared: bool
 
 
@@ -98,6 +106,11 @@ def independent_learners(
         game = jnp.zeros(len(stacks), jnp.int32)
         return prefer(params, stacks.transpose(0, 2, 3, 1), game).argmax(-1)
 
+    def q_function(params: PyTree, number: int) -> QFunction:
+        prefer = objectives.preferences(graph, [num_actions[number]], head=head, atoms=atoms)
+        own = jax.tree.map(lambda leaf: leaf[number], params)
+        return make_q_function(prefer, own, 0, num_actions[number])
+
     axes = TrainState(None, 0, 0, 0)  # they count steps together
     mapped = jax.vmap(update, in_axes=(axes, 0, 0, None), out_axes=(axes, 0))
     compiled, mapped_greedy = jax.jit(mapped, donate_argnums=0), jax.jit(jax.vmap(greedy))
@@ -105,6 +118,7 @@ def independent_learners(
         state,
         lambda state, batch: compiled(state, batch, sizes, key),
         lambda params, stacks: mapped_greedy(params, stacks, sizes),
+        q_function,
         shared=False,
     )
 
@@ -135,7 +149,13 @@ def multi_task_learner(
         game = jnp.repeat(jnp.arange(games, dtype=jnp.int32), environments)
         return prefer(params, together, game).argmax(-1).reshape(games, environments)
 
-    return Learner(state, lambda state, batch: compiled(state, batch, key), greedy, shared=True)
+    return Learner(
+        state,
+        lambda state, batch: compiled(state, batch, key),
+        greedy,
+        lambda params, number: make_q_function(prefer, params, number, num_actions[number]),
+        shared=True,
+    )
 
 
 def epsilon_at(step: int, min_history: int, decay: int, final: float) -> float:

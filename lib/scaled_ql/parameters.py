@@ -39,16 +39,68 @@ class Parameters(pydantic.BaseModel):
     outputs: str = ""  # folder that holds the runs; "" is outputs/ of the workspace
 
 
-class DataCollection(Parameters):
-    """`00_data_collection`."""
+# Parameters of recordings that only one kind of player has.
+SCRIPTED_ONLY = ("processes",)
+ONLINE_ONLY = (
+    "environments", "num_threads", "mode", "difficulty", "learner", "head", "encoder", "hidden_sizes", "dtype", "v_max",
+    "num_atoms", "n_step", "discount", "double_q", "learning_rate", "adam_epsilon", "batch_size", "update_period",
+    "target_update_period", "min_history", "epsilon_decay", "capacity", "compressed", "checkpoint_every",
+    "eval_episodes",
+)  # fmt: skip
 
+
+class DataCollection(Parameters):
+    """`00_data_collection`; the agents' defaults are those of Dopamine's C51."""
+
+    player: Literal["scripted", "online"] = "scripted"
     games: Annotated[list[str], Field(min_length=1)] = ["Breakout", "Freeway", "Pong"]
     num_transitions: Count = 20_000
     seed: Seed = 0
-    final_epsilon: Share = 0.1
+    final_epsilon: Annotated[float, Field(le=1)] = -1.0
     sticky_actions: Share = 0.25
     max_steps: Count = MAX_STEPS
     processes: Count = 2
+    export: bool = False
+
+    environments: Count = 32
+    num_threads: Annotated[int, Field(ge=0)] = 0
+    mode: Annotated[int, Field(ge=-1)] = -1
+    difficulty: Annotated[int, Field(ge=-1)] = -1
+    learner: Literal["independent", "multi_task"] = "independent"
+    head: Literal["c51", "hl_gauss", "two_hot", "mse"] = "c51"
+    encoder: Encoder = "nature"
+    hidden_sizes: Annotated[list[Count], Field(min_length=1)] = [512]
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    v_max: Annotated[float, Field(gt=0)] = 10.0
+    num_atoms: Annotated[int, Field(ge=2)] = 51
+    n_step: Count = 1
+    discount: Share = 0.99
+    double_q: bool = False
+    learning_rate: Annotated[float, Field(gt=0)] = 2.5e-4
+    adam_epsilon: Annotated[float, Field(gt=0)] = 3.125e-4
+    batch_size: Count = 32
+    update_period: Count = 4
+    target_update_period: Count = 2_000
+    min_history: Count = 20_000
+    epsilon_decay: Count = 250_000
+    capacity: Count = 1_000_000
+    compressed: bool = False
+    checkpoint_every: Count = 10_000
+    eval_episodes: Annotated[int, Field(ge=0)] = 10
+
+    @pydantic.model_validator(mode="after")
+    def _nothing_is_idle(self) -> "DataCollection":
+        fields = type(self).model_fields
+        others = ONLINE_ONLY if self.player == "scripted" else SCRIPTED_ONLY
+        idle = [name for name in others if getattr(self, name) != fields[name].default]
+        if idle:
+            raise ValueError(f"{', '.join(idle)}: without effect for {self.player} players; leave out")
+        return self
+
+    @property
+    def last_epsilon(self) -> float:
+        """The share of random moves in the end; a negative `final_epsilon` stands for what suits the player."""
+        return self.final_epsilon if self.final_epsilon >= 0 else {"scripted": 0.1, "online": 0.01}[self.player]
 
 
 class DataExploration(Parameters):
