@@ -294,6 +294,7 @@ def play(
     state = checkpoints.restore(learner.state)
     sampling = {"n_step": n_step, "discount": discount}
     with ExitStack() as stack:
+        stack.callback(checkpoints.wait)
         pool = stack.enter_context(ThreadPoolExecutor(thread_name_prefix="sample"))
         log = stack.enter_context(_Log())
         players = []
@@ -365,7 +366,6 @@ def play(
         log.wait()
         if updates > saved:
             checkpoints.save(state)
-        checkpoints.wait()
         yield state, report()
 
 

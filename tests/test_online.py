@@ -1,0 +1,373 @@
+"""Online learners: they learn, what they log is what the emulator showed, and they survive being stopped."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from catch import make_catch
+
+from scaled_ql import losses, networks, online, training
+from scaled_ql.environments import EnvironmentDied, make_environment, make_vector_environment
+from scaled_ql.games import UnknownGame, UnknownVariant
+from scaled_ql.replay import ReplayError, open_replay
+from scaled_ql.replay.ring import Ring
+from scaled_ql.replay.store import Batch
+
+THREE_ACTIONS = "Freeway"  # its set is as large as Catch's
+
+
+@functools.cache
+def compiled(num_actions, shared=False, head="mse", seed=0, learning_rate=5e-4, hidden=16, v_max=6.0):
+    heads = len(num_actions) if shared else 1
+    sizes = {"hidden_sizes": (hidden,), "normalize_features": False, "layer_norm": False}
+    build = partial(networks.make_q_network, "nature_narrow", heads, head, **sizes)
+    make = online.multi_task_learner if shared else online.independent_learners
+    settings = {"atoms": losses.support(-v_max, v_max, 51), "target_update_period": 100}
+    return make(
+        build, list(num_actions), training.make_optimizer(learning_rate, 1e-5), seed=seed, head=head, **settings
+    )
+
+
+def make_learner(num_actions, **settings):
+    """As if it were new: updates donate the state."""
+    learner = compiled(tuple(num_actions), **settings)
+    return learner._replace(state=jax.tree.map(jnp.copy, learner.state))
+
+
+def checkpoints_in(folder):
+    return training.Checkpoints(folder / "checkpoints", {"agent": "of a test"})
+
+
+def play(folder, games, learner, **changed):
+    """All that `play` reports of a short run, after it ended."""
+    settings = {
+        "num_transitions": 200, "seed": 0, "source": "test", "environments": 4, "num_threads": 2, "max_steps": 25,
+        "capacity": 1_000, "batch_size": 8, "min_history": 100, "update_period": 16, "epsilon_decay": 100,
+        "final_epsilon": 0.1, "report_seconds": 0.0,
+    }  # fmt: skip
+    return online.play(folder / "replay", games, learner, checkpoints_in(folder), **(settings | changed))
+
+
+# Learning.
+
+
+@pytest.mark.parametrize("kind", ["independent", "shared"])
+def test_agents_reach_nine_tenths_of_the_best_return(tmp_path, kind):
+    """Three single-game agents with three seeds; then one C51 agent for two games."""
+    games = ["Freeway", "Skiing", "Tennis"] if kind == "independent" else ["Freeway", "Skiing"]
+    if kind == "independent":
+        learner, more = make_learner([3, 3, 3], hidden=128), {"update_period": 8}
+    else:
+        learner, more = (
+            make_learner([3, 3], shared=True, head="c51", hidden=128, learning_rate=1e-3),
+            {"update_period": 8},
+        )
+    settings = {
+        "num_transitions": 12_000, "environments": 16, "max_steps": 100, "capacity": 12_000, "min_history": 1_000,
+        "epsilon_decay": 4_000, "final_epsilon": 0.02, "n_step": 3, "batch_size": 32, "report_seconds": 5.0,
+    }  # fmt: skip
+    for _ in play(tmp_path, games, learner, make=make_catch, **(settings | more)):
+        pass
+    replay = open_replay(tmp_path / "replay")
+    for game in games:
+        returns = replay.episodes(game)["episode_return"]
+        assert returns.head(20).mean() < 0
+        assert returns.tail(60).mean() > 4.5, game  # the best is 5; 2% of the moves are random
+
+
+def random_batch(rng, leading, num_actions):
+    """[*leading] transitions of one game each."""
+    size = leading[-1]
+    action = np.stack([rng.integers(n, size=size) for n in num_actions]) if len(leading) == 2 else None
+    return Batch(
+        frames=rng.integers(0, 256, (*leading, 5, 84, 84), np.uint8),
+        next_stack=np.broadcast_to(np.arange(1, 5, dtype=np.int32), (*leading, 4)).copy(),
+        action=action.astype(np.int32),
+        reward=rng.normal(size=leading).astype(np.float32),
+        discount=rng.choice([0.0, 0.99], leading).astype(np.float32),
+        game=np.zeros(leading, np.int32),
+    )
+
+
+def test_agents_trained_together_are_those_trained_alone():
+    rng, num_actions, head = np.random.default_rng(0), [4, 6], "c51"
+    together = make_learner(num_actions, head=head)
+    batches = [random_batch(rng, (2, 4), num_actions) for _ in range(3)]
+    state = together.state
+    first = jax.device_get(state.params)
+    for batch in batches:
+        state, metrics = together.update(state, batch)
+    assert metrics["loss"].shape == (2,) and int(state.step) == 3
+    for game, size in enumerate(num_actions):
+        alone = make_learner([size], head=head, seed=game)
+        jax.tree.map(lambda a, b, g=game: np.testing.assert_array_equal(a[g], b[0]), first, alone.state.params)
+        own = alone.state
+        for batch in batches:
+            own, _ = alone.update(own, jax.tree.map(lambda x, g=game: x[g : g + 1], batch))
+        jax.tree.map(
+            lambda a, b, g=game: np.testing.assert_allclose(a[g], b[0], rtol=1e-3, atol=2e-5), state.params, own.params
+        )
+    stacks = rng.integers(0, 256, (2, 5, 4, 84, 84), np.uint8)
+    greedy = np.asarray(together.greedy(state.params, stacks))
+    for game, size in enumerate(num_actions):
+        values = together.q_function(state.params, game)(stacks[game])
+        assert values.shape == (5, size)
+        np.testing.assert_array_equal(values.argmax(1), greedy[game])
+
+
+def test_a_shared_agent_acts_with_each_games_head():
+    learner = make_learner([4, 6], shared=True)
+    stacks = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 84, 84), np.uint8)
+    greedy = np.asarray(learner.greedy(learner.state.params, stacks))
+    for game in range(2):
+        values = learner.q_function(learner.state.params, game)(stacks[game])
+        np.testing.assert_array_equal(values.argmax(1), greedy[game])
+
+
+def test_epsilon():
+    assert [online.epsilon_at(step, 100, 50, 0.1) for step in (0, 100, 125, 150, 1_000)] == [1, 1, 0.55, 0.1, 0.1]
+
+
+def test_batches_of_all_games():
+    rings = []
+    for game in range(3):
+        ring = Ring(2, 100, 20)
+        ring.begin(np.full((2, 84, 84), game + 1, np.uint8))
+        for _ in range(10):
+            flags = np.zeros(2, bool)
+            ring.add(np.full((2, 84, 84), game + 1, np.uint8), np.zeros(2, int), np.zeros(2), flags, flags)
+        rings.append(SimpleNamespace(ring=ring))
+    with online.ThreadPoolExecutor() as pool:
+        draw = partial(online.sample, rings, seed=[1, 2], batch_size=300, pool=pool, sampling={"n_step": 1})
+        apart, shared, again = draw(shared=False), draw(shared=True), draw(shared=True)
+    assert apart.frames.shape == (3, 300, 5, 84, 84)
+    assert all((apart.frames[game, :, 3] == game + 1).all() for game in range(3))
+    assert shared.frames.shape == (300, 5, 84, 84)
+    np.testing.assert_array_equal(shared.frames[:, 3, 0, 0], shared.game + 1)
+    assert min(np.bincount(shared.game)) > 70  # of 100 each
+    jax.tree.map(np.testing.assert_array_equal, shared, again)
+
+
+# Logging.
+
+
+class Recorded:
+    """Environments, and all that went in and out of them."""
+
+    def __init__(self, *arguments, **options):
+        self.environments, self.steps = make_vector_environment(*arguments, **options), []
+
+    def reset(self, **options):
+        stacks, info = self.environments.reset(**options)
+        self.first = stacks.copy()
+        return stacks, info
+
+    def send(self, actions):
+        self.actions = actions.copy()
+        self.environments.send(actions)
+
+    def recv(self):
+        result = self.environments.recv()
+        self.steps.append((self.actions, *(np.array(part) for part in result[:4])))
+        return result
+
+    def close(self):
+        self.environments.close()
+
+
+def naive_episodes(recorded, number):
+    """(step at which it ended, frames, actions, rewards, terminal) of one environment, from what it said."""
+    frames, actions, rewards, resetting = [recorded.first[number, -1]], [], [], False
+    for step, (action, stacks, reward, terminated, truncated) in enumerate(recorded.steps):
+        if resetting:
+            frames, actions, rewards, resetting = [stacks[number, -1]], [], [], False
+            continue
+        frames.append(stacks[number, -1])
+        actions.append(int(action[number]))
+        rewards.append(float(reward[number]))
+        if terminated[number] or truncated[number]:
+            yield step, np.stack(frames), actions, rewards, bool(terminated[number])
+            resetting = True
+
+
+@pytest.mark.parametrize(
+    "sticky, more",
+    [
+        (0.25, {"max_steps": 250, "num_transitions": 1_500, "final_epsilon": 0.7}),
+        (0.0, {"max_steps": 60}),
+        (0.0, {"max_steps": 40, "mode": 4, "difficulty": 1}),
+    ],
+)
+def test_everything_logged_was_played(tmp_path, sticky, more):
+    made = []
+
+    def make(*arguments, **options):
+        made.append(Recorded(*arguments, **options))
+        return made[-1]
+
+    settings = {"num_transitions": 500, "sticky_actions": sticky, "make": make, "environments": 3, "capacity": 300}
+    *_, (state, report) = play(tmp_path, ["Breakout"], make_learner([4]), **(settings | more))
+    replay = open_replay(tmp_path / "replay")
+    assert replay.validate() == []
+    (recorded,) = made
+    expected = sorted((end, e, *rest) for e in range(3) for end, *rest in naive_episodes(recorded, e))
+    table = replay.episodes("Breakout")
+    assert len(table) >= 4 and report["logged"]["Breakout"] == table["length"].sum()
+    if sticky:
+        assert set(table["terminal"]) == {True, False}
+    for number, row in enumerate(table.itertuples()):
+        end, _, frames, actions, rewards, terminal = expected[number]
+        episode = replay.episode("Breakout", number)
+        np.testing.assert_array_equal(episode["observation"], frames)
+        assert episode["action"].tolist() == actions and episode["reward"].tolist() == rewards
+        assert (row.terminal, row.truncated) == (terminal, not terminal)
+        resets = sum(other + 1 < end for other, *_ in expected)
+        before = 3 * end - resets  # transitions played before that step
+        assert row.epsilon == online.epsilon_at(before, 100, 100, more.get("final_epsilon", 0.1))
+        assert row.learner_step == max(before - 100, 0) // 16
+    assert int(state.step) == report["updates"] > 0
+
+    if not sticky:  # a fresh emulator, stepped one by one, shows the same
+        variant = {name: more[name] for name in ("mode", "difficulty") if name in more}
+        fresh = make_environment("Breakout", sticky_actions=0.0, max_steps=more["max_steps"], **variant)
+        for number in range(len(table)):
+            episode, (frame, _) = replay.episode("Breakout", number), fresh.reset(seed=0)
+            for step, action in enumerate(episode["action"].tolist()):
+                np.testing.assert_array_equal(episode["observation"][step], frame)
+                frame, reward, terminated, truncated, _ = fresh.step(action)
+                assert reward == episode["reward"][step]
+                assert (terminated or truncated) == (step == len(episode["action"]) - 1)
+            assert terminated == table["terminal"].iloc[number]
+            np.testing.assert_array_equal(episode["observation"][-1], frame)
+
+
+# Stopping and resuming.
+
+
+def test_a_stopped_run_goes_on(tmp_path):
+    games, options = ["Breakout", "Pong"], {"checkpoint_every": 5, "num_transitions": 400}
+    running = play(tmp_path, games, make_learner([4, 6]), **options)
+    report = next(report for _, report in running if report["updates"] >= 12)
+    running.close()  # as Ctrl-C does
+    before = open_replay(tmp_path / "replay")
+    saved = checkpoints_in(tmp_path).latest_step()
+    assert 10 <= saved <= report["updates"]
+    reports = [report for _, report in play(tmp_path, games, make_learner([4, 6]), **options)]
+    first, last = reports[0], reports[-1]
+    for game in games:
+        logged = before.num_transitions(game)
+        assert logged <= first["played"][game] <= logged + 4
+        assert first["epsilon"][game] == online.epsilon_at(first["played"][game], 100, 100, 0.1)
+        replay = open_replay(tmp_path / "replay")
+        assert replay.num_transitions(game) >= 400
+        kept = replay.episodes(game).head(len(before.episodes(game)))
+        assert kept["crc32"].tolist() == before.episodes(game)["crc32"].tolist()
+        assert replay.episodes(game)["epsilon"].is_monotonic_decreasing
+    assert replay.validate() == []
+    assert last["updates"] == (min(last["played"].values()) - 100) // 16 or last["updates"] >= saved
+    finished = [report for _, report in play(tmp_path, games, make_learner([4, 6]), **options)]
+    assert len(finished) == 1 and finished[0]["logged"] == last["logged"]
+
+
+CHILD = """
+import sys; sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_online import make_learner, play
+for state, report in play(Path(sys.argv[1]), ["Breakout"], make_learner([4]), num_transitions=1500,
+                          checkpoint_every=10):
+    print(report["logged"]["Breakout"], flush=True)
+"""
+
+
+def test_a_killed_run_loses_only_unfinished_episodes(tmp_path):
+    code = CHILD.format(tests=str(Path(__file__).parent))
+    logged = 0
+    for kill_at in (300, 800):
+        with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as child:
+            for line in child.stdout:
+                logged = int(line)
+                if logged >= kill_at:
+                    child.send_signal(signal.SIGKILL)
+                    break
+        replay = open_replay(tmp_path / "replay")
+        assert replay.validate() == []
+        assert replay.num_transitions("Breakout") >= logged
+    *_, (state, report) = play(tmp_path, ["Breakout"], make_learner([4]), num_transitions=1_500)
+    table = open_replay(tmp_path / "replay").episodes("Breakout")
+    assert report["logged"]["Breakout"] == table["length"].sum() >= 1_500
+    assert table["learner_step"].is_monotonic_increasing or table["learner_step"].diff().min() > -11
+    assert int(state.step) >= 80
+
+
+# What goes wrong.
+
+
+def test_a_learner_that_diverges_stops_the_log_at_a_whole_episode(tmp_path):
+    learner = make_learner([4, 6])
+
+    def update(state, batch):
+        if int(state.step) >= 5:
+            batch = batch._replace(reward=batch.reward * np.array([[1.0], [np.nan]], np.float32))
+        return learner.update(state, batch)
+
+    with pytest.raises(training.Diverged, match=r"the loss of Pong is .*nan.* at update 6 .*logged"):
+        list(play(tmp_path, ["Breakout", "Pong"], learner._replace(update=update), num_transitions=5_000))
+    assert open_replay(tmp_path / "replay").validate() == []
+
+
+def test_what_cannot_be_played_is_refused_before_anything_is(tmp_path):
+    learner = make_learner([4])
+    with pytest.raises(UnknownGame, match="Breakout"):
+        next(play(tmp_path, ["Brekout"], learner))
+    with pytest.raises(UnknownVariant, match=r"Breakout has no mode 5.* Its modes are 0, 4, 8.* difficulties 0, 1"):
+        next(play(tmp_path, ["Breakout"], learner, mode=5))
+    with pytest.raises(
+        online.OutOfMemory, match=r"1 games x 400000 environments .* take [\d.]+ GB; [\d.]+ GB are free"
+    ):
+        next(play(tmp_path, ["Breakout"], learner, environments=400_000, max_steps=27_000))
+    assert not (tmp_path / "replay").exists()
+
+
+def test_a_store_of_something_else_is_not_continued(tmp_path):
+    list(play(tmp_path, ["Breakout"], make_learner([4])))
+    with pytest.raises(ReplayError, match=r"other settings .*source: 'test' there, 'another' asked for"):
+        next(play(tmp_path, ["Breakout"], make_learner([4]), source="another"))
+
+
+def test_a_dead_environment_is_named(tmp_path):
+    made = []
+
+    def make(*arguments, **options):
+        made.append(make_vector_environment(*arguments, **options))
+        return made[-1]
+
+    running = play(tmp_path, ["Freeway"], make_learner([3]), mode=1, make=make, num_transitions=5_000)
+    next(running)
+    os.kill(made[0].processes[2].pid, signal.SIGKILL)
+    with pytest.raises(EnvironmentDied, match="Freeway: environment 2 of 4 ended"):
+        list(running)
+    deadline = time.monotonic() + 20
+    while any(process.is_alive() for process in made[0].processes) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(process.is_alive() for process in made[0].processes)
+
+
+def test_a_full_disk_keeps_what_was_logged(tmp_path):
+    code = CHILD.format(tests=str(Path(__file__).parent))
+    limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, 90_000))\n{code}"
+    limited = limited.replace("checkpoint_every=10", "checkpoint_every=10**6").replace("1500", "50_000")
+    done = subprocess.run([sys.executable, "-c", limited, str(tmp_path)], capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0 and "make room on the disk" in done.stderr
+    journal = tmp_path / "replay" / "Breakout" / "1" / "episodes.jsonl"
+    assert all(json.loads(line)["length"] > 0 for line in journal.read_text().splitlines())
