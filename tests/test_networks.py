@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from scaled_ql import networks
 from scaled_ql.networks import ENCODERS, count_parameters, encoders, make_encoder, make_q_network
-from scaled_ql.networks.encoders import BasicBlock, BottleneckBlock, stem
+from scaled_ql.networks.encoders import BasicBlock, BottleneckBlock
 from scaled_ql.networks.q_network import SpatialEmbedding, normalize_features
 
 call = jax.jit(lambda module, *inputs: module(*inputs))
@@ -299,12 +299,14 @@ def test_max_pool_and_its_gradient_equal_a_window_reduction(size):
     np.testing.assert_allclose(own_gradient(y)[0], gradient(y)[0], atol=1e-6)
 
 
-def test_the_stem_is_a_strided_convolution():
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize("size, stride", [(7, 2), (8, 4), (3, 2), (5, 4), (4, 4), (2, 2), (1, 2)])
+def test_strided_convolutions(size, stride, padding):
     with jax.enable_x64(True):
-        x, kernel = (jax.random.normal(jax.random.key(0), shape) for shape in ((2, 12, 8, 4), (7, 7, 4, 5)))
+        x, kernel = (jax.random.normal(jax.random.key(0), shape) for shape in ((2, 20, 20, 4), (size, size, 4, 5)))
         dimensions = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
-        expected = jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", **dimensions)
-        np.testing.assert_allclose(stem(x, kernel), expected, atol=1e-12)
+        expected = jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, **dimensions)
+        np.testing.assert_allclose(encoders.strided_convolution(x, kernel, stride, padding), expected, atol=1e-12)
 
 
 def test_groups_must_divide_the_channels():

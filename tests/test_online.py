@@ -232,10 +232,11 @@ def test_everything_logged_was_played(tmp_path, sticky, more):
         np.testing.assert_array_equal(episode["observation"], frames)
         assert episode["action"].tolist() == actions and episode["reward"].tolist() == rewards
         assert (row.terminal, row.truncated) == (terminal, not terminal)
-        resets = sum(other + 1 < end for other, *_ in expected)
-        before = 3 * end - resets  # transitions played before that step
+        before, earlier = (
+            3 * step - sum(other + 1 < step for other, *_ in expected) for step in (end, max(end - 1, 0))
+        )  # transitions played before that step, and before the one before it
         assert row.epsilon == online.epsilon_at(before, 100, 100, more.get("final_epsilon", 0.1))
-        assert row.learner_step == max(before - 100, 0) // 16
+        assert row.learner_step == max(earlier - 100, 0) // 16  # of the parameters that chose the last action
     assert int(state.step) == report["updates"] > 0
 
     if not sticky:  # a fresh emulator, stepped one by one, shows the same

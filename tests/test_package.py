@@ -14,8 +14,9 @@ ORDER = (
     "replay.format", "replay.views", "replay.chunks", "replay.shared", "replay.store",
     "replay.writer", "replay.sampling", "replay.workers", "replay.ring",
     "replay.returns", "replay.importing", "replay.dqn_replay", "replay.export", "replay.rl_unplugged", "replay.minari",
-    "replay", "replay.memory", "replay.device", "benchmarks", "collect",
+    "replay", "replay.memory", "replay.device", "collect",
     "networks.encoders", "networks.q_network", "networks", "losses", "objectives", "training", "evaluation", "online",
+    "benchmarks",
     "parameters", "paper", "runs", "ablations", "grids", "explore", "command",
 )  # fmt: skip
 WITHOUT_JAX = ("games", "environments", "replay", "collect", "metrics", "plots", "parameters", "runs")

@@ -1,4 +1,4 @@
-"""Measurements of the data path, each beside the machine's own limit: sampling and importing.
+"""Measurements, each beside the machine's own limit: sampling, importing, playing and learning online.
 
 They print tables and assert nothing: a figure means something only beside the others of the same run.
 """
@@ -11,11 +11,14 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,10 +26,12 @@ import psutil
 import pyarrow as pa
 import zstandard
 
+from scaled_ql.environments import make_vector_environment
 from scaled_ql.games import TRAINING_GAMES, action_names
 from scaled_ql.replay import Replay, export_dqn_replay, open_replay, prefetch, sample_batch, sample_batches
 from scaled_ql.replay import format as fmt
 from scaled_ql.replay.memory import to_memory
+from scaled_ql.replay.ring import Ring
 from scaled_ql.replay.writer import episode_rows
 
 N_STEP, STACK, BATCH = 3, 4, 512
@@ -196,6 +201,116 @@ def _measure_store(path: str, seconds: float) -> dict[str, float]:
         "transitions/s": rate,
         "memory, MB": (psutil.Process().memory_info().rss - before) / 1e6,
     }
+
+
+def benchmark_online(
+    game: str = "Breakout",
+    environments: int = 64,
+    encoder: str = "nature_narrow",
+    hidden: int = 128,
+    update_period: int = 64,
+    batch_size: int = 32,
+    seconds: float = 10.0,
+) -> pd.DataFrame:
+    """Agents that play, learn, and do both, beside environments that are stepped with random actions.
+
+    Everything is as in `online.play`, logging included; agents always act by their network.
+
+    Returns:
+        columns environment steps/s, updates/s, share of random actions (of the first row's steps/s).
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from scaled_ql import losses, networks, online, training
+
+    sizes = {"hidden_sizes": (hidden,), "normalize_features": False, "layer_norm": False}
+    build = partial(networks.make_q_network, encoder, 1, "c51", **sizes)
+    atoms, optimizer = losses.support(-10, 10, 51), training.make_optimizer()
+    num_actions = [len(action_names(game))]
+    learner = online.independent_learners(build, num_actions, optimizer, seed=0, atoms=atoms)
+
+    vector = make_vector_environment(game, environments, sticky_actions=0.25)
+    vector.reset(seed=0)
+    rng = np.random.default_rng(0)
+
+    def play_randomly() -> float:
+        return _rate(lambda step: vector.step(rng.integers(num_actions[0], size=environments)), environments, seconds)
+
+    def play(update_period: int) -> dict[str, float]:
+        """Medians over reports."""
+        own = learner._replace(state=jax.tree.map(jnp.copy, learner.state))
+        settings = {"environments": environments, "num_transitions": 10**9, "seed": 0, "source": "benchmark"}
+        settings |= {"min_history": 1_000, "epsilon_decay": 1, "final_epsilon": 0.0, "report_seconds": 1.0}
+        settings |= {"capacity": 100_000, "batch_size": batch_size, "update_period": update_period, "max_steps": 2_000}
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoints = training.Checkpoints(Path(folder) / "checkpoints", {})
+            reports, until = [], time.perf_counter() + seconds
+            with contextlib.closing(online.play(folder, [game], own, checkpoints, **settings)) as running:
+                for _, report in running:
+                    if min(report["played"].values()) > 2_000:  # compiled, and beyond the random beginning
+                        reports.append(report)
+                    if time.perf_counter() > until and len(reports) > 3:
+                        break
+        names = "steps_per_second", "updates_per_second"
+        return {name: float(np.median([report[name] for report in reports[1:]])) for name in names}
+
+    rates = [play_randomly()]
+    acting = play(10**12)
+    rates.append(play_randomly())
+    both = play(update_period)
+    rates.append(play_randomly())
+    random = float(np.median(rates))  # in between, for these machines' speed drifts
+    ring = _filled_ring(vector, environments, 20_000, compressed=False)
+    state = jax.tree.map(jnp.copy, learner.state)
+
+    def learn(step: int) -> None:
+        nonlocal state
+        batch = ring.sample(np.random.default_rng(step), batch_size)
+        state, metrics = learner.update(state, type(batch)(*(field[None] for field in batch)))
+        metrics["loss"].block_until_ready()
+
+    rows = {
+        "limit: random actions, nothing else": {"environment steps/s": random},
+        "acting, logging": {"environment steps/s": acting["steps_per_second"]},
+        "learning alone": {"updates/s": _rate(learn, 1, seconds / 2)},
+        f"acting, logging, an update per {update_period} steps": {
+            "environment steps/s": both["steps_per_second"], "updates/s": both["updates_per_second"],
+        },
+    }  # fmt: skip
+    table = pd.DataFrame(rows).T
+    table["share of random actions"] = table["environment steps/s"] / random
+    vector.close()
+    return table
+
+
+def _filled_ring(vector: Any, environments: int, transitions: int, compressed: bool) -> Ring:
+    """A ring of random play."""
+    ring = Ring(environments, transitions, transitions // environments, compressed=compressed)
+    rng = np.random.default_rng(0)
+    stacks, _ = vector.reset(seed=0)
+    ring.begin(stacks[:, -1])
+    for _ in range(transitions // environments):
+        actions = rng.integers(vector.single_action_space.n, size=environments)
+        stacks, reward, terminated, truncated, _ = vector.step(actions)
+        ring.add(stacks[:, -1], actions, reward, terminated, truncated)
+    return ring
+
+
+def benchmark_ring(
+    game: str = "Breakout", environments: int = 64, transitions: int = 100_000, seconds: float = 5.0
+) -> pd.DataFrame:
+    """The replay of online learners, uncompressed and compressed: memory of a million transitions, time for a batch."""
+    vector, rows = make_vector_environment(game, environments, sticky_actions=0.25), {}
+    for name, compressed in (("uncompressed", False), ("compressed", True)):
+        ring = _filled_ring(vector, environments, transitions, compressed)
+        rate = _rate(lambda step, ring=ring: ring.sample(np.random.default_rng(step), 32), 32, seconds)
+        held = environments * ring.rows
+        rows[name] = {"GB for 1,000,000 transitions": ring.nbytes / held / 1e3, "transitions/s": rate}
+    vector.close()
+    table = pd.DataFrame(rows).T
+    table["times slower"] = table["transitions/s"].iloc[0] / table["transitions/s"]
+    return table
 
 
 def benchmark_import(path: str, folder: str | Path, rows: int = 1_000_000) -> pd.DataFrame:

@@ -187,7 +187,7 @@ def verify(store: str) -> None:
 
 @main.group()
 def benchmark() -> None:
-    """Measure the data path on this machine, beside its limits."""
+    """Measure this machine, beside its limits."""
 
 
 @benchmark.command("sampling")
@@ -209,6 +209,20 @@ def benchmark_scale(store: str, folder: str, copies: int) -> None:
     from scaled_ql import benchmarks
 
     click.echo(benchmarks.benchmark_scale(store, folder, copies).round(2).to_string())
+
+
+@benchmark.command("online")
+@click.option("--game", default="Breakout", show_default=True)
+@click.option("--environments", default=64, show_default=True)
+@click.option("--encoder", default="nature_narrow", show_default=True)
+@click.option("--update-period", default=64, show_default=True, help="Environment steps between updates.")
+def benchmark_online(game: str, environments: int, encoder: str, update_period: int) -> None:
+    """Agents that play, learn and do both, beside random actions; their replay, uncompressed and compressed."""
+    from scaled_ql import benchmarks
+
+    settings = {"environments": environments, "encoder": encoder, "update_period": update_period}
+    click.echo(benchmarks.benchmark_online(game, **settings).round(2).to_string())
+    click.echo(benchmarks.benchmark_ring(game, environments).round(2).to_string())
 
 
 @benchmark.command("import")

@@ -200,16 +200,25 @@ class _Game:
         self.steps = self.logged = writer.num_transitions  # played; played and handed to the log
         self.stacks, _ = environments.reset(seed=int(np.random.default_rng(seed).integers(2**30)))
         ring.begin(self.stacks[:, -1])
+        self._resetting, self._new = np.zeros(ring.num_environments, bool), None
 
     def send(self, actions: np.ndarray) -> None:
-        self.actions = actions
+        """Begin a step of all environments."""
+        self._actions = actions
         self.environments.send(actions)
 
-    def receive(self) -> list[dict[str, Any]]:
-        """Finish the step; returns the episodes that it ended."""
-        self.steps += int((~self.ring.resetting).sum())
+    def receive(self) -> None:
+        """Wait for its end."""
+        self.steps += int((~self._resetting).sum())
         self.stacks, reward, terminated, truncated, _ = self.environments.recv()
-        ended = self.ring.add(self.stacks[:, -1], self.actions, reward, terminated, truncated)
+        self._resetting = (terminated | truncated) & ~self._resetting
+        self._new = self.stacks[:, -1], self._actions, reward, terminated, truncated
+
+    def remember(self) -> list[dict[str, Any]]:
+        """Put the step that was received last into the ring; returns the episodes that it ended."""
+        if self._new is None:
+            return []
+        ended, self._new = self.ring.add(*self._new), None
         return [self.ring.episode(number) for number in ended.tolist()]
 
 
@@ -328,6 +337,7 @@ def play(
                 "updates_per_second": rates[1],
             }
 
+        unchecked, acted = None, {"epsilon": np.ones(len(games)), "learner_step": updates}
         while any(player.logged < num_transitions for player in players):
             steps = np.array([player.steps for player in players])
             epsilon = np.array([epsilon_at(step, min_history, epsilon_decay, final_epsilon) for step in steps])
@@ -341,9 +351,16 @@ def play(
             for player, row in zip(players, actions):
                 player.send(row)
 
+            # From here on the environments step: all that they do not need is done meanwhile.
+            for player, gap in zip(players, acted["epsilon"].tolist()):
+                for episode in player.remember():
+                    if player.logged < num_transitions:
+                        log.append(player, episode, epsilon=gap, learner_step=acted["learner_step"])
+            acted = {"epsilon": epsilon, "learner_step": updates}
+            if unchecked is not None:
+                losses_seen[:] = _check(unchecked, games, updates, checkpoints)
             history = steps - min_history
             due = int(max(history.sum() if learner.shared else history.min(), 0)) // update_period
-            unchecked = None
             while updates < due:
                 batch = sample(players, learner.shared, [seed, run, 2, updates], batch_size, pool, sampling)
                 state, metrics = learner.update(state, batch)
@@ -352,17 +369,15 @@ def play(
                 if time.perf_counter() - began > report_seconds:  # after a resumption there may be many
                     losses_seen[:] = _check(unchecked, games, updates, checkpoints)
                     yield state, report()
-            for player, gap in zip(players, epsilon):
-                for episode in player.receive():
-                    if player.logged < num_transitions:
-                        log.append(player, episode, epsilon=float(gap), learner_step=updates)
-            if unchecked is not None:
-                losses_seen[:] = _check(unchecked, games, updates, checkpoints)
             if updates // checkpoint_every > saved // checkpoint_every:
                 checkpoints.save(state)
                 saved = updates
+            for player in players:
+                player.receive()
             if time.perf_counter() - began > report_seconds:
                 yield state, report()
+        if unchecked is not None:
+            losses_seen[:] = _check(unchecked, games, updates, checkpoints)
         log.wait()
         if updates > saved:
             checkpoints.save(state)

@@ -1,0 +1,166 @@
+"""Devices: one mesh with an axis `data`, on one accelerator or on many, of one host or of several.
+
+A batch is split along the axis, parameters are on every device (or split along it, too), and the compiler does the
+rest: the train step is the same program text everywhere.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from scaled_ql.replay.store import Batch
+
+PyTree = Any
+SILENT_SECONDS = 60  # after which a host that says nothing counts as dead, and the others stop
+
+
+class DeviceError(ValueError):
+    """A choice of devices that does not work; the message says what does."""
+
+
+class OutOfMemory(MemoryError):
+    """What was asked for does not fit; the message has the numbers, and the parameters to lower."""
+
+
+def join_cluster(distributed: bool) -> None:
+    """Make this process one of several that train together; to be called before any device is touched.
+
+    Who the others are is read from the environment: Slurm, Open MPI, Kubernetes and Cloud TPUs tell JAX themselves;
+    elsewhere set JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+    Raises:
+        DeviceError: nothing in the environment says so, or there is one process only.
+    """
+    if not distributed or jax.distributed.is_initialized():
+        return
+    names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = {name: int(os.environ[name]) for name in names if name in os.environ}
+    arguments = {"num_processes": given.get(names[0]), "process_id": given.get(names[1])}
+    how = (
+        "Set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each, or start them by Slurm, Open MPI "
+        "or Kubernetes. For one process set distributed = False."
+    )
+    if given.get(names[0]) == 1:
+        raise DeviceError(f"distributed is set, but JAX_NUM_PROCESSES is 1. {how}")
+    try:
+        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=SILENT_SECONDS)
+    except (ValueError, RuntimeError) as error:
+        raise DeviceError(f"distributed is set, but the processes cannot find one another ({error}). {how}") from error
+    if jax.process_count() == 1:
+        jax.distributed.shutdown()
+        raise DeviceError(f"distributed is set, but this is a single process. {how}")
+
+
+def process_number() -> int:
+    """Which of several processes this one will be, from the environment, before JAX is asked."""
+    for name in ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JOB_COMPLETION_INDEX"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 0
+
+
+def make_mesh(num_devices: int = 0) -> Mesh:
+    """A mesh of the first `num_devices` devices (0: all), with one axis, `data`.
+
+    Raises:
+        DeviceError: there are not so many.
+    """
+    devices = jax.devices()
+    if num_devices > len(devices):
+        kinds = ", ".join(sorted({device.device_kind for device in devices}))
+        raise DeviceError(f"devices = {num_devices}, but there are {len(devices)} ({kinds}). Use 0 for all of them.")
+    if num_devices and jax.process_count() > 1 and num_devices != len(devices):
+        raise DeviceError(f"devices = {num_devices}: several processes use all their {len(devices)} devices; use 0.")
+    return Mesh(np.array(devices[: num_devices or None]), ("data",))
+
+
+def check_batch(size: int, mesh: Mesh, accumulate: int = 1) -> None:
+    """Check that a batch can be split over the mesh, and each part into `accumulate` equal ones.
+
+    Raises:
+        DeviceError: it cannot.
+    """
+    parts = mesh.size * accumulate
+    if size % parts:
+        into = f"{mesh.size} devices" + (f" x {accumulate} accumulated parts" if accumulate > 1 else "")
+        raise DeviceError(
+            f"a batch of {size} transitions (games_per_batch x transitions_per_game) cannot be split over {into}. "
+            f"Use a multiple of {parts}, such as {max(size // parts, 1) * parts}, or other devices."
+        )
+
+
+def state_shardings(state: PyTree, mesh: Mesh, split: bool = False) -> PyTree:
+    """Where each array of a training state lies: on all devices, or with `split` its longest divisible axis on `data`.
+
+    Splitting is ZeRO (Rajbhandari et al., 2020) by annotation alone: parameters, target and Adam's moments take a share
+    of the memory on each device, and are gathered where they are used.
+    """
+
+    def sharding(leaf: Any) -> NamedSharding:
+        axes = [axis for axis, size in enumerate(np.shape(leaf)) if split and size % mesh.size == 0]
+        if not axes:
+            return NamedSharding(mesh, P())
+        longest = max(axes, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, P(*[None] * longest, "data"))
+
+    return jax.tree.map(sharding, state)
+
+
+def place_state(state: PyTree, shardings: PyTree) -> PyTree:
+    """Put a state where it belongs; every process has all of it."""
+
+    def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(place, state, shardings)
+
+
+def place_batches(batches: Iterator[Batch], mesh: Mesh, ahead: int = 2) -> Iterator[Batch]:
+    """Send batches, or this process's shares of them, to the mesh, `ahead` of them before they are needed."""
+    sharding, waiting = NamedSharding(mesh, P("data")), deque()
+
+    def place(batch: Batch) -> Batch:
+        if jax.process_count() == 1:
+            return jax.device_put(batch, sharding)
+        return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch)
+
+    for batch in batches:
+        waiting.append(place(batch))
+        if len(waiting) > ahead:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def whole(tree: PyTree) -> PyTree:
+    """NumPy arrays of a tree on a mesh, whole in every process; where parts are elsewhere, all processes must ask."""
+
+    def fetch(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            from jax.experimental import multihost_utils
+
+            return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+        return np.asarray(leaf)
+
+    return jax.tree.map(fetch, tree)
+
+
+def free_bytes(device: jax.Device) -> int:
+    """Memory that a device offers: an accelerator's own limit, or what the machine has left."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return psutil.virtual_memory().available
+
+
+def tree_bytes(tree: PyTree) -> int:
+    """Bytes of all arrays of a tree, which may be abstract."""
+    return sum(int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
