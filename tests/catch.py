@@ -9,9 +9,9 @@ COLUMNS, ROWS, PIXELS = 7, 7, 12
 
 
 class Catch(gymnasium.Env):
-    """A ball falls, a paddle moves left, stays or moves right; +1 for a catch, -1 for a miss, five balls an episode.
+    """A ball falls, a paddle moves left, stays or moves right (actions modulo 3); +1 for a catch, -1 for a miss.
 
-    Frames are uint8 [84, 84]: a grid of 7 x 7 squares. The best return is 5.
+    Five balls an episode, so the best return is 5. Frames are uint8 [84, 84]: a grid of 7 x 7 squares.
     """
 
     observation_space = gymnasium.spaces.Box(0, 255, (84, 84), np.uint8)
@@ -30,7 +30,7 @@ class Catch(gymnasium.Env):
         self.ball, self.row = int(self.np_random.integers(COLUMNS)), 0
 
     def step(self, action):
-        self.paddle = min(max(self.paddle + int(action) - 1, 0), COLUMNS - 1)
+        self.paddle = min(max(self.paddle + int(action) % 3 - 1, 0), COLUMNS - 1)
         self.row += 1
         reward = 0.0
         if self.row == ROWS - 1:
