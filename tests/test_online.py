@@ -18,6 +18,7 @@ import pytest
 from catch import make_catch
 
 from scaled_ql import losses, networks, online, training
+from scaled_ql.devices import OutOfMemory
 from scaled_ql.environments import EnvironmentDied, make_environment, make_vector_environment
 from scaled_ql.games import UnknownGame, UnknownVariant
 from scaled_ql.replay import ReplayError, open_replay
@@ -331,9 +332,7 @@ def test_what_cannot_be_played_is_refused_before_anything_is(tmp_path):
         next(play(tmp_path, ["Brekout"], learner))
     with pytest.raises(UnknownVariant, match=r"Breakout has no mode 5.* Its modes are 0, 4, 8.* difficulties 0, 1"):
         next(play(tmp_path, ["Breakout"], learner, mode=5))
-    with pytest.raises(
-        online.OutOfMemory, match=r"1 games x 400000 environments .* take [\d.]+ GB; [\d.]+ GB are free"
-    ):
+    with pytest.raises(OutOfMemory, match=r"1 games x 400000 environments .* take [\d.]+ GB; [\d.]+ GB are free"):
         next(play(tmp_path, ["Breakout"], learner, environments=400_000, max_steps=27_000))
     assert not (tmp_path / "replay").exists()
 

@@ -15,7 +15,8 @@ ORDER = (
     "replay.writer", "replay.sampling", "replay.workers", "replay.ring",
     "replay.returns", "replay.importing", "replay.dqn_replay", "replay.export", "replay.rl_unplugged", "replay.minari",
     "replay", "replay.memory", "replay.device", "collect",
-    "networks.encoders", "networks.q_network", "networks", "losses", "objectives", "training", "evaluation", "online",
+    "networks.encoders", "networks.q_network", "networks", "losses", "objectives", "devices", "training", "evaluation",
+    "online",
     "benchmarks",
     "parameters", "paper", "runs", "ablations", "grids", "explore", "command",
 )  # fmt: skip

@@ -22,6 +22,7 @@ import psutil
 from flax import nnx
 
 from scaled_ql import objectives
+from scaled_ql.devices import OutOfMemory
 from scaled_ql.environments import MAX_STEPS, STACK_SIZE, VectorEnvironment, make_vector_environment
 from scaled_ql.evaluation import QFunction, make_q_function
 from scaled_ql.games import action_names, check_variant, rom_md5
@@ -40,10 +41,6 @@ PLAYING = (
     "capacity", "compressed", "batch_size", "n_step", "discount", "min_history", "update_period", "epsilon_decay",
     "checkpoint_every",
 )  # fmt: skip
-
-
-class OutOfMemory(MemoryError):
-    """What was asked for does not fit; the message has the numbers."""
 
 
 class Learner(NamedTuple):
