@@ -59,14 +59,6 @@ def join_cluster(distributed: bool) -> None:
         raise DeviceError(f"distributed is set, but this is a single process. {how}")
 
 
-def process_number() -> int:
-    """Which of several processes this one will be, from the environment, before JAX is asked."""
-    for name in ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JOB_COMPLETION_INDEX"):
-        if name in os.environ:
-            return int(os.environ[name])
-    return 0
-
-
 def make_mesh(num_devices: int = 0) -> Mesh:
     """A mesh of the first `num_devices` devices (0: all), with one axis, `data`.
 
@@ -76,10 +68,19 @@ def make_mesh(num_devices: int = 0) -> Mesh:
     devices = jax.devices()
     if num_devices > len(devices):
         kinds = ", ".join(sorted({device.device_kind for device in devices}))
-        raise DeviceError(f"devices = {num_devices}, but there are {len(devices)} ({kinds}). Use 0 for all of them.")
+        raise DeviceError(
+            f"num_devices = {num_devices}, but there are {len(devices)} ({kinds}). Use 0 for all of them."
+        )
     if num_devices and jax.process_count() > 1 and num_devices != len(devices):
-        raise DeviceError(f"devices = {num_devices}: several processes use all their {len(devices)} devices; use 0.")
+        raise DeviceError(
+            f"num_devices = {num_devices}: several processes use all their {len(devices)} devices; use 0."
+        )
     return Mesh(np.array(devices[: num_devices or None]), ("data",))
+
+
+def describe(mesh: Mesh) -> list[str]:
+    """Platform and kind of each device."""
+    return [f"{device.platform}:{device.device_kind}" for device in mesh.devices.flat]
 
 
 def check_batch(size: int, mesh: Mesh, accumulate: int = 1) -> None:

@@ -117,7 +117,7 @@ class DataExploration(Parameters):
 # Parameters of training runs that change nothing about what a run learns or how it is measured, and the seed.
 INCIDENTAL = frozenset((
     "run", "outputs", "seed", "replay_storage", "sampling_processes", "log_every", "checkpoint_every",
-    "keep_checkpoint_every", "video_steps",
+    "keep_checkpoint_every", "video_steps", "num_devices", "distributed", "shard_parameters", "accumulate", "remat",
 ))  # fmt: skip
 Q_LEARNING_ONLY = ("head", "double_q", "scale_rewards", "dr3")
 
@@ -129,6 +129,11 @@ class ScaledTraining(Parameters):
     view: str = ""
     replay_storage: Literal["auto", "disk", "memory", "device"] = "auto"
     sampling_processes: Annotated[int, Field(ge=0)] = 0
+    num_devices: Annotated[int, Field(ge=0)] = 0
+    distributed: bool = False
+    shard_parameters: bool = False
+    accumulate: Count = 1
+    remat: bool = False
     seed: Seed = 0
 
     method: Literal["cql", "bcq", "bc", "return_bc"] = "cql"

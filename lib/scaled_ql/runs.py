@@ -46,6 +46,10 @@ GATHERING = ("03_ablations", "05_paper_report")  # reports on whatever runs ther
 LOCK_SECONDS = 20.0  # a kernel whose runner was killed takes a moment to notice
 
 
+class LeftToFirstProcess(BaseException):
+    """Not an error: of several processes that train together only the first goes on to evaluate and to report."""
+
+
 class RunError(RuntimeError):
     """A run that cannot start or did not finish; the message says what to do."""
 
@@ -70,6 +74,26 @@ def workspace() -> Path:
 def outputs_folder(values: Parameters) -> Path:
     """The folder of all runs that a run belongs to."""
     return Path(values.outputs).absolute() if values.outputs else workspace() / "outputs"
+
+
+def process_number(values: Parameters) -> int:
+    """Which of several processes of a `distributed` run this one is, as its environment says; 0 of any other run."""
+    if getattr(values, "distributed", False):
+        for name in ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JOB_COMPLETION_INDEX"):
+            if name in os.environ:
+                return int(os.environ[name])
+    return 0
+
+
+def run_folder(notebook: str, values: Parameters) -> Path:
+    """The folder of a run, which all its processes share."""
+    return outputs_folder(values) / notebook / values.run
+
+
+def own_folder(notebook: str, values: Parameters) -> Path:
+    """Where this process keeps its notebook and its status: the run's folder, or within it for all but the first."""
+    number = process_number(values)
+    return run_folder(notebook, values) / f"processes/{number}" if number else run_folder(notebook, values)
 
 
 def open_dataset(values: Any) -> Replay:
@@ -112,13 +136,11 @@ def provenance() -> dict[str, Any]:
             return ""
 
     commit = git("rev-parse", "HEAD")
-    jax = sys.modules.get("jax")  # only where the notebook uses it
     return {
         "git_commit": commit or None,
         "git_dirty": bool(git("status", "--porcelain")) if commit else None,
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in PACKAGES},
-        "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()] if jax else [],
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
 
@@ -148,31 +170,32 @@ class Run:
 
     Attributes:
         folder: everything the run writes goes there.
+        own: of one of several processes, what only it writes; else the same.
         parameters: as checked.
     """
 
     def __init__(self, notebook: str, values: Parameters):
         self.notebook, self.parameters = notebook, values
-        self.folder = outputs_folder(values) / notebook / values.run
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = filelock.FileLock(self.folder / ".lock", is_singleton=True)
+        self.folder, self.own = run_folder(notebook, values), own_folder(notebook, values)
+        self.own.mkdir(parents=True, exist_ok=True)
+        self._lock = filelock.FileLock(self.own / ".lock", is_singleton=True)
         try:
             self._lock.acquire(timeout=LOCK_SECONDS)
         except filelock.Timeout:
-            pid = read_json(self.folder / "status.json").get("pid")
+            pid = read_json(self.own / "status.json").get("pid")
             raise RunError(
-                f"{self.folder}: another process (pid {pid}) is running in this folder. Wait for it, stop it, "
+                f"{self.own}: another process (pid {pid}) is running in this folder. Wait for it, stop it, "
                 "or choose another run name."
             ) from None
         self._started = time.time()
 
     def _status(self, state: str, **more: Any) -> None:
         status = {"state": state, "pid": os.getpid(), "started": self._started, "updated": time.time()} | more
-        write_json(self.folder / "status.json", status)
+        write_json(self.own / "status.json", status)
 
     def note(self, **facts: Any) -> None:
         """Add to `provenance.json`: what the run turned out to be made from (dataset, ROMs, ...)."""
-        file = self.folder / "provenance.json"
+        file = self.own / "provenance.json"
         write_json(file, read_json(file) | facts)
 
     def progress(self, done: int, total: int) -> None:
@@ -185,6 +208,17 @@ class Run:
         self._status("finished")
         self._lock.release(force=True)
 
+    def leave_to_first_process(self) -> None:
+        """Go on in the first process of a run only; the others are finished here.
+
+        Raises:
+            LeftToFirstProcess: in those; whoever runs the notebook knows it.
+        """
+        if self.own != self.folder:
+            self._status("finished")
+            self._lock.release(force=True)
+            raise LeftToFirstProcess("evaluation and report are left to the first process")
+
     def _watch_cells(self) -> None:
         """In a notebook: mark the run failed or interrupted when a cell raises, whoever executes it."""
         ipython = sys.modules.get("IPython")
@@ -194,7 +228,7 @@ class Run:
 
         def after_cell(result: Any) -> None:
             error = result.error_in_exec or result.error_before_exec
-            if error is not None and self._lock.is_locked:
+            if error is not None and not isinstance(error, LeftToFirstProcess) and self._lock.is_locked:
                 state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
                 self._status(state, error="".join(traceback.format_exception_only(error)).strip())
 
@@ -218,10 +252,10 @@ def start(notebook: str, namespace: dict[str, Any]) -> Run:
     values = parameters.from_notebook(notebook, namespace)
     compare_parameters(notebook, values)
     run = Run(notebook, values)
-    file = run.folder / "parameters.yaml"
+    file = run.own / "parameters.yaml"
     if not file.exists():
         file.write_text(yaml.safe_dump(values.model_dump(), sort_keys=False))
-    write_json(run.folder / "provenance.json", provenance())
+    write_json(run.own / "provenance.json", provenance())
     run._status("running")
     run._watch_cells()
     return run
@@ -233,7 +267,7 @@ def compare_parameters(notebook: str, values: Parameters) -> bool:
     Raises:
         RunError: they differ.
     """
-    file = outputs_folder(values) / notebook / values.run / "parameters.yaml"
+    file = own_folder(notebook, values) / "parameters.yaml"
     if not file.exists():
         return False
     stored, ours = parameters.load(file), values.model_dump()
@@ -256,10 +290,11 @@ def finished(notebook: str, values: Parameters) -> bool:
     Raises:
         RunError: the folder holds a run with other parameters.
     """
-    folder = outputs_folder(values) / notebook / values.run
+    folder = own_folder(notebook, values)
     exists = compare_parameters(notebook, values)
     done = read_json(folder / "status.json").get("state") == "finished"
-    return exists and done and (folder / "run.html").exists() and notebook not in GATHERING
+    reported = (folder / "run.html").exists() or folder != run_folder(notebook, values)
+    return exists and done and reported and notebook not in GATHERING
 
 
 def execute(notebook: str, values: Parameters) -> Path:
@@ -271,8 +306,8 @@ def execute(notebook: str, values: Parameters) -> Path:
     Raises:
         RunError: the notebook failed (the message ends with its error), or its folder is in use.
     """
-    folder = outputs_folder(values) / notebook / values.run
-    title = f"{notebook} / {values.run}"
+    folder = own_folder(notebook, values)
+    title = f"{notebook} / {folder.relative_to(outputs_folder(values) / notebook)}"
     if finished(notebook, values):
         print(f"{title}: finished before, left as it is: {folder / 'run.html'}")
         return folder
@@ -281,10 +316,11 @@ def execute(notebook: str, values: Parameters) -> Path:
     try:
         with filelock.FileLock(folder / ".runner.lock", timeout=LOCK_SECONDS), _progress_bar(folder, title):
             _papermill(notebook, values, folder)
-            render(folder / "run.ipynb")
+            if folder == run_folder(notebook, values):
+                render(folder / "run.ipynb")
     except filelock.Timeout:
         raise RunError(f"{folder}: another scaled-ql run is executing this run; wait for it or stop it.") from None
-    print(f"{title}: {time.perf_counter() - began:.0f} s: {folder / 'run.html'}")
+    print(f"{title}: {time.perf_counter() - began:.0f} s: {run_folder(notebook, values) / 'run.html'}")
     return folder
 
 
@@ -305,6 +341,8 @@ def _papermill(notebook: str, values: Parameters, folder: Path) -> None:
                 break
             except papermill.PapermillExecutionError as error:
                 partial.replace(folder / "run.ipynb")
+                if error.ename == LeftToFirstProcess.__name__:
+                    return
                 failed = RunError(
                     f"{source.name}: {error.ename}: {error.evalue}\nThe notebook as far as it came: "
                     f"{folder / 'run.ipynb'}. Running the same command again goes on from what is on disk."

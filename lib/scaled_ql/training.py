@@ -16,7 +16,9 @@ import optax
 import orbax.checkpoint as ocp
 import pandas as pd
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
+from scaled_ql import devices
 from scaled_ql.networks import BCQNetwork, QNetwork
 from scaled_ql.objectives import Metrics, Objective, PyTree
 from scaled_ql.replay.store import Batch
@@ -69,7 +71,10 @@ def apply(graph: nnx.GraphDef, params: PyTree, observation: jax.Array, game: jax
 
 
 def make_update(
-    objective: Objective, optimizer: optax.GradientTransformation, target_update_period: int = 2_000
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    target_update_period: int = 2_000,
+    accumulate: int = 1,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
     """One step as a pure function: the objective's gradient, Adam, and now and then a copy to the target network.
 
@@ -77,14 +82,35 @@ def make_update(
         objective: from `objectives`.
         optimizer: the one that made the state.
         target_update_period: steps between copies of the online to the target network.
+        accumulate: parts of the batch whose gradients are taken one after another and averaged: the memory of one part,
+            the result of the whole.
 
     Returns:
         (state, batch, key of the run) -> (state, metrics): the objective's, and `grad_norm`.
     """
+    gradient = jax.grad(objective, has_aux=True)
+
+    def of_parts(params: PyTree, target_params: PyTree, batch: Batch, key: jax.Array) -> tuple[PyTree, Metrics]:
+        # Every accumulate-th transition, so that each device has its share of each part.
+        parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+
+        def add(total: tuple, part: tuple[Batch, jax.Array]) -> tuple[tuple, None]:
+            return jax.tree.map(jnp.add, total, gradient(params, target_params, *part)), None
+
+        keys = jax.random.split(key, accumulate)
+        first = jax.tree.map(lambda x: x[0], (parts, keys))
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, target_params, *first)
+        )
+        (gradients, metrics), _ = jax.lax.scan(add, zeros, (parts, keys))
+        summed = ("_sum", "_count")
+        metrics = {name: x if name.endswith(summed) else x / accumulate for name, x in metrics.items()}
+        return jax.tree.map(lambda x: x / accumulate, gradients), metrics
 
     def update(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        gradients, metrics = jax.grad(objective, has_aux=True)(state.params, state.target_params, batch, key)
+        take = gradient if accumulate == 1 else of_parts
+        gradients, metrics = take(state.params, state.target_params, batch, key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
@@ -101,19 +127,81 @@ def make_train_step(
     *,
     target_update_period: int = 2_000,
     seed: int = 0,
+    accumulate: int = 1,
+    shardings: PyTree = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Compile `make_update`.
 
     Args:
-        objective, optimizer, target_update_period: as there.
+        objective, optimizer, target_update_period, accumulate: as there.
         seed: of an objective's own randomness; step t's is a function of (seed, t).
+        shardings: where the state lies on a mesh (`devices.state_shardings`), and stays; batches are split along it.
 
     Returns:
         (state, batch) -> (state, metrics). The state passed in is donated: use the one returned.
     """
-    update = make_update(objective, optimizer, target_update_period)
-    compiled, run_key = jax.jit(update, donate_argnums=0), jax.random.key(seed)
+    update, run_key = make_update(objective, optimizer, target_update_period, accumulate), jax.random.key(seed)
+    where = {}
+    if shardings is not None:
+        everywhere = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
+        where = {"out_shardings": (shardings, everywhere)}
+    compiled = jax.jit(update, donate_argnums=0, **where)
     return lambda state, batch: compiled(state, batch, run_key)  # an argument: one program for all seeds
+
+
+def memory_needed(
+    objective: Objective,
+    state: TrainState,
+    batch: Batch,
+    accumulate: int = 1,
+    parts: int = 1,
+    split: bool = False,
+) -> dict[str, int]:
+    """Bytes that a step takes on a device, reckoned before anything is compiled.
+
+    Args:
+        objective: of the step.
+        state: of the run; may be abstract, and so may `batch`, the whole batch.
+        accumulate: as in `make_update`.
+        parts: devices that share the batch.
+        split: they share the state, too.
+
+    Returns:
+        `state` (parameters, target, Adam's moments) and `gradients`; `activations`: what the backward pass needs of
+        the forward pass, as automatic differentiation keeps it (a compiler may keep less, or need more for a moment);
+        `total`.
+    """
+    rows = len(batch.game) // accumulate // parts
+    part = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
+
+    def kept(params: PyTree, target_params: PyTree, part: Batch) -> Any:
+        loss = lambda params: objective(params, target_params, part, jax.random.key(0))[0]  # noqa: E731
+        return jax.vjp(loss, params)[1]
+
+    residuals = jax.tree.leaves(jax.eval_shape(kept, state.params, state.target_params, part))
+    params = devices.tree_bytes(state.params)
+    needed = {
+        "state": devices.tree_bytes(state) // (parts if split else 1),
+        "gradients": params * (2 if accumulate > 1 else 1),
+        "activations": max(devices.tree_bytes(residuals) - params, 0),
+    }
+    return needed | {"total": sum(needed.values())}
+
+
+def check_memory(needed: dict[str, int], device: jax.Device) -> None:
+    """Refuse a step that a device has not the memory for.
+
+    Raises:
+        OutOfMemory: with the numbers of `memory_needed`.
+    """
+    free = devices.free_bytes(device)
+    if needed["total"] > free:
+        numbers = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in needed.items() if name != "total")
+        raise devices.OutOfMemory(
+            f"a step is reckoned to take {needed['total'] / 1e9:.1f} GB ({numbers}); {device.device_kind} has "
+            f"{free / 1e9:.1f} GB free. Raise accumulate, set remat, shard_parameters (several devices) or dtype "
+            "bfloat16, use a smaller encoder, or lower games_per_batch (which is another experiment)."
+        )
 
 
 def cache_compiled_programs() -> None:
@@ -155,13 +243,14 @@ def train(
         Diverged: a loss or gradient is NaN or infinite; names the step, the games in its batch and the last checkpoint.
     """
     window: list[dict[str, np.ndarray]] = []
-    unchecked: tuple[int, np.ndarray, Metrics] | None = None
+    unchecked: tuple[int, Metrics] | None = None
 
     def check() -> None:
-        step, drawn, metrics = unchecked
+        step, metrics = unchecked
         values = jax.device_get(metrics)
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            names = ", ".join(games[number] for number in np.unique(drawn))
+            (counts,) = (value for name, value in values.items() if name.endswith("_count"))
+            names = ", ".join(game for game, count in zip(games, counts) if count)
             raise Diverged(
                 f"the loss is {values['loss']} at step {step} ({_scalars(values)}). "
                 f"Games in the batch: {names}. {checkpoints.describe_latest()} Lower learning_rate, "
@@ -171,11 +260,20 @@ def train(
 
     step, started = int(state.step), time.perf_counter()
     for batch in batches:
-        state, metrics = train_step(state, batch)
+        try:
+            state, metrics = train_step(state, batch)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise devices.OutOfMemory(
+                f"step {step + 1} does not fit into the device's memory ({str(error).splitlines()[0]}). Raise "
+                "accumulate, set remat or shard_parameters, or lower games_per_batch (which is another experiment). "
+                f"{checkpoints.describe_latest()}"
+            ) from error
         step += 1
         if unchecked is not None:
             check()
-        unchecked = (step, batch.game, metrics)
+        unchecked = (step, metrics)
         if step % log_every == 0:
             check()
             unchecked = None
@@ -343,6 +441,6 @@ class Checkpoints:
 
 def _crc32(state: TrainState) -> int:
     crc = 0
-    for leaf in jax.tree.leaves(jax.device_get(state)):
+    for leaf in jax.tree.leaves(devices.whole(state)):
         crc = zlib.crc32(np.ascontiguousarray(leaf), crc)
     return crc

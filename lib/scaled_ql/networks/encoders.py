@@ -159,9 +159,11 @@ class ResNet(nnx.Module):
         *,
         channels: int,
         group_size: int,
+        remat: bool,
         dtype: Dtype,
         rngs: nnx.Rngs,
     ):
+        self.remat = remat
         self.conv = _conv(channels, width, 7, 2, dtype=dtype, rngs=rngs)
         self.norm = GroupNorm(width, group_size=group_size, dtype=dtype)
         layers, features = [], width
@@ -175,7 +177,18 @@ class ResNet(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, H', W', F]."""
         x = self.norm(strided_convolution(x, self.conv.kernel[...].astype(self.conv.dtype), 2, "SAME"))
-        return self.blocks(nnx.relu(max_pool(x)))
+        return run_blocks(self.blocks, nnx.relu(max_pool(x)), self.remat)
+
+
+def run_blocks(blocks: nnx.Sequential, x: jax.Array, remat: bool) -> jax.Array:
+    """One block after another; with `remat` only what is between them is kept for the backward pass."""
+    for block in blocks.layers:
+        if remat:
+            graph, variables = nnx.split(block)
+            x = jax.checkpoint(lambda variables, x, graph=graph: nnx.merge(graph, variables)(x))(variables, x)
+        else:
+            x = block(x)
+    return x
 
 
 class ResidualUnit(nnx.Module):
@@ -205,21 +218,22 @@ class ImpalaStage(nnx.Module):
 class Impala(nnx.Module):
     """The deep residual network of Espeholt et al. (2018): 16, 32, 32 channels, times a width multiplier."""
 
-    def __init__(self, multiplier: int, *, channels: int, group_size: int, dtype: Dtype, rngs: nnx.Rngs):
+    def __init__(self, multiplier: int, *, channels: int, group_size: int, remat: bool, dtype: Dtype, rngs: nnx.Rngs):
         del group_size  # the family has no normalisation
+        self.remat = remat
         sizes = [channels, *(multiplier * width for width in (16, 32, 32))]
         self.stages = nnx.Sequential(*(ImpalaStage(a, b, dtype=dtype, rngs=rngs) for a, b in pairwise(sizes)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, H', W', F]."""
-        return nnx.relu(self.stages(x))
+        return nnx.relu(run_blocks(self.stages, x, self.remat))
 
 
 class Nature(nnx.Module):
     """The three convolutions of Mnih et al. (2015)."""
 
-    def __init__(self, *, channels: int, group_size: int, dtype: Dtype, rngs: nnx.Rngs):
-        del group_size  # the family has no normalisation
+    def __init__(self, *, channels: int, group_size: int, remat: bool, dtype: Dtype, rngs: nnx.Rngs):
+        del group_size, remat  # the family has no normalisation, and nothing to save
         self.layers = _convolutions(((32, 8, 4), (64, 4, 2), (64, 3, 1)), channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -230,8 +244,8 @@ class Nature(nnx.Module):
 class NarrowNature(nnx.Module):
     """As `Nature` with a quarter of its channels, on images of half the size: for processors without accelerator."""
 
-    def __init__(self, *, channels: int, group_size: int, dtype: Dtype, rngs: nnx.Rngs):
-        del group_size
+    def __init__(self, *, channels: int, group_size: int, remat: bool, dtype: Dtype, rngs: nnx.Rngs):
+        del group_size, remat
         self.layers = _convolutions(((8, 4, 2), (16, 4, 2), (16, 3, 1)), channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -267,7 +281,13 @@ ENCODERS: dict[str, Callable[..., nnx.Module]] = {
 
 
 def make_encoder(
-    name: str, *, channels: int = 4, group_size: int = 4, dtype: Dtype = jnp.float32, rngs: nnx.Rngs
+    name: str,
+    *,
+    channels: int = 4,
+    group_size: int = 4,
+    remat: bool = False,
+    dtype: Dtype = jnp.float32,
+    rngs: nnx.Rngs,
 ) -> nnx.Module:
     """An encoder by name.
 
@@ -275,6 +295,8 @@ def make_encoder(
         name: a key of `ENCODERS`.
         channels: frames in an observation.
         group_size: channels per group of the group normalisation (the paper's "group size of 4").
+        remat: compute each block again for the backward pass instead of keeping what is within: less memory, a third
+            more time.
         dtype: of the computation; parameters are float32.
         rngs: for the initial parameters.
 
@@ -283,4 +305,4 @@ def make_encoder(
     """
     if name not in ENCODERS:
         raise ValueError(f"unknown encoder {name!r}; there are {', '.join(ENCODERS)}.")
-    return ENCODERS[name](channels=channels, group_size=group_size, dtype=dtype, rngs=rngs)
+    return ENCODERS[name](channels=channels, group_size=group_size, remat=remat, dtype=dtype, rngs=rngs)

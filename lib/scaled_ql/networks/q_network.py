@@ -77,13 +77,15 @@ class QNetwork(nnx.Module):
         stack_size: int,
         mean_frames: jax.Array | None,
         layer_norm: bool,
+        remat: bool,
         dtype: Dtype,
         rngs: nnx.Rngs,
     ):
         self.num_outputs, self.normalize, self.dtype = num_outputs, normalize, dtype
         # A constant, kept among the parameters so that a checkpoint holds it; without a gradient Adam leaves it alone.
         self.mean_frames = None if mean_frames is None else nnx.Param(mean_frames)
-        self.encoder = make_encoder(encoder, channels=stack_size, group_size=group_size, dtype=dtype, rngs=rngs)
+        how = {"group_size": group_size, "remat": remat, "dtype": dtype}
+        self.encoder = make_encoder(encoder, channels=stack_size, rngs=rngs, **how)
         image = jax.ShapeDtypeStruct((1, 84, 84, stack_size), dtype)
         _, height, width, channels = jax.eval_shape(self.encoder, image).shape
         self.embedding = SpatialEmbedding(embedding, height, width, channels, dtype=dtype, rngs=rngs)
@@ -165,6 +167,7 @@ def make_q_network(
     stack_size: int = 4,
     mean_frames: np.ndarray | None = None,
     layer_norm: bool = True,
+    remat: bool = False,
     dtype: str = "float32",
 ) -> QNetwork:
     """A Q-network with the paper's defaults (appendix B.1).
@@ -186,6 +189,7 @@ def make_q_network(
             per-pixel mean subtracted"; the paper does not say). Most of a game's screen never changes, and without
             it a short training run sees little else.
         layer_norm: after the first fully connected layer; online DQN has none (Mnih et al., 2015).
+        remat: compute the encoder's blocks again for the backward pass; see `make_encoder`.
         dtype: of the computation, ``float32`` or ``bfloat16``; parameters and outputs are float32.
 
     Raises:
@@ -204,6 +208,7 @@ def make_q_network(
         group_size=group_size,
         stack_size=stack_size,
         layer_norm=layer_norm,
+        remat=remat,
         dtype=jnp.dtype(dtype),
     )
     # One compiled program draws all parameters: several times faster than layer by layer. What differs between runs is

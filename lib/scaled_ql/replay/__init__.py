@@ -6,7 +6,7 @@ from scaled_ql.replay.format import ReplayError
 from scaled_ql.replay.minari import import_minari
 from scaled_ql.replay.returns import label_with_returns, returns_to_go, reward_scales
 from scaled_ql.replay.rl_unplugged import import_rl_unplugged
-from scaled_ql.replay.sampling import mean_frames, prefetch, sample_batch, sample_indices
+from scaled_ql.replay.sampling import mean_frames, prefetch, sample_batch, sample_indices, share_of
 from scaled_ql.replay.store import Batch, Replay, open_replay
 from scaled_ql.replay.views import View, load_view
 from scaled_ql.replay.workers import sample_batches
@@ -32,4 +32,5 @@ __all__ = [
     "sample_batch",
     "sample_batches",
     "sample_indices",
+    "share_of",
 ]

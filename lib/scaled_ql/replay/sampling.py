@@ -74,11 +74,20 @@ def sample_batch(
         n_step=n_step,
         stack_size=stack_size,
     )
-    number, shards = shard
-    if len(game) % shards or not 0 <= number < shards:
-        raise ValueError(f"a batch of {len(game)} transitions has no share {number} of {shards} equal ones")
-    mine = slice(number * len(game) // shards, (number + 1) * len(game) // shards)
+    mine = share_of(len(game), shard)
     return replay.gather(game[mine], index[mine], n_step, discount, stack_size, out=out)
+
+
+def share_of(size: int, shard: tuple[int, int]) -> slice:
+    """The i-th of n equal shares of a batch of `size` transitions, for shard = (i, n).
+
+    Raises:
+        ValueError: there is none.
+    """
+    number, shards = shard
+    if size % shards or not 0 <= number < shards:
+        raise ValueError(f"a batch of {size} transitions has no share {number} of {shards} equal ones")
+    return slice(number * size // shards, (number + 1) * size // shards)
 
 
 def mean_frames(replay: Replay, seed: int, num_frames: int = 1_000) -> np.ndarray:
