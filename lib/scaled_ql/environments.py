@@ -4,6 +4,7 @@ Grey frames, maximum over the last two of 4 emulator frames, area resize to 84 x
 reset, game over (not a lost life) ends an episode, 27,000 agent steps (108,000 frames) truncate it.
 """
 
+import multiprocessing.connection
 from functools import partial
 from typing import Any
 
@@ -88,6 +89,10 @@ class ProcessVectorEnv(gymnasium.vector.AsyncVectorEnv):
             raise self._died(error) from error
 
     def _died(self, error: Exception) -> EnvironmentDied:
+        if not isinstance(error, TimeoutError):
+            multiprocessing.connection.wait(
+                [process.sentinel for process in self.processes], timeout=5
+            )  # a pipe ends first
         dead = [str(number) for number, process in enumerate(self.processes) if not process.is_alive()]
         what = f"environment {', '.join(dead)} of {self.num_envs} ended" if dead else "an environment does not answer"
         self.close(terminate=True)

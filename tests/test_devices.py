@@ -1,0 +1,205 @@
+"""One device or eight, one process or two: the same training; and what is refused before it begins."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from parallel import make_batch
+
+from scaled_ql import devices, networks, objectives, training
+
+SCRIPT = Path(__file__).parent / "parallel.py"
+
+
+def start(folder, steps, *words, count=1, **environment):
+    """A process that trains, with `count` virtual devices."""
+    flags = f"--xla_force_host_platform_device_count={count}"
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(folder), str(steps), *words],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(process, timeout=200):
+    output, errors = process.communicate(timeout=timeout)
+    assert process.returncode == 0, errors[-3000:]
+    lines = [line for line in output.splitlines() if line.startswith("{")]  # Gloo prints, too
+    return json.loads(lines[-1]) if lines else None
+
+
+def train(folder, steps, *words, **options):
+    return finish(start(folder, steps, *words, **options))
+
+
+def assert_equal(result, expected, steps):
+    assert list(result["losses"]) == [str(step) for step in steps]
+    for step in steps:
+        (*losses, norm), (*others, other) = result["losses"][str(step)], expected["losses"][str(step)]
+        np.testing.assert_allclose(losses, others, rtol=1e-5, err_msg=step)
+        if step == 1:  # later rounding decides on which side of 0 a rectifier is, which gradients show
+            np.testing.assert_allclose(norm, other, rtol=1e-5)
+    assert result["sum"] == pytest.approx(expected["sum"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """A small network on one device."""
+    return train(tmp_path_factory.mktemp("one"), 20)
+
+
+@pytest.mark.parametrize("words", ["head=c51", "head=mse", "head=c51 split"])
+def test_eight_devices_train_a_resnet_as_one(tmp_path, words):
+    head, *split = words.split()
+    one = start(tmp_path / "one", 20, "encoder=resnet_narrow", head)
+    eight = start(tmp_path / "eight", 20, "encoder=resnet_narrow", head, *split, count=8)
+    assert_equal(finish(eight), finish(one), range(1, 21))
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    """Without random shifts, whose keys differ."""
+    network = networks.make_q_network("nature_narrow", 3, "c51", hidden_sizes=(16,))
+    optimizer = training.make_optimizer(1e-3)
+    graph, state = training.init_state(network, optimizer)
+    objective, key = objectives.q_learning(graph, [4, 3, 6]), jax.random.key(0)
+    batch = make_batch(0)
+    (whole, metrics), (parts, same) = (
+        jax.jit(training.make_update(objective, optimizer, accumulate=n))(state, batch, key) for n in (1, 4)
+    )
+    assert metrics.keys() == same.keys()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), metrics, same)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), whole.params, parts.params)
+
+
+@pytest.mark.parametrize("counts", [(8, 1), (1, 8)])
+def test_a_run_resumes_on_another_number_of_devices(expected, tmp_path, counts):
+    words = ["split"] if counts[0] == 8 else []
+    train(tmp_path, 10, *words, count=counts[0])
+    result = train(tmp_path, 20, *words, count=counts[1])
+    assert_equal(result, expected, range(11, 21))
+
+
+def two_processes(folder, steps, *words):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    return [
+        start(
+            folder, steps, "distributed", *words, count=2,
+            JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(number),
+        )
+        for number in range(2)
+    ]  # fmt: skip
+
+
+def test_two_processes_train_as_one(expected, tmp_path):
+    first, second = two_processes(tmp_path, 20, "split")
+    result = finish(first)
+    assert finish(second) is None
+    assert_equal(result, expected, range(1, 21))
+
+
+def test_when_one_process_dies_the_other_stops_and_the_run_resumes(expected, tmp_path):
+    first, second = two_processes(tmp_path, 1_000, "slow")
+    for line in first.stdout:
+        if line.startswith("{") and json.loads(line)["step"] >= 12:
+            break
+    second.send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    _, errors = first.communicate(timeout=150)
+    assert time.monotonic() - began < 120
+    assert first.returncode != 0 and errors.strip()
+    second.wait(timeout=10)
+    second.stdout.close(), second.stderr.close()
+    result = train(tmp_path, 20)
+    assert_equal(result, expected, range(11, 21))
+
+
+# What is refused.
+
+
+def test_a_batch_that_cannot_be_split():
+    mesh = SimpleNamespace(size=8)
+    devices.check_batch(16, mesh, 2)
+    with pytest.raises(
+        devices.DeviceError, match=r"20 transitions .* over 8 devices\. Use a multiple of 8, such as 16"
+    ):
+        devices.check_batch(20, mesh)
+    with pytest.raises(devices.DeviceError, match="over 8 devices x 3 accumulated parts"):
+        devices.check_batch(16, mesh, 3)
+
+
+def test_more_devices_than_there_are():
+    with pytest.raises(devices.DeviceError, match="num_devices = 5000, but there are"):
+        devices.make_mesh(5_000)
+
+
+@pytest.mark.parametrize("environment", [{}, {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}])
+def test_distributed_on_a_single_process(tmp_path, environment):
+    process = start(tmp_path, 5, "distributed", **environment)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert "DeviceError: distributed is set, but" in errors and "set distributed = False" in errors
+
+
+def test_a_step_without_enough_memory_is_refused_before_compiling():
+    network = networks.make_q_network("resnet_narrow", 3, "c51", hidden_sizes=(32,))
+    graph, state = training.init_state(network, training.make_optimizer())
+    objective = objectives.q_learning(graph, [4, 3, 6])
+    reckon = lambda size, **options: training.memory_needed(objective, state, make_batch(0, size), **options)  # noqa: E731
+    small, large, parts = reckon(16), reckon(64), reckon(64, accumulate=4)
+    assert large["activations"] == pytest.approx(4 * small["activations"], rel=0.05)
+    assert parts["activations"] == small["activations"]
+    assert reckon(64, parts=4, split=True)["state"] == small["state"] // 4
+    training.check_memory(small, jax.devices()[0])
+    with pytest.raises(devices.OutOfMemory, match=r"reckoned to take [\d.]+ GB .* Raise accumulate, set remat"):
+        training.check_memory(small | {"total": 10**15}, jax.devices()[0])
+
+
+def test_the_reckoned_memory_is_what_a_compiler_reserves():
+    network = networks.make_q_network("resnet_narrow", 3, "c51", hidden_sizes=(512,))
+    optimizer = training.make_optimizer()
+    graph, state = training.init_state(network, optimizer)
+    objective, batch = objectives.q_learning(graph, [4, 3, 6]), make_batch(0, 64)
+    compiled = jax.jit(training.make_update(objective, optimizer)).lower(state, batch, jax.random.key(0)).compile()
+    reserved = compiled.memory_analysis().temp_size_in_bytes
+    needed = training.memory_needed(objective, state, batch)
+    assert 0.5 < (needed["activations"] + needed["gradients"]) / reserved < 2
+
+
+def test_an_accelerator_out_of_memory_names_what_to_lower(tmp_path):
+    def train_step(state, batch):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes.")
+
+    state = training.TrainState(jax.numpy.int32(0), {}, {}, {})
+    checkpoints = training.Checkpoints(tmp_path, {})
+    steps = training.train(
+        state, train_step, iter([make_batch(0)]), ["a"], log_every=1, checkpoint_every=1, checkpoints=checkpoints
+    )
+    with pytest.raises(
+        devices.OutOfMemory, match=r"step 1 does not fit .*123 bytes.* Raise accumulate.*no checkpoint yet"
+    ):
+        next(steps)
+
+
+def test_recomputing_changes_nothing():
+    outputs = {}
+    for remat in (False, True):
+        network = networks.make_q_network("resnet_narrow", 3, "c51", hidden_sizes=(16,), remat=remat)
+        graph, state = training.init_state(network, training.make_optimizer())
+        objective, batch = objectives.q_learning(graph, [4, 3, 6]), make_batch(0)
+        update = jax.jit(training.make_update(objective, training.make_optimizer()))
+        outputs[remat] = update(state, batch, jax.random.key(0))[1]
+        needed = training.memory_needed(objective, state, batch)
+        outputs[remat]["activations"] = needed["activations"]
+    assert outputs[True].pop("activations") < outputs[False].pop("activations")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), outputs[False], outputs[True])
