@@ -17,7 +17,7 @@ ORDER = (
     "replay", "replay.memory", "replay.device", "collect",
     "networks.encoders", "networks.q_network", "networks", "losses", "objectives", "devices", "training", "evaluation",
     "online",
-    "benchmarks",
+    "benchmarks", "torch_step", "performance",
     "parameters", "paper", "runs", "ablations", "grids", "explore", "command",
 )  # fmt: skip
 WITHOUT_JAX = ("games", "environments", "replay", "collect", "metrics", "plots", "parameters", "runs")

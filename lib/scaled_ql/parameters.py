@@ -236,12 +236,38 @@ class Ablations(Parameters):
     seed: Seed = 0
 
 
+class Performance(Parameters):
+    """`06_performance`."""
+
+    encoders: Annotated[list[Encoder], Field(min_length=1)] = [
+        "resnet34", "resnet50", "resnet101", "resnet152", "impala_x4", "impala_x8", "impala_x16",
+    ]  # fmt: skip
+    dtypes: Annotated[list[Literal["float32", "bfloat16"]], Field(min_length=1)] = ["float32", "bfloat16"]
+    batch_sizes: Annotated[list[Count], Field(min_length=1)] = [128, 512]
+    hidden_sizes: Annotated[list[Count], Field(min_length=1)] = [2048, 1024, 1024, 1024]
+    heads_encoder: Encoder = "resnet34"
+    heads_batch: Count = 512
+    num_games: Annotated[list[Annotated[int, Field(ge=1, le=40)]], Field(min_length=1)] = [1, 10, 40]
+    torch_encoder: Literal["resnet_narrow", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet101"
+    torch_batch: Count = 512
+    dataset: str = "00_data_collection/default/replay"
+    view: str = ""
+    encoder: Encoder = "resnet101"
+    games_per_batch: Count = 128
+    transitions_per_game: Count = 4
+    sampling_processes: Annotated[int, Field(ge=0)] = 0
+    copies: Count = 1_000
+    compare_steps: Count = 500
+    seconds: Annotated[float, Field(gt=0)] = 5.0
+
+
 NOTEBOOKS: dict[str, type[Parameters]] = {
     "00_data_collection": DataCollection,
     "01_data_exploration": DataExploration,
     "02_scaled_training": ScaledTraining,
     "03_ablations": Ablations,
     "05_paper_report": PaperReport,
+    "06_performance": Performance,
 }
 
 

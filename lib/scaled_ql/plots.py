@@ -449,3 +449,41 @@ def scaling(compared: pd.DataFrame, label: str = "human-normalised IQM") -> Figu
     else:
         axis.annotate("no runs", (0.5, 0.5), xycoords="axes fraction", ha="center")
     return figure
+
+
+def step_times(table: pd.DataFrame) -> Figure:
+    """Time of a training step against its FLOPs, both logarithmic, with the time at the device's peak as a line.
+
+    Args:
+        table: rows of `performance.measure_step`.
+    """
+    figure, axis = plt.subplots(figsize=(7.5, 4.5))
+    colors = dict(zip(table["dtype"].unique(), ("#d55e00", "#0072b2")))
+    markers = dict(zip(table["encoder"].unique(), "osD^vPX*<>h"))
+    for (dtype, encoder), rows in table.groupby(["dtype", "encoder"], sort=False):
+        rows = rows.sort_values("GFLOP")
+        style = {"marker": markers[encoder], "color": colors[dtype], "ms": 7, "lw": 1}
+        axis.plot(rows["GFLOP"], rows["ms"], label=f"{encoder}, {dtype}", **style)
+    for dtype, rows in table.groupby("dtype", sort=False):
+        rows = rows.sort_values("GFLOP")
+        axis.plot(rows["GFLOP"], rows["floor, ms"], color=colors[dtype], ls="--", lw=1, label=f"at the peak, {dtype}")
+    axis.set(xscale="log", yscale="log", xlabel="GFLOP of a step (reckoned)", ylabel="time of a step (ms)")
+    axis.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def losses_by_dtype(table: pd.DataFrame) -> Figure:
+    """Losses of the same training in two precisions, and their difference.
+
+    Args:
+        table: columns step, float32, bfloat16.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    left.plot(table["step"], table["float32"], color="#0072b2", label="float32")
+    left.plot(table["step"], table["bfloat16"], color="#d55e00", ls="--", label="bfloat16")
+    left.set(xlabel="gradient step", ylabel="loss (nats)")
+    left.legend(fontsize="x-small")
+    right.plot(table["step"], table["bfloat16"] / table["float32"] - 1, color="black", lw=1)
+    right.yaxis.set_major_formatter(PercentFormatter(1))
+    right.set(xlabel="gradient step", ylabel="bfloat16 less float32, of float32")
+    return figure

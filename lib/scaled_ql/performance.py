@@ -1,0 +1,371 @@
+"""What training costs: reckoned, measured, and beside the device's own limits. `06_performance` shows it.
+
+Every time is a median of runs on random data that were waited for, after some that were not counted. Compile times are
+those of `lower` and `compile` without a cache, unless JAX_COMPILATION_CACHE_DIR is set.
+"""
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+
+from scaled_ql import devices, evaluation, networks, objectives, training
+from scaled_ql.games import TRAINING_GAMES, action_names
+from scaled_ql.objectives import Objective
+from scaled_ql.replay import Batch, Replay, sample_batches
+
+# Dense bfloat16 TFLOP/s of data sheets, for arithmetic about devices that are not here.
+DATA_SHEETS = {
+    "NVIDIA A100": 312, "NVIDIA H100 SXM": 989, "NVIDIA H200": 989, "NVIDIA RTX 4090": 165, "TPU v4": 275,
+    "TPU v5e": 197,
+}  # fmt: skip
+# (encoder, gradient steps, transitions a step) of the paper: appendix B.1, A (50 epochs of 62,500 steps), B.4.
+WORKLOADS = {
+    "main run, 10M steps": ("resnet101", 10_000_000, 512),
+    "six-game ablation, 3.125M steps": ("resnet101", 3_125_000, 512),
+    "fine-tuning to a game, 300k steps": ("resnet101", 300_000, 32),
+}
+
+
+def median_seconds(work: Callable[[], Any], seconds: float, least: int = 3) -> float:
+    """Median time of `work`, whose result is waited for; two calls first that do not count.
+
+    Args:
+        work: returns arrays of a device, or anything else.
+        seconds: how long to go on.
+        least: calls that count, however long they take.
+    """
+    for _ in range(2):
+        jax.block_until_ready(work())
+    durations, until = [], time.perf_counter() + seconds
+    while len(durations) < least or time.perf_counter() < until:
+        began = time.perf_counter()
+        jax.block_until_ready(work())
+        durations.append(time.perf_counter() - began)
+    return float(np.median(durations))
+
+
+class Ceilings(NamedTuple):
+    """What a device reaches with nothing else to do.
+
+    Attributes:
+        flops: FLOP/s of square matrix products, by dtype.
+        copy_bytes: bytes read and written per second by adding 1 to a large array.
+        upload_bytes: bytes per second from the host's memory to the device's.
+    """
+
+    flops: dict[str, float]
+    copy_bytes: float
+    upload_bytes: float
+
+
+def ceilings(dtypes: tuple[str, ...] = ("float32", "bfloat16"), size: int = 0, seconds: float = 2.0) -> Ceilings:
+    """Measure the first device's limits.
+
+    Args:
+        dtypes: of the matrix products.
+        size: of their sides; 0: 2,048 on a CPU, 8,192 elsewhere.
+        seconds: per measurement.
+    """
+    side = size or (2_048 if jax.default_backend() == "cpu" else 8_192)
+    product = jax.jit(jnp.matmul)
+    flops = {}
+    for dtype in dtypes:
+        matrix = jax.random.normal(jax.random.key(0), (side, side), dtype)
+        flops[dtype] = 2 * side**3 / median_seconds(partial(product, matrix, matrix), seconds)
+    large = jnp.zeros(4 * side**2, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    host = np.zeros(16 * side**2, np.uint8)
+    moved = 2 * large.nbytes / median_seconds(partial(copy, large), seconds)
+    return Ceilings(flops, moved, host.nbytes / median_seconds(lambda: jnp.array(host), seconds))
+
+
+# Arithmetic.
+
+
+def forward_flops(encoder: str, num_games: int, **architecture: Any) -> float:
+    """FLOPs of one observation through a network: 2 for each multiply-add of its convolutions and matrix products.
+
+    Normalisations and rectifiers are left out: they cost memory traffic, not arithmetic.
+
+    Args:
+        encoder, num_games: as in `networks.make_q_network`.
+        architecture: its other arguments.
+    """
+    network = jax.eval_shape(lambda: networks.make_q_network(encoder, num_games, **architecture))
+    observation = jax.ShapeDtypeStruct((1, 84, 84, 4), jnp.uint8)
+    game = jax.ShapeDtypeStruct((1,), jnp.int32)
+    return _products(jax.make_jaxpr(lambda net, *inputs: net(*inputs))(network, observation, game).jaxpr)
+
+
+def _products(jaxpr: Any) -> float:
+    """FLOPs of all convolutions and matrix products of a program and of the programs in it."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            total += _products(inner)
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left, outputs = equation.invars[0].aval.shape, equation.outvars[0].aval.size
+            total += 2.0 * outputs * np.prod([left[axis] for axis in contracted])
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval
+            features = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
+            total += 2.0 * equation.outvars[0].aval.size * kernel.size / features
+    return total
+
+
+def step_flops(encoder: str, batch_size: int, num_games: int, **architecture: Any) -> float:
+    """FLOPs of a training step: forward, and backward twice that, of the online network; forward of the target."""
+    return 4 * batch_size * forward_flops(encoder, num_games, **architecture)
+
+
+# The step.
+
+
+def random_batch(size: int, num_games: int, n_step: int = 3, seed: int = 0) -> Batch:
+    """Transitions of noise, of games in turn."""
+    rng = np.random.default_rng(seed)
+    num_actions = np.array([len(action_names(game)) for game in TRAINING_GAMES[:num_games]])
+    game = np.arange(size, dtype=np.int32) % num_games
+    return Batch(
+        frames=rng.integers(0, 256, (size, 4 + n_step, 84, 84), np.uint8),
+        next_stack=np.tile(np.arange(n_step, 4 + n_step, dtype=np.int32), (size, 1)),
+        action=rng.integers(num_actions[game]).astype(np.int32),
+        reward=rng.normal(size=size).astype(np.float32),
+        discount=np.full(size, 0.99**n_step, np.float32),
+        game=game,
+    )
+
+
+class Step(NamedTuple):
+    """A training step to be measured, of C51 and CQL."""
+
+    objective: Objective
+    update: Callable
+    state: training.TrainState
+
+
+def make_step(encoder: str, num_games: int = 40, *, seed: int = 0, **architecture: Any) -> Step:
+    """A fresh network of `networks.make_q_network` with the paper's objective and optimizer."""
+    network = networks.make_q_network(encoder, num_games, "c51", seed, **architecture)
+    optimizer = training.make_optimizer()
+    graph, state = training.init_state(network, optimizer)
+    objective = objectives.q_learning(graph, [len(action_names(game)) for game in TRAINING_GAMES[:num_games]])
+    return Step(objective, training.make_update(objective, optimizer), state)
+
+
+def measure_step(
+    encoder: str, batch_size: int, limits: Ceilings, *, num_games: int = 40, seconds: float = 5.0, **architecture: Any
+) -> dict[str, Any]:
+    """One training step of C51 and CQL, reckoned and measured, its batch already on the device.
+
+    Args:
+        encoder, num_games, architecture: as in `networks.make_q_network`.
+        batch_size: transitions.
+        limits: of this device.
+        seconds: of measurement.
+
+    Returns:
+        `ms`, `transitions/s`; `GFLOP` reckoned (`step_flops`) and `GFLOP, compiled`, as the compiler counts; `share of
+        peak`: reckoned FLOPs a second, of those of a matrix product in the same dtype; `floor, ms`: the least time, if
+        products ran at that peak; `memory, GB` reckoned (`training.memory_needed`) and `memory, GB, compiled`;
+        `compile, s`.
+    """
+    dtype = architecture.get("dtype", "float32")
+    step, batch = make_step(encoder, num_games, **architecture), random_batch(batch_size, num_games)
+    flops = step_flops(encoder, batch_size, num_games, **architecture)
+    needed = training.memory_needed(step.objective, step.state, batch)
+    training.check_memory(needed, jax.devices()[0])
+    state, batch, key = step.state, jax.device_put(batch), jax.random.key(0)
+    began = time.perf_counter()
+    compiled = jax.jit(step.update, donate_argnums=0).lower(state, batch, key).compile()
+    compiling = time.perf_counter() - began
+
+    def work() -> jax.Array:
+        nonlocal state
+        state, metrics = compiled(state, batch, key)
+        return metrics["loss"]
+
+    duration = median_seconds(work, seconds)
+    counted = compiled.cost_analysis() or {}
+    memory = compiled.memory_analysis()
+    held = memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else np.nan
+    return {
+        "encoder": encoder,
+        "dtype": dtype,
+        "batch": batch_size,
+        "games": num_games,
+        "ms": 1e3 * duration,
+        "transitions/s": batch_size / duration,
+        "GFLOP": flops / 1e9,
+        "GFLOP, compiled": counted.get("flops", np.nan) / 1e9,
+        "share of peak": flops / duration / limits.flops[dtype],
+        "floor, ms": 1e3 * flops / limits.flops[dtype],
+        "memory, GB": needed["total"] / 1e9,
+        "memory, GB, compiled": held / 1e9,
+        "compile, s": compiling,
+    }
+
+
+def measure_steps(
+    encoders: list[str], dtypes: list[str], batch_sizes: list[int], limits: Ceilings, **options: Any
+) -> tuple[pd.DataFrame, list[str]]:
+    """`measure_step` of every combination; those that do not fit are sentences of the second result."""
+    rows, refused = [], []
+    for encoder, dtype, size in itertools.product(encoders, dtypes, batch_sizes):
+        try:
+            rows.append(measure_step(encoder, size, limits, dtype=dtype, **options))
+        except (devices.OutOfMemory, jax.errors.JaxRuntimeError) as error:
+            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            refused.append(f"{encoder}, {dtype}, batch {size}: {str(error).splitlines()[0]}")
+    return pd.DataFrame(rows), refused
+
+
+def compare_dtypes(encoder: str, batch_size: int, steps: int, num_games: int = 40, **architecture: Any) -> pd.DataFrame:
+    """Losses of the same steps on the same noise, computed in float32 and in bfloat16.
+
+    Returns:
+        columns step, float32, bfloat16.
+    """
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        step, key = make_step(encoder, num_games, dtype=dtype, **architecture), jax.random.key(0)
+        update, state, values = jax.jit(step.update, donate_argnums=0), step.state, []
+        for number in range(steps):
+            state, metrics = update(state, random_batch(batch_size, num_games, seed=number % 8), key)
+            values.append(metrics["loss"])
+        losses[dtype] = np.array(jax.device_get(values))
+    return pd.DataFrame({"step": np.arange(1, steps + 1)} | losses)
+
+
+def measure_heads(
+    encoder: str, batch_size: int, num_games: tuple[int, ...], *, seconds: float = 5.0, rounds: int = 3, **architecture
+) -> pd.DataFrame:
+    """The same step with heads for more and more games, each measured `rounds` times in turn, for speed drifts.
+
+    Returns:
+        a row per number of games: `ms`, `memory, GB, compiled`, and both in units of the first row.
+    """
+    programs, rows = {}, {}
+    for games in num_games:
+        step, batch = make_step(encoder, games, **architecture), jax.device_put(random_batch(batch_size, games))
+        key = jax.random.key(0)
+        compiled = jax.jit(step.update).lower(step.state, batch, key).compile()
+        memory = compiled.memory_analysis()
+        rows[games] = {"memory, GB, compiled": (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 1e9}
+        programs[games] = partial(compiled, step.state, batch, key)
+    times = {games: [] for games in num_games}
+    for _ in range(rounds):
+        for games, program in programs.items():
+            times[games].append(median_seconds(program, seconds / rounds))
+    table = pd.DataFrame(rows).T.rename_axis("games")
+    table.insert(0, "ms", {games: 1e3 * float(np.median(values)) for games, values in times.items()})
+    for name in ("ms", "memory, GB, compiled"):
+        table[f"{name}, of the first"] = table[name] / table[name].iloc[0]
+    return table
+
+
+# The input pipeline, and playing.
+
+
+def measure_pipeline(
+    data: Replay, encoder: str, games_per_batch: int, transitions_per_game: int, *, seconds: float = 10.0,
+    processes: int = 0, **architecture: Any,
+) -> pd.DataFrame:  # fmt: skip
+    """Batches alone, steps alone, and steps on fresh batches, as `02_scaled_training` runs them, in turn.
+
+    Returns:
+        rows batches alone, step alone, together: `ms` a batch; `added`: by the pipeline, of the step alone.
+    """
+    shape = {"games_per_batch": games_per_batch, "transitions_per_game": transitions_per_game, "n_step": 3}
+    step = make_step(encoder, len(data.games), **architecture)
+    compiled, key = jax.jit(step.update, donate_argnums=0), jax.random.key(0)
+    mesh = devices.make_mesh(1)
+
+    @contextlib.contextmanager
+    def sampled(first: int) -> Iterator[Iterator[Batch]]:
+        batches = sample_batches(data, 0, first, first + 10**9, processes=processes, **shape)
+        with contextlib.closing(batches):
+            yield batches
+
+    state = jax.tree.map(jnp.copy, step.state)
+
+    def together(batches: Iterator[Batch], count: int) -> float:
+        nonlocal state
+        began = time.perf_counter()
+        for batch in islice(batches, count):
+            state, metrics = compiled(state, batch, key)
+        metrics["loss"].block_until_ready()
+        return (time.perf_counter() - began) / count
+
+    with sampled(0) as batches:
+        one = next(devices.place_batches(islice(batches, 4), mesh))
+        together(iter([one] * 3), 3)
+        alone = together(iter([one] * 4), 4)
+        count = max(int(seconds / 6 / alone), 3)
+        steps, both, reading = [], [], []
+        for _ in range(3):  # in turn, for these machines' speed drifts
+            steps.append(together(iter([one] * count), count))
+            placed = devices.place_batches(batches, mesh)
+            together(placed, 3)
+            both.append(together(placed, count))
+    with sampled(10**6) as batches:
+        for _ in islice(batches, 4):
+            pass
+        for _ in range(3):
+            began = time.perf_counter()
+            for _ in islice(batches, count):
+                pass
+            reading.append((time.perf_counter() - began) / count)
+    rows = {"batches alone": reading, "step alone": steps, "together": both}
+    table = pd.DataFrame({"ms": {name: 1e3 * float(np.median(times)) for name, times in rows.items()}})
+    table["added"] = [np.nan, np.nan, float(np.median(np.array(both) / np.array(steps))) - 1]
+    return table
+
+
+def measure_evaluation(game: str, encoder: str, episodes: int = 16, max_steps: int = 200, **architecture) -> dict:
+    """Agent steps per second of `evaluation.evaluate`, of an untrained network and of random moves (its limit)."""
+    network = networks.make_q_network(encoder, 1, "c51", **architecture)
+    graph, state = training.init_state(network, training.make_optimizer())
+    size = len(action_names(game))
+    prefer = objectives.preferences(graph, [size])
+    players = {"network": evaluation.make_q_function(prefer, state.params, 0, size)}
+    players["random moves"] = evaluation.play_randomly
+    rates = {}
+    for name, player in players.items():
+        play = partial(evaluation.evaluate, player, game, episodes=episodes, seed=0, epsilon=1.0, max_steps=max_steps)
+        evaluation.evaluate(player, game, episodes=episodes, seed=0, max_steps=5)  # compiles
+        began = time.perf_counter()
+        steps = play()["length"].sum()
+        rates[f"{name}, steps/s"] = steps / (time.perf_counter() - began)
+    return {"game": game, "encoder": encoder} | rates
+
+
+# What that means for whole runs.
+
+
+def hours(devices_flops: dict[str, float], share: float | dict[str, float]) -> pd.DataFrame:
+    """Hours for the paper's runs (`WORKLOADS`) by arithmetic.
+
+    Args:
+        devices_flops: FLOP/s at the peak of each device.
+        share: of the peak that the step reaches, one for all or by device.
+    """
+    rows = {}
+    for device, peak in devices_flops.items():  # architectures by their defaults, the paper's
+        reached = peak * (share[device] if isinstance(share, dict) else share)
+        rows[device] = {
+            name: steps * step_flops(encoder, batch, 40) / reached / 3_600
+            for name, (encoder, steps, batch) in WORKLOADS.items()
+        }
+    return pd.DataFrame(rows).T
