@@ -5,6 +5,7 @@ those of `lower` and `compile` without a cache, unless JAX_COMPILATION_CACHE_DIR
 """
 
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -91,6 +92,7 @@ def ceilings(dtypes: tuple[str, ...] = ("float32", "bfloat16"), size: int = 0, s
 # Arithmetic.
 
 
+@functools.cache
 def forward_flops(encoder: str, num_games: int, **architecture: Any) -> float:
     """FLOPs of one observation through a network: 2 for each multiply-add of its convolutions and matrix products.
 

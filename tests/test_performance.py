@@ -1,0 +1,112 @@
+"""Arithmetic of what a step costs against sums by hand and the compiler's own count; the comparison's fairness."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from scaled_ql import networks, performance
+from scaled_ql.games import NUM_ACTIONS
+
+SMALL = {"hidden_sizes": (16,)}
+
+
+def conv(side, kernel, inputs, outputs):
+    return 2 * side**2 * kernel**2 * inputs * outputs
+
+
+def dense(sizes):
+    return sum(2 * a * b for a, b in itertools.pairwise(sizes))
+
+
+def basic(side, inputs, width, shortcut):
+    return (
+        conv(side, 3, inputs, width) + conv(side, 3, width, width) + (conv(side, 1, inputs, width) if shortcut else 0)
+    )
+
+
+def bottleneck(before, side, inputs, width, shortcut):
+    layers = conv(before, 1, inputs, width) + conv(side, 3, width, width) + conv(side, 1, width, 4 * width)
+    return layers + (conv(side, 1, inputs, 4 * width) if shortcut else 0)
+
+
+def resnet34():
+    total = conv(42, 7, 4, 64)
+    for side, repeats, inputs, width in ((21, 3, 64, 64), (11, 4, 64, 128), (6, 6, 128, 256), (3, 3, 256, 512)):
+        total += basic(side, inputs, width, inputs != width) + (repeats - 1) * basic(side, width, width, False)
+    return total, 9 * 512
+
+
+def resnet101():
+    total, inputs, before = conv(42, 7, 4, 64), 64, 21
+    for side, repeats, width in ((21, 3, 64), (11, 4, 128), (6, 23, 256), (3, 3, 512)):
+        total += bottleneck(before, side, inputs, width, True)
+        total += (repeats - 1) * bottleneck(side, side, 4 * width, width, False)
+        inputs, before = 4 * width, side
+    return total, 9 * 2048
+
+
+def impala_x4():
+    total, inputs = 0, 4
+    for side, width in ((84, 64), (42, 128), (21, 128)):
+        after = -(-side // 2)
+        total += conv(side, 3, inputs, width) + 4 * conv(after, 3, width, width)
+        inputs = width
+    return total, 11 * 11 * 128
+
+
+@pytest.mark.parametrize("encoder", [resnet34, resnet101, impala_x4])
+def test_forward_flops_are_the_sum_over_layers_by_hand(encoder):
+    layers, features = encoder()
+    hidden = (2048, 1024, 1024, 1024)
+    expected = layers + dense([features, *hidden]) + 2 * 1024 * 40 * NUM_ACTIONS * 51
+    assert performance.forward_flops(encoder.__name__, 40) == pytest.approx(expected, rel=0.02)  # padding of the stem
+
+
+def test_the_paper_main_steps_flops():
+    """About 5.5 TFLOP, three forward passes of the online network and one of the target."""
+    assert performance.step_flops("resnet101", 512, 40) / 1e12 == pytest.approx(5.5, rel=0.1)
+    table = performance.hours({"a": 1e15, "b": 1e15}, {"a": 1.0, "b": 0.5})
+    main = table.loc["a"].iloc[0]
+    assert main == pytest.approx(performance.step_flops("resnet101", 512, 40) * 1e7 / 1e15 / 3600)
+    np.testing.assert_allclose(table.loc["b"], 2 * table.loc["a"])
+
+
+def test_a_measured_step_agrees_with_its_arithmetic():
+    limits = performance.ceilings(("float32",), size=256, seconds=0.05)
+    row = performance.measure_step("resnet_narrow", 4, limits, num_games=2, seconds=0.1, **SMALL)
+    assert 0.6 < row["GFLOP, compiled"] / row["GFLOP"] < 1.2
+    assert row["ms"] > 0 and row["transitions/s"] == pytest.approx(4e3 / row["ms"])
+    assert row["share of peak"] == pytest.approx(row["floor, ms"] / row["ms"])
+
+
+def test_noise_is_a_valid_batch():
+    batch = performance.random_batch(100, 40)
+    sizes = np.array([len(performance.action_names(game)) for game in performance.TRAINING_GAMES])
+    assert (batch.action < sizes[batch.game]).all() and set(batch.game) == set(range(40))
+    assert batch.observation.shape == batch.next_observation.shape == (100, 84, 84, 4)
+    np.testing.assert_array_equal(batch.next_observation[..., 0], batch.observation[..., 3])
+
+
+def test_what_does_not_fit_is_named_and_the_others_are_measured(monkeypatch):
+    monkeypatch.setattr(performance.devices, "free_bytes", lambda device: 30_000_000)
+    limits = performance.Ceilings({"float32": 1e9}, 1e9, 1e9)
+    table, refused = performance.measure_steps(
+        ["nature_narrow"], ["float32"], [2, 4_096], limits, num_games=2, seconds=0.01, **SMALL
+    )
+    assert table["batch"].tolist() == [2]
+    assert len(refused) == 1 and "nature_narrow, float32, batch 4096: a step is reckoned to take" in refused[0]
+
+
+def test_pytorchs_network_is_of_the_same_size():
+    torch = pytest.importorskip("torch", reason="PyTorch is an extra")
+    from scaled_ql import torch_step
+
+    for encoder in ("resnet_narrow", "resnet50"):
+        theirs = torch_step.Network(encoder, 3, (32, 16))
+        ours = jax.eval_shape(lambda encoder=encoder: networks.make_q_network(encoder, 3, "c51", hidden_sizes=(32, 16)))
+        assert sum(p.numel() for p in theirs.parameters()) == networks.count_parameters(ours)
+    assert torch.isfinite(theirs(torch.zeros(2, 4, 84, 84, dtype=torch.uint8), torch.tensor([0, 2]))).all()
+    noise = performance.random_batch(4, 3)
+    assert torch_step.measure_torch_step("resnet_narrow", noise, [18, 18, 18], (16,), seconds=0.01) > 0
