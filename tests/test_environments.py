@@ -7,7 +7,7 @@ import pytest
 from ale_py import roms
 
 from scaled_ql.environments import make_environment, make_vector_environment
-from scaled_ql.games import UnknownGame, action_names, rom_name
+from scaled_ql.games import UnknownGame, UnknownVariant, action_names, rom_name
 
 
 def naive_frames(game, actions, sticky_actions, seed):
@@ -134,6 +134,43 @@ def test_mode_and_difficulty_reach_the_emulator():
     frames = [last_frame(), last_frame(mode=0, difficulty=0), last_frame(mode=1), last_frame(mode=4, difficulty=1)]
     np.testing.assert_array_equal(frames[0], frames[1])
     assert (frames[0] != frames[2]).any() and (frames[0] != frames[3]).any()
+
+
+@pytest.mark.parametrize("game, max_steps", [("Breakout", 60), ("Freeway", 27_000), ("Pong", 45)])
+def test_threads_and_processes_show_the_same(game, max_steps):
+    """The default variant by name is played by processes; without a name by threads."""
+    (variant,) = {(modes[0], difficulties[0]) for modes, difficulties in [variants(game)]}
+    threads = make_vector_environment(game, 3, max_steps=max_steps)
+    processes = make_vector_environment(game, 3, max_steps=max_steps, mode=variant[0], difficulty=variant[1])
+    try:
+        assert type(threads) is not type(processes)
+        np.testing.assert_array_equal(threads.reset(seed=0)[0], processes.reset(seed=0)[0])
+        rng, ended = np.random.default_rng(2), 0
+        for _ in range(150):
+            actions = rng.integers(len(action_names(game)), size=3)
+            results = []
+            for environment in (threads, processes):
+                environment.send(actions)
+                results.append([np.array(part) for part in environment.recv()[:4]])
+            for left, right in zip(*results):
+                np.testing.assert_array_equal(left, right)
+            ended += int((results[0][2] | results[0][3]).sum())
+        assert ended or max_steps == 27_000
+    finally:
+        threads.close()
+        processes.close()
+
+
+def variants(game):
+    environment = ale_py.AtariEnv(rom_name(game))
+    return environment.ale.getAvailableModes(), environment.ale.getAvailableDifficulties()
+
+
+def test_a_variant_that_the_game_has_not_is_named_with_those_it_has():
+    with pytest.raises(UnknownVariant, match=r"Breakout has no mode 5\..* 0, 4, 8"):
+        make_environment("Breakout", mode=5)
+    with pytest.raises(UnknownVariant, match=r"difficult.* 7.* 0, 1"):
+        make_vector_environment("Breakout", 2, difficulty=7)
 
 
 def test_unknown_game():

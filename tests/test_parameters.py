@@ -159,3 +159,13 @@ def test_the_parameters_cells_hold_plain_scalars_and_lists(workspace: Path) -> N
         for node in ast.parse(cell.source).body:
             assert isinstance(node, ast.AnnAssign)
             ast.literal_eval(node.value)
+
+
+def test_what_one_kind_of_player_does_not_use_is_refused() -> None:
+    with pytest.raises(ParameterError, match=r"encoder, batch_size: without effect for scripted players"):
+        check("00_data_collection", {"encoder": "impala_x1", "batch_size": 64})
+    with pytest.raises(ParameterError, match=r"processes: without effect for online players"):
+        check("00_data_collection", {"player": "online", "processes": 3})
+    assert check("00_data_collection", {}).last_epsilon == 0.1
+    assert check("00_data_collection", {"player": "online"}).last_epsilon == 0.01
+    assert check("00_data_collection", {"player": "online", "final_epsilon": 0.0}).last_epsilon == 0.0
