@@ -9,6 +9,14 @@ from scaled_ql import collect
 WORKSPACE = Path(__file__).resolve().parents[1]
 
 
+LONG = ("test_notebooks.py", "test_devices.py", "test_online.py", "test_networks.py")  # minutes; to be started first
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files before short ones, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def workspace() -> Path:
     return WORKSPACE

@@ -66,6 +66,8 @@ def run(folder, last, encoder="nature_narrow", head="c51", split=False, accumula
 
 if __name__ == "__main__":
     folder, last, *words = sys.argv[1:]
+    if "slow" in words:
+        devices.SILENT_SECONDS = 20  # for tests that wait for it
     if "distributed" in words:
         devices.join_cluster(True)
     given = dict(word.split("=") for word in words if "=" in word)

@@ -57,11 +57,10 @@ def expected(tmp_path_factory):
     return train(tmp_path_factory.mktemp("one"), 20)
 
 
-@pytest.mark.parametrize("words", ["head=c51", "head=mse", "head=c51 split"])
-def test_eight_devices_train_a_resnet_as_one(tmp_path, words):
-    head, *split = words.split()
-    one = start(tmp_path / "one", 20, "encoder=resnet_narrow", head)
-    eight = start(tmp_path / "eight", 20, "encoder=resnet_narrow", head, *split, count=8)
+@pytest.mark.parametrize("words", ["encoder=resnet_narrow head=c51", "head=mse"])
+def test_eight_devices_train_as_one(tmp_path, words):
+    one = start(tmp_path / "one", 20, *words.split())
+    eight = start(tmp_path / "eight", 20, *words.split(), count=8)
     assert_equal(finish(eight), finish(one), range(1, 21))
 
 
@@ -80,12 +79,11 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), whole.params, parts.params)
 
 
-@pytest.mark.parametrize("counts", [(8, 1), (1, 8)])
-def test_a_run_resumes_on_another_number_of_devices(expected, tmp_path, counts):
-    words = ["split"] if counts[0] == 8 else []
-    train(tmp_path, 10, *words, count=counts[0])
-    result = train(tmp_path, 20, *words, count=counts[1])
-    assert_equal(result, expected, range(11, 21))
+def test_a_run_resumes_on_another_number_of_devices(expected, tmp_path):
+    """On one, on eight that share the state as well, and on one again."""
+    train(tmp_path, 5)
+    train(tmp_path, 10, "split", count=8)
+    assert_equal(train(tmp_path, 20), expected, range(11, 21))
 
 
 def two_processes(folder, steps, *words):
@@ -116,7 +114,7 @@ def test_when_one_process_dies_the_other_stops_and_the_run_resumes(expected, tmp
     second.send_signal(signal.SIGKILL)
     began = time.monotonic()
     _, errors = first.communicate(timeout=150)
-    assert time.monotonic() - began < 120
+    assert time.monotonic() - began < 60  # of 20 seconds without a word, instead of the 60 there usually are
     assert first.returncode != 0 and errors.strip()
     second.wait(timeout=10)
     second.stdout.close(), second.stderr.close()
