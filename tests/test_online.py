@@ -99,7 +99,9 @@ def random_batch(rng, leading, num_actions):
     )
 
 
-def test_agents_trained_together_are_those_trained_alone():
+@pytest.mark.parametrize("over_games", [online._one_by_one, jax.vmap])
+def test_agents_trained_together_are_those_trained_alone(over_games, monkeypatch):
+    monkeypatch.setattr(online, "_one_by_one", over_games)
     rng, num_actions, head = np.random.default_rng(0), [4, 6], "c51"
     together = make_learner(num_actions, head=head)
     batches = [random_batch(rng, (2, 4), num_actions) for _ in range(3)]

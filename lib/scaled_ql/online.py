@@ -109,11 +109,9 @@ def independent_learners(
         return make_q_function(prefer, own, 0, num_actions[number])
 
     axes = TrainState(None, 0, 0, 0)  # they count steps together
-    if len(num_actions) > 1:
-        update = jax.vmap(update, in_axes=(axes, 0, 0, None), out_axes=(axes, 0))
-        greedy = jax.vmap(greedy)
-    else:  # convolutions that are mapped over their kernels take a fifth more time
-        update, greedy = _of_one(update, (axes, 0, 0, None), (axes, 0)), _of_one(greedy, (0, 0, 0), 0)
+    over_games = _one_by_one if jax.default_backend() == "cpu" else jax.vmap
+    update = over_games(update, in_axes=(axes, 0, 0, None), out_axes=(axes, 0))
+    greedy = over_games(greedy, in_axes=(0, 0, 0), out_axes=0)
     compiled, compiled_greedy = jax.jit(update, donate_argnums=0), jax.jit(greedy)
     return Learner(
         state,
@@ -124,20 +122,24 @@ def independent_learners(
     )
 
 
-def _of_one(function: Callable, in_axes: PyTree, out_axes: PyTree) -> Callable:
-    """`jax.vmap` of a function over axes of length one, without a batched program."""
+def _one_by_one(function: Callable, in_axes: tuple, out_axes: PyTree) -> Callable:
+    """What `jax.vmap` computes, as one program without batched operations.
 
-    def change(tree: PyTree, axes: PyTree, each: Callable) -> PyTree:
+    On a CPU, convolutions that are mapped over their kernels take two to three times as long as one after the other.
+    """
+
+    def change(each: Callable, axes: PyTree, *trees: PyTree) -> PyTree:
         return jax.tree.map(
-            lambda axis, part: part if axis is None else jax.tree.map(each, part),
+            lambda axis, *parts: parts[0] if axis is None else jax.tree.map(each, *parts),
             axes,
-            tree,
-            is_leaf=lambda a: a is None,
+            *trees,
+            is_leaf=lambda axis: axis is None,
         )
 
     def mapped(*arguments: PyTree) -> PyTree:
-        result = function(*change(arguments, in_axes, lambda leaf: leaf[0]))
-        return change(result, out_axes, lambda leaf: leaf[None])
+        count = next(len(jax.tree.leaves(a)[0]) for a, axis in zip(arguments, in_axes) if axis == 0)
+        results = [function(*change(lambda leaf, i=i: leaf[i], in_axes, arguments)) for i in range(count)]
+        return change(lambda *leaves: jnp.stack(leaves), out_axes, *results)
 
     return mapped
 
