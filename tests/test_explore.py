@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from dopamine_log import DopamineLog
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
 
 from scaled_ql import explore, plots, runs
 from scaled_ql.games import reference_score
@@ -77,6 +79,23 @@ def test_progress_reaches_the_status_file_and_draws_at_the_end(tmp_path: Path) -
     assert (status["state"], status["done"], status["total"]) == ("running", 3, 3)
     assert len(drawn) == 2, "at the start and at the end, not at every step"
     run.finish({})
+
+
+def test_a_picture_that_comes_late_is_shown_and_then_replaced(tmp_path: Path) -> None:
+    values = runs.parameters.check("00_data_collection", {"outputs": str(tmp_path)})
+    run = runs.Run("00_data_collection", values)
+    progress = explore.Progress(run, "steps")
+    InteractiveShell.instance()  # which collects what is displayed
+    with capture_output(stdout=False, stderr=False) as captured:
+        progress.update(1, 3)
+        progress.update(2, 3, plt.figure)
+        progress.update(3, 3, plt.figure)
+    InteractiveShell.clear_instance()
+    shown = [("image/png" in output.data, output.update) for output in captured.outputs]
+    assert [update for picture, update in shown if picture] == [False, True]
+    assert [update for picture, update in shown if not picture] == [False, True, True]
+    run.finish({})
+    plt.close("all")
 
 
 @pytest.fixture(scope="module")

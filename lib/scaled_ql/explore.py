@@ -37,29 +37,32 @@ class Progress:
     def __init__(self, run: Run, unit: str, seconds_between_pictures: float = 20):
         """Show nothing yet; `run` also gets the progress, for whoever started it."""
         self.run, self.unit, self.period = run, unit, seconds_between_pictures
-        self._line, self._picture = DisplayHandle(), DisplayHandle()
-        self._shown = False
+        self._line: DisplayHandle | None = None
+        self._picture: DisplayHandle | None = None
         self._started = self._drawn = time.monotonic()
         self._initial = 0
 
     def update(self, done: int, total: int, draw: Callable[[], Figure] | None = None) -> None:
         """Say how far things are; `draw` makes the picture, called now and then and at the end."""
         now = time.monotonic()
-        if not self._shown:
+        if self._line is None:
             self._initial = done
         line = tqdm.format_meter(done, total, now - self._started, unit=self.unit, initial=self._initial, ncols=100)
-        self._put(self._line, {"text/plain": line}, raw=True)
-        if draw is not None and (not self._shown or done >= total or now - self._drawn > self.period):
-            self._put(self._picture, Image(to_png(draw())))
+        self._line = _put(self._line, {"text/plain": line}, raw=True)
+        if draw is not None and (self._picture is None or done >= total or now - self._drawn > self.period):
+            self._picture = _put(self._picture, Image(to_png(draw())))
             self._drawn = now
-        self._shown = True
         self.run.progress(done, total)
 
-    def _put(self, handle: DisplayHandle, content: object, raw: bool = False) -> None:
-        if self._shown:
-            handle.update(content, raw=raw)
-        else:
-            handle.display(content, raw=raw)
+
+def _put(handle: DisplayHandle | None, content: object, raw: bool = False) -> DisplayHandle:
+    """Show something, in place of what a handle shows."""
+    if handle is None:
+        handle = DisplayHandle()
+        handle.display(content, raw=raw)
+    else:
+        handle.update(content, raw=raw)
+    return handle
 
 
 def episode_view(replay: Replay, game: str, episode: int, step: int, stack_size: int = 4) -> Figure:
