@@ -1,7 +1,6 @@
 """What some methods need to know of all rewards: returns to the episode's end, and the scale of each game's rewards."""
 
 import numpy as np
-from scipy.signal import lfilter
 
 from scaled_ql.replay.store import Batch, Replay
 
@@ -11,6 +10,8 @@ def returns_to_go(replay: Replay, game: str, discount: float = 0.99) -> np.ndarr
 
     Where an episode was truncated it ends with what was recorded. T floats are kept in memory: 40 MB for 10 million.
     """
+    from scipy.signal import lfilter  # it takes as long to import as jax, and few need it
+
     rewards = replay.rewards(game).clip(-1, 1).astype(np.float64)
     lengths = replay.episodes(game)["length"].to_numpy()
     parts = np.split(rewards, np.cumsum(lengths)[:-1])
