@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +97,19 @@ def test_finished_runs_are_recognised(outputs: Path, tmp_path: Path) -> None:
     assert done.stdout.count("finished before") == 4
     assert time.monotonic() - began < 60
     assert before == {file: file.stat().st_mtime_ns for file in before}
+
+
+def test_a_finished_run_that_is_shown_again_has_its_curves(outputs: Path) -> None:
+    target = "02_scaled_training"
+    folder = outputs / target / "shown"
+    shutil.copytree(outputs / target / "tiny", folder)
+    for name in ("run.ipynb", "run.html", "summary.json", "status.json", "parameters.yaml"):
+        (folder / name).unlink()
+    done = run(target, outputs, TINY[target], "-p", "run", "shown")
+    assert done.returncode == 0, done.stderr
+    cells = nbformat.read(folder / "run.ipynb", as_version=4).cells
+    (training,) = (cell for cell in cells if "training.train(" in cell.source)
+    assert any("image/png" in output.get("data", {}) for output in training.outputs)
 
 
 def test_papermill_alone_works_from_any_folder(outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,3 +98,15 @@ def test_panels_stand_in_rows_of_at_most_four(number: int, columns: int) -> None
     assert figure.axes[0].get_gridspec().ncols == columns
     assert [axis.get_title() for axis in figure.axes if axis.get_visible()] == games
     assert figure.get_figwidth() < 13
+
+
+def test_scores_name_every_bar_and_show_every_episode() -> None:
+    table = pd.DataFrame({"random": [1.0], "dataset": [12.0], "agent": [20.0], "human": [30.0]}, index=["Breakout"])
+    episodes = pd.DataFrame({"game": ["Breakout"] * 3, "episode_return": [10.0, 20.0, 30.0]})
+    axis = plots.scores(table, episodes).axes[0]
+    axis.figure.draw_without_rendering()
+    labels = {tick.get_position()[0]: tick.get_text() for tick in axis.get_xticklabels()}
+    bars = {labels[bar.get_x() + bar.get_width() / 2]: bar.get_height() for bar in axis.patches}
+    assert bars == {"random": 1, "dataset": 12, "agent": 20, "human": 30}
+    dots = axis.collections[0].get_offsets()
+    assert {labels[x] for x in dots[:, 0]} == {"agent"} and dots[:, 1].tolist() == [10, 20, 30]

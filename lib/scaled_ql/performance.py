@@ -335,21 +335,28 @@ def measure_pipeline(
     return table
 
 
-def measure_evaluation(game: str, encoder: str, episodes: int = 16, max_steps: int = 200, **architecture) -> dict:
-    """Agent steps per second of `evaluation.evaluate`, of an untrained network and of random moves (its limit)."""
+def measure_evaluation(game: str, encoder: str, episodes: int = 64, max_steps: int = 200, **architecture: Any) -> dict:
+    """Agent steps per second of `evaluation.evaluate`, of an untrained network and of random moves (its limit).
+
+    Both are of a long and a short evaluation's difference: making the environments is no part of it.
+    """
     network = networks.make_q_network(encoder, 1, "c51", **architecture)
     graph, state = training.init_state(network, training.make_optimizer())
     size = len(action_names(game))
     prefer = objectives.preferences(graph, [size])
     players = {"network": evaluation.make_q_function(prefer, state.params, 0, size)}
     players["random moves"] = evaluation.play_randomly
+
+    def play(player: evaluation.QFunction, most: int) -> np.ndarray:
+        began = time.perf_counter()
+        played = evaluation.evaluate(player, game, episodes=episodes, seed=0, epsilon=1.0, max_steps=most)
+        return np.array([played["length"].sum(), time.perf_counter() - began])
+
     rates = {}
     for name, player in players.items():
-        play = partial(evaluation.evaluate, player, game, episodes=episodes, seed=0, epsilon=1.0, max_steps=max_steps)
-        evaluation.evaluate(player, game, episodes=episodes, seed=0, max_steps=5)  # compiles
-        began = time.perf_counter()
-        steps = play()["length"].sum()
-        rates[f"{name}, steps/s"] = steps / (time.perf_counter() - began)
+        play(player, 5)  # compiles
+        steps, seconds = play(player, max_steps) - play(player, 5)
+        rates[f"{name}, steps/s"] = steps / seconds
     return {"game": game, "encoder": encoder} | rates
 
 

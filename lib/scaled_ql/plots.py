@@ -232,6 +232,7 @@ def scores(table: pd.DataFrame, episodes: pd.DataFrame) -> Figure:
     for axis, (game, row) in zip(axes, table.iterrows()):
         known = row[[player for player in PLAYERS if player in row and pd.notna(row[player])]].astype(float)
         axis.bar(known.index, known, color=[PLAYERS[player] for player in known.index])
+        axis.set_xticks(range(len(known)), known.index)
         dots = episodes.loc[episodes["game"] == game, "episode_return"]
         axis.scatter(["agent"] * len(dots), dots, color="black", s=8, alpha=0.6, zorder=3)
         axis.axhline(0, color="black", lw=0.8)
