@@ -1,5 +1,6 @@
 """What was appended is what a batch holds; a killed writer, a full disk or a damaged file never yields other data."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -614,6 +615,16 @@ def test_validate_notices_a_frame_that_was_overwritten(tmp_path):
         f"{(tmp_path / 'Pong/1').as_uri()}/ episode 0 (transitions 0..{make_episode(0)['action'].size - 1}): "
         "contents differ from the recorded CRC-32."
     ]
+
+
+@pytest.mark.parametrize("column", ["row", "frames"])
+def test_a_negative_number_in_the_journal_is_named(tmp_path, column):
+    write(tmp_path, range(2))
+    journal = tmp_path / "Pong/1/episodes.jsonl"
+    line, *others = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join([json.dumps(json.loads(line) | {column: -7}) + "\n", *others]))
+    with pytest.raises(ReplayError, match=f"line 1 is not an episode.*{column}"):
+        open_replay(tmp_path)
 
 
 @settings(deadline=None, max_examples=100)

@@ -259,8 +259,11 @@ def parse_journal(content: bytes, where: str, covered: int = 0) -> tuple[list[di
             row = json.loads(line)
             start, length = row["start"], row["length"]
             wrong = [name for name, dtype in EPISODE.items() if type(row[name]) is not type(dtype(0).item())]
-            if wrong or start < 0:
-                raise TypeError(f"{', '.join(wrong) or 'start'} of a wrong type or sign")
+            wrong += [name for name in ("start", "row") if name not in wrong and row[name] < 0]
+            if wrong:
+                raise TypeError(f"{', '.join(wrong)} of a wrong type or sign")
+            if row["frames"] < length:
+                raise ValueError(f"{row['frames']} frames of {length} transitions")
         except (ValueError, KeyError, TypeError) as error:
             raise ReplayError(
                 f"{where}: line {number} is not an episode ({error}). The file was changed after it was written; "
