@@ -137,7 +137,7 @@ def test_two_runs_side_by_side_do_not_meet(outputs: Path) -> None:
 
 
 def final_state(folder: Path) -> list[np.ndarray]:
-    (step,) = [path for path in (folder / "checkpoints").iterdir() if path.name == "1000"]
+    (step,) = [path for path in (folder / "checkpoints").iterdir() if path.name == "2500"]
     tree = ocp.StandardCheckpointer().restore(step / "state")
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
@@ -158,7 +158,7 @@ def kernel_of(folder: Path) -> int:
 def test_a_run_stopped_in_three_ways_resumes_bit_identically(outputs: Path) -> None:
     """SIGKILL of the runner, Ctrl-C, SIGKILL of the kernel, each in the middle of training; then to its end."""
     target = "02_scaled_training"
-    more = ["-p", "num_steps", "1000", "-p", "eval_max_steps", "5", "-p", "video_steps", "2"]
+    more = ["-p", "num_steps", "2500", "-p", "eval_max_steps", "5", "-p", "video_steps", "2"]
     done = run(target, outputs, TINY[target], "-p", "run", "undisturbed", *more)
     assert done.returncode == 0, done.stderr
     undisturbed, stopped = outputs / target / "undisturbed", outputs / target / "stopped"
