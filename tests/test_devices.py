@@ -48,7 +48,8 @@ def assert_equal(result, expected, steps):
         np.testing.assert_allclose(losses, others, rtol=1e-5, err_msg=step)
         if step == 1:  # later rounding decides on which side of 0 a rectifier is, which gradients show
             np.testing.assert_allclose(norm, other, rtol=1e-5)
-    assert result["sum"] == pytest.approx(expected["sum"], rel=1e-5)
+    if steps[-1] == int(list(expected["losses"])[-1]):  # of the parameters, in the end
+        assert result["sum"] == pytest.approx(expected["sum"], rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
 def test_a_run_resumes_on_another_number_of_devices(expected, tmp_path):
     """On one, on eight that share the state as well, and on one again."""
     train(tmp_path, 5)
-    train(tmp_path, 10, "split", count=8)
+    assert_equal(train(tmp_path, 10, "split", count=8), expected, range(6, 11))
     assert_equal(train(tmp_path, 20), expected, range(11, 21))
 
 

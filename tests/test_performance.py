@@ -75,7 +75,7 @@ def test_the_paper_main_steps_flops():
 
 def test_a_measured_step_agrees_with_its_arithmetic():
     limits = performance.ceilings(("float32",), size=256, seconds=0.05)
-    row = performance.measure_step("nature_narrow", 4, limits, num_games=2, seconds=0.1, **SMALL)
+    row = performance.measure_step("resnet_narrow", 4, limits, num_games=2, seconds=0.1, **SMALL)
     assert 0.6 < row["GFLOP, compiled"] / row["GFLOP"] < 1.2
     assert row["ms"] > 0 and row["transitions/s"] == pytest.approx(4e3 / row["ms"])
     assert row["share of peak"] == pytest.approx(row["floor, ms"] / row["ms"])

@@ -115,7 +115,7 @@ def make_update(
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
         target_params = optax.periodic_update(params, state.target_params, step, target_update_period)
-        # Row by row: as one sum, XLA takes 2 s on a CPU for the squares of 40 games' heads (918 is no multiple of 32).
+        # Row by row: as one sum, XLA takes 2 s on a CPU for 40 games' heads (40 x 918 is no multiple of 32).
         rows = [jax.lax.optimization_barrier(jnp.square(x).sum(-1)) for x in jax.tree.leaves(gradients)]
         metrics["grad_norm"] = jnp.sqrt(sum(row.sum() for row in rows))
         return TrainState(step, params, target_params, opt_state), metrics
