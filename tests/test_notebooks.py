@@ -137,7 +137,7 @@ def test_two_runs_side_by_side_do_not_meet(outputs: Path) -> None:
 
 
 def final_state(folder: Path) -> list[np.ndarray]:
-    (step,) = [path for path in (folder / "checkpoints").iterdir() if path.name == "2500"]
+    (step,) = [path for path in (folder / "checkpoints").iterdir() if path.name == "400"]
     tree = ocp.StandardCheckpointer().restore(step / "state")
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
@@ -158,7 +158,7 @@ def kernel_of(folder: Path) -> int:
 def test_a_run_stopped_in_three_ways_resumes_bit_identically(outputs: Path) -> None:
     """SIGKILL of the runner, Ctrl-C, SIGKILL of the kernel, each in the middle of training; then to its end."""
     target = "02_scaled_training"
-    more = ["-p", "num_steps", "2500", "-p", "eval_max_steps", "5", "-p", "video_steps", "2"]
+    more = ["-p", "num_steps", "400", "-p", "eval_max_steps", "5", "-p", "video_steps", "2"]
     done = run(target, outputs, TINY[target], "-p", "run", "undisturbed", *more)
     assert done.returncode == 0, done.stderr
     undisturbed, stopped = outputs / target / "undisturbed", outputs / target / "stopped"
@@ -167,8 +167,10 @@ def test_a_run_stopped_in_three_ways_resumes_bit_identically(outputs: Path) -> N
     for way in ("kill the runner", "interrupt", "kill the kernel"):
         before = rows_of(log)
         process = subprocess.Popen(
-            command, cwd=runs.workspace(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+            command, cwd=runs.workspace(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            # What a shell starts in the background ignores Ctrl-C, and so would these tests' children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
         while rows_of(log) <= before:  # only a step beyond what the last kernel reached shows that this one trains
             assert process.poll() is None, "it ended before it could be stopped"
             time.sleep(0.01)
