@@ -24,7 +24,7 @@ def test_export_import_and_verify(recording: Path, tmp_path: Path) -> None:
     assert f"{sum(map(before.num_transitions, before.games)):,} transitions" in done.output
     sound = call("verify", store)
     assert sound.exit_code == 0 and "2 games" in sound.output and "0 problems" in sound.output
-    (file,) = store.glob("Freeway/1/observation/c/0/0/0")
+    (file,) = store.glob("Freeway/1/observation/c.0.0.0")
     content = bytearray(file.read_bytes())
     content[-100] ^= 1
     file.write_bytes(content)

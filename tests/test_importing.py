@@ -74,7 +74,7 @@ def parts(store: Path) -> int:
 
 
 def files_of_chunks(store: Path) -> int:
-    return len(list(store.glob("*/1/observation/c/*/0/0")))
+    return len(list(store.glob("*/1/observation/c.*")))
 
 
 POINTS = {

@@ -77,15 +77,14 @@ def repeat_store(source: Replay, destination: str | Path, games: list[str], copi
         writes = fmt.write_rows(arrays, 0, repeated)
         for write in writes if lender in first else [*writes, *fmt.write_rows(arrays, 0, {"observation": once})]:
             write.result()
-        frames = first.setdefault(lender, folder / "observation/c/0/0/0")
+        frames = first.setdefault(lender, folder / "observation" / fmt.file_name("observation", 0))
         for k in range(copies):
-            target = folder / f"observation/c/{k}/0/0"
+            target = folder / "observation" / fmt.file_name("observation", k)
             if target != frames:
-                target.parent.mkdir(parents=True, exist_ok=True)
                 os.link(frames, target)
         for name in fmt.ARRAYS.keys() - {"observation"}:
             for k in range(1, -(-copies // per_shard)):
-                os.link(folder / name / "c/0", folder / name / f"c/{k}")
+                os.link(folder / name / fmt.file_name(name, 0), folder / name / fmt.file_name(name, k))
         one = pd.DataFrame(episodes)
         table = pd.concat([one] * copies, ignore_index=True)
         shift = np.repeat(np.arange(copies) * rows, len(one))

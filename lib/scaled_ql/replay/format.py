@@ -32,7 +32,7 @@ import tensorstore as ts
 from isal import isal_zlib
 
 FORMAT = "scaled-ql replay"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FRAME_SHAPE = (84, 84)
 INNER_CHUNK = 16  # frames decoded together: small enough for random windows, large enough to compress well
 FRAME_SHARD = 16_384  # frames a file: about 2 MB compressed
@@ -76,10 +76,16 @@ def array_spec(kvstore: Any, name: str) -> dict[str, Any]:
             "shape": [0, *tail],
             "data_type": ARRAYS[name],
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
             "dimension_names": ["time", "height", "width"][: 1 + len(tail)],
         },
     }
+
+
+def file_name(name: str, number: int) -> str:
+    """The number-th file of an array, in the array's folder: no folders below it, which would be slower to look up."""
+    return f"c.{number}.0.0" if name == "observation" else f"c.{number}"
 
 
 def open_arrays(folder: Path) -> dict[str, ts.TensorStore]:
@@ -204,10 +210,12 @@ def read_manifest(content: bytes, where: str) -> dict[str, Any]:
         raise ReplayError(f'{where}: not the manifest of a replay store (no "format": "{FORMAT}").')
     if not isinstance(manifest.get("version"), int):
         raise ReplayError(f"{where}: the manifest has no version. Restore the file from a copy.")
-    if manifest["version"] > FORMAT_VERSION:
+    if manifest["version"] != FORMAT_VERSION:
+        remedy = (
+            "Update the package to read it." if manifest["version"] > FORMAT_VERSION else "Record or import it again."
+        )
         raise ReplayError(
-            f"{where}: store format {manifest['version']}, but this package reads up to {FORMAT_VERSION}. "
-            "Update the package to read it."
+            f"{where}: store format {manifest['version']}, but this package reads {FORMAT_VERSION}. {remedy}"
         )
     missing = [name for name in ("game", "run", "actions") if name not in manifest]
     if missing:

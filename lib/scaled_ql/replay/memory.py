@@ -5,7 +5,7 @@ from functools import cached_property
 import numpy as np
 
 from scaled_ql.replay.chunks import Chunks, Read, read_memory
-from scaled_ql.replay.format import ARRAYS
+from scaled_ql.replay.format import ARRAYS, file_name
 from scaled_ql.replay.shared import SharedMemory
 from scaled_ql.replay.store import Replay, Run
 
@@ -59,7 +59,7 @@ class MemoryRun(Run):
         stored = {}
         for begin in range(0, len(numbers), FILES_AT_ONCE):
             group = numbers[begin : begin + FILES_AT_ONCE]
-            reads = [self.kvstore.read(f"observation/c/{number}/0/0") for number in group]
+            reads = [self.kvstore.read(f"observation/{file_name('observation', number)}") for number in group]
             for number, read in zip(group, reads):
                 content = read.result().value
                 stored[number] = self._memory.append(content), len(content)

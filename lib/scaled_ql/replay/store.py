@@ -19,7 +19,7 @@ import tensorstore as ts
 
 from scaled_ql.replay import format as fmt
 from scaled_ql.replay.chunks import Chunks, Read, read_files
-from scaled_ql.replay.format import ARRAYS, FORMAT, FRAME_SHAPE, ReplayError
+from scaled_ql.replay.format import ARRAYS, FORMAT, FRAME_SHAPE, ReplayError, file_name
 from scaled_ql.replay.views import Episodes, View, drawn_transitions, load_view, select_episodes
 
 T = TypeVar("T")
@@ -145,10 +145,9 @@ class Run:
         """What a batch needs, chunk by chunk; empty for a store that is not on a local disk."""
         if self.folder is None:
             return {}
-        tails = {"observation": "/0/0", "action": "", "reward": ""}
         return {
-            name: self._chunks(name, partial(read_files, f"{self.folder}{name}/c/", tail))
-            for name, tail in tails.items()
+            name: self._chunks(name, partial(read_files, f"{self.folder}{name}", partial(file_name, name)))
+            for name in ("observation", "action", "reward")
         }
 
     def values(self, name: str, first: np.ndarray, last: np.ndarray, width: int = 1) -> np.ndarray:
