@@ -204,7 +204,7 @@ def test_shares_of_a_batch_are_the_batch(store: Path, shards: int) -> None:
 
 def test_threads_share_open_files(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Far more files than may stay open, eight threads: a descriptor is never closed under somebody's hands."""
-    monkeypatch.setattr(chunks, "_open", lru_cache(maxsize=2)(chunks._open.__wrapped__))
+    monkeypatch.setattr(chunks, "_open", lru_cache(maxsize=2)(chunks._OpenFile))
     replay = open_replay(store)
     expected = [sample_batch(replay, 0, step, games_per_batch=4) for step in range(60)]
     batches = prefetch(lambda step: sample_batch(replay, 0, step, games_per_batch=4), 0, 60, depth=16, threads=8)

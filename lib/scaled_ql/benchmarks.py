@@ -77,14 +77,14 @@ def repeat_store(source: Replay, destination: str | Path, games: list[str], copi
         writes = fmt.write_rows(arrays, 0, repeated)
         for write in writes if lender in first else [*writes, *fmt.write_rows(arrays, 0, {"observation": once})]:
             write.result()
-        frames = first.setdefault(lender, folder / "observation" / fmt.file_name("observation", 0))
+        frames = first.setdefault(lender, folder / fmt.file_name("observation", 0))
         for k in range(copies):
-            target = folder / "observation" / fmt.file_name("observation", k)
+            target = folder / fmt.file_name("observation", k)
             if target != frames:
                 os.link(frames, target)
         for name in fmt.ARRAYS.keys() - {"observation"}:
             for k in range(1, -(-copies // per_shard)):
-                os.link(folder / name / fmt.file_name(name, 0), folder / name / fmt.file_name(name, k))
+                os.link(folder / fmt.file_name(name, 0), folder / fmt.file_name(name, k))
         one = pd.DataFrame(episodes)
         table = pd.concat([one] * copies, ignore_index=True)
         shift = np.repeat(np.arange(copies) * rows, len(one))
@@ -176,16 +176,21 @@ def bytes_per_transition(path: str) -> pd.DataFrame:
     return pd.DataFrame({"bytes/transition": pd.Series(sizes)})
 
 
-def benchmark_scale(path: str, folder: str | Path, copies: int = 1_000, seconds: float = 10.0) -> pd.DataFrame:
-    """The same measurements for a store of 40 games and for one `copies` times as large, each in a fresh process."""
-    source, rows = open_replay(path), {}
-    for count in (1, copies):
-        store = Path(folder) / f"copies-{count}"
+def benchmark_scale(path: str, folder: str | Path, copies: int = 1_000, seconds: float = 40.0) -> pd.DataFrame:
+    """The same measurements for a store of 40 games and for one `copies` times as large: medians of five in turn.
+
+    Each is made by a fresh process. Their speeds scatter by a fifth: threads get into each other's way, or do not.
+    """
+    source, stores = open_replay(path), {count: Path(folder) / f"copies-{count}" for count in (1, copies)}
+    for count, store in stores.items():
         if not store.exists():
             repeat_store(source, store, list(TRAINING_GAMES), count)
-        command = [sys.executable, "-m", "scaled_ql.benchmarks", str(store), str(seconds)]
-        rows[f"x {count}"] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    return pd.DataFrame(rows).T
+    rows = []
+    for count, store in list(stores.items()) * 5:
+        command = [sys.executable, "-m", "scaled_ql.benchmarks", str(store), str(seconds / 5)]
+        measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        rows.append({"store": f"x {count}", **measured})
+    return pd.DataFrame(rows).groupby("store", sort=False).median()
 
 
 def _measure_store(path: str, seconds: float) -> dict[str, float]:

@@ -5,6 +5,7 @@ zarr's sharding format. Nothing is kept but a few open files, so a store of any 
 """
 
 import os
+import resource
 import struct
 import threading
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import zstandard
 from scaled_ql.replay.format import ReplayError
 
 ABSENT = 2**64 - 1
-OPEN_FILES = 512  # ten thousand were hardly faster where a dataset has more than that
+OPEN_FILES = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 8_192)  # that stay so: half of what is allowed
 DAMAGE = (OSError, ValueError, struct.error, zstandard.ZstdError)
 ENTRY = struct.Struct("<QQ")  # of an index: offset and size
 Read = Callable[[int, int], bytes]  # (number of the file, place of the chunk in it) -> the chunk as it is stored
@@ -92,21 +93,15 @@ def _check(offset: int, size: int, largest: int) -> None:
         raise ValueError("the file's index is damaged")
 
 
-def read_files(folder: str, file_name: Callable[[int], str], largest: int) -> Read:
-    """Read from the files of an array on a local disk: in `folder`, named by their number.
+def read_files(path: Callable[[int], str], largest: int) -> Read:
+    """Read from the files of an array on a local disk, `path(0)`, `path(1)`, ...
 
     A file that a writer replaces later is read as it was when it was first needed. No chunk is larger than `largest`.
-
-    Raises:
-        ReplayError: there is no such folder.
     """
-    try:
-        within = _Opened(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise ReplayError(f"{folder}: cannot be read ({error}). Restore the folder from a copy.") from error
+    reader = object()
 
     def read(file: int, place: int) -> bytes:
-        opened = _open(file_name(file), within)  # held: it would be closed once nobody has it
+        opened = _open(path(file), reader)  # held: it would be closed once nobody has it
         offset, size = ENTRY.unpack(os.pread(opened.descriptor, 16, 16 * place))
         _check(offset, size, largest)
         return os.pread(opened.descriptor, size, offset)
@@ -114,24 +109,18 @@ def read_files(folder: str, file_name: Callable[[int], str], largest: int) -> Re
     return read
 
 
-class _Opened:
-    """A file or folder; closed when nobody uses it any more, so another thread may forget it meanwhile.
+class _OpenFile:
+    """Closed when nobody uses it any more, so another thread may forget it meanwhile."""
 
-    A file's path begins at the folder it is `within`: the system finds it sooner than along the whole path, which is a
-    good part of reading where there are too many files to keep them open.
-    """
-
-    def __init__(self, path: str, flags: int = os.O_RDONLY, within: "_Opened | None" = None):
-        self.descriptor = os.open(path, flags, dir_fd=within.descriptor if within else None)
+    def __init__(self, path: str, reader: object):
+        self.descriptor = os.open(path, os.O_RDONLY)
 
     def __del__(self):
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
 
 
-@lru_cache(maxsize=OPEN_FILES)
-def _open(path: str, within: _Opened) -> _Opened:
-    return _Opened(path, within=within)
+_open = lru_cache(maxsize=OPEN_FILES)(_OpenFile)
 
 
 def read_memory(files: dict[int, bytes], largest: int) -> Read:

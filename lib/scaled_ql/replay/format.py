@@ -84,8 +84,8 @@ def array_spec(kvstore: Any, name: str) -> dict[str, Any]:
 
 
 def file_name(name: str, number: int) -> str:
-    """The number-th file of an array, in the array's folder: no folders below it, which would be slower to look up."""
-    return f"c.{number}.0.0" if name == "observation" else f"c.{number}"
+    """The number-th file of an array, below its run's folder. Flat: each level would be looked up, and be an inode."""
+    return f"observation/c.{number}.0.0" if name == "observation" else f"{name}/c.{number}"
 
 
 def open_arrays(folder: Path) -> dict[str, ts.TensorStore]:

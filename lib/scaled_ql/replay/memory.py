@@ -59,7 +59,7 @@ class MemoryRun(Run):
         stored = {}
         for begin in range(0, len(numbers), FILES_AT_ONCE):
             group = numbers[begin : begin + FILES_AT_ONCE]
-            reads = [self.kvstore.read(f"observation/{file_name('observation', number)}") for number in group]
+            reads = [self.kvstore.read(file_name("observation", number)) for number in group]
             for number, read in zip(group, reads):
                 content = read.result().value
                 stored[number] = self._memory.append(content), len(content)

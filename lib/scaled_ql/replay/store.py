@@ -145,10 +145,12 @@ class Run:
         """What a batch needs, chunk by chunk; empty for a store that is not on a local disk."""
         if self.folder is None:
             return {}
-        return {
-            name: self._chunks(name, partial(read_files, f"{self.folder}{name}", partial(file_name, name)))
-            for name in ("observation", "action", "reward")
-        }
+
+        def path(name: str, number: int) -> str:
+            return self.folder + file_name(name, number)
+
+        names = ("observation", "action", "reward")
+        return {name: self._chunks(name, partial(read_files, partial(path, name))) for name in names}
 
     def values(self, name: str, first: np.ndarray, last: np.ndarray, width: int = 1) -> np.ndarray:
         """One column at rows first[i]..last[i], inclusive, at most `width` of them: [B, width], zeros behind them."""
