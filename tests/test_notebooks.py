@@ -174,6 +174,8 @@ def test_a_run_stopped_in_three_ways_resumes_bit_identically(outputs: Path) -> N
         while rows_of(log) <= before:  # only a step beyond what the last kernel reached shows that this one trains
             assert process.poll() is None, "it ended before it could be stopped"
             time.sleep(0.01)
+        if way == "kill the kernel":
+            assert runs.LARGE_PAGES.encode() in Path(f"/proc/{kernel_of(stopped)}/environ").read_bytes()
         number = signal.SIGINT if way == "interrupt" else signal.SIGKILL
         os.kill(kernel_of(stopped) if way == "kill the kernel" else process.pid, number)
         _, stderr = process.communicate(timeout=120)
