@@ -61,7 +61,30 @@ def test_forward_flops_are_the_sum_over_layers_by_hand(encoder):
     layers, features = encoder()
     hidden = (2048, 1024, 1024, 1024)
     expected = layers + dense([features, *hidden]) + 2 * 1024 * 40 * NUM_ACTIONS * 51
-    assert performance.forward_flops(encoder.__name__, 40) == pytest.approx(expected, rel=0.02)  # padding of the stem
+    assert performance.forward_cost(encoder.__name__, 40).flops == pytest.approx(
+        expected, rel=0.02
+    )  # padding of the stem
+
+
+def test_a_steps_bytes_by_hand():
+    """Nature's three convolutions, a hidden layer of 16 and heads for two games, in float32; a batch of 5."""
+    sides, channels, kernels = (84, 20, 9, 7), (4, 32, 64, 64), (8, 4, 3)
+    maps = [side**2 * width for side, width in zip(sides, channels)]
+    vectors, outputs = [7 * 7 * 64, 16], 2 * NUM_ACTIONS * 51
+    images = sum(a + b for a, b in itertools.pairwise(maps)) + sum(vectors) + 16 + outputs
+    weights = sum(k**2 * a * b for k, (a, b) in zip(kernels, itertools.pairwise(channels)))
+    weights += vectors[0] * 16 + 16 * outputs
+    others = sum(channels[1:]) + 49 * 64 + 3 * 16 + outputs  # biases, spatial embedding, layer normalisation
+    expected = 4 * 4 * (5 * images + weights) + 28 * (weights + others)
+    assert performance.step_bytes("nature", 5, 2, **SMALL) == pytest.approx(expected, rel=1e-9)
+
+
+def test_heads_for_more_games_cost_their_parameters():
+    """Parameters, target and two moments of another game's head; the rest of the batch is the same size."""
+    table = performance.measure_heads("nature_narrow", 4, (1, 3), seconds=0.03, **SMALL)
+    more = table["memory, GB"] - table["working memory, GB"]
+    assert more[3] - more[1] == pytest.approx(4 * 4 * 2 * 18 * 51 * (16 + 1) / 1e9)
+    assert (table["working memory, GB"] > 0).all() and table.loc[1, "ms, of the first"] == 1
 
 
 def test_the_paper_main_steps_flops():
@@ -77,6 +100,7 @@ def test_a_measured_step_agrees_with_its_arithmetic():
     limits = performance.ceilings(("float32",), size=256, seconds=0.05)
     row = performance.measure_step("resnet_narrow", 4, limits, num_games=2, seconds=0.1, **SMALL)
     assert 0.6 < row["GFLOP, compiled"] / row["GFLOP"] < 1.2
+    assert 1 < row["moved, GB, compiled"] / row["moved, GB"] < 10  # each operand once is the least
     assert row["ms"] > 0 and row["transitions/s"] == pytest.approx(4e3 / row["ms"])
     assert row["share of peak"] == pytest.approx(row["floor, ms"] / row["ms"])
 

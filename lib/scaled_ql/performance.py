@@ -92,11 +92,26 @@ def ceilings(dtypes: tuple[str, ...] = ("float32", "bfloat16"), size: int = 0, s
 # Arithmetic.
 
 
-@functools.cache
-def forward_flops(encoder: str, num_games: int, **architecture: Any) -> float:
-    """FLOPs of one observation through a network: 2 for each multiply-add of its convolutions and matrix products.
+class Forward(NamedTuple):
+    """What one observation through a network costs, of its convolutions and matrix products alone.
 
-    Normalisations and rectifiers are left out: they cost memory traffic, not arithmetic.
+    Attributes:
+        flops: 2 for each multiply-add. Normalisations and rectifiers cost memory traffic, not arithmetic.
+        images: bytes of what the products read and write that belongs to the observation, each once: as if all that is
+            between them were done on the way.
+        kernels: bytes of their parameters.
+        parameters: numbers of the whole network.
+    """
+
+    flops: float
+    images: float
+    kernels: float
+    parameters: int
+
+
+@functools.cache
+def forward_cost(encoder: str, num_games: int, **architecture: Any) -> Forward:
+    """Reckon a network's forward pass.
 
     Args:
         encoder, num_games: as in `networks.make_q_network`.
@@ -105,29 +120,41 @@ def forward_flops(encoder: str, num_games: int, **architecture: Any) -> float:
     network = jax.eval_shape(lambda: networks.make_q_network(encoder, num_games, **architecture))
     observation = jax.ShapeDtypeStruct((1, 84, 84, 4), jnp.uint8)
     game = jax.ShapeDtypeStruct((1,), jnp.int32)
-    return _products(jax.make_jaxpr(lambda net, *inputs: net(*inputs))(network, observation, game).jaxpr)
+    program = jax.make_jaxpr(lambda net, *inputs: net(*inputs))(network, observation, game)
+    return Forward(*_products(program.jaxpr), networks.count_parameters(network))
 
 
-def _products(jaxpr: Any) -> float:
-    """FLOPs of all convolutions and matrix products of a program and of the programs in it."""
-    total = 0.0
+def _products(jaxpr: Any) -> np.ndarray:
+    """(FLOPs, bytes of images, bytes of kernels) of all products of a program and of the programs in it."""
+    total = np.zeros(3)
     for equation in jaxpr.eqns:
         for inner in jax.core.jaxprs_in_params(equation.params):
             total += _products(inner)
+        if equation.primitive.name not in ("dot_general", "conv_general_dilated"):
+            continue
+        (image, kernel), output = (variable.aval for variable in equation.invars), equation.outvars[0].aval
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            left, outputs = equation.invars[0].aval.shape, equation.outvars[0].aval.size
-            total += 2.0 * outputs * np.prod([left[axis] for axis in contracted])
-        elif equation.primitive.name == "conv_general_dilated":
-            kernel = equation.invars[1].aval
-            features = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
-            total += 2.0 * equation.outvars[0].aval.size * kernel.size / features
+            products = np.prod([image.shape[axis] for axis in contracted])
+        else:
+            products = kernel.size / kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
+        moved = image.size * image.dtype.itemsize + output.size * output.dtype.itemsize
+        total += 2.0 * output.size * products, moved, kernel.size * kernel.dtype.itemsize
     return total
 
 
 def step_flops(encoder: str, batch_size: int, num_games: int, **architecture: Any) -> float:
     """FLOPs of a training step: forward, and backward twice that, of the online network; forward of the target."""
-    return 4 * batch_size * forward_flops(encoder, num_games, **architecture)
+    return 4 * batch_size * forward_cost(encoder, num_games, **architecture).flops
+
+
+def step_bytes(encoder: str, batch_size: int, num_games: int, **architecture: Any) -> float:
+    """Bytes that a training step reads and writes at least: its four passes, as `step_flops` counts them, and Adam's.
+
+    Adam reads gradient, parameters and two moments, and writes the latter three, all in float32.
+    """
+    forward = forward_cost(encoder, num_games, **architecture)
+    return 4 * (batch_size * forward.images + forward.kernels) + 7 * 4 * forward.parameters
 
 
 # The step.
@@ -179,25 +206,19 @@ def measure_step(
     Returns:
         `ms`, `transitions/s`; `GFLOP` reckoned (`step_flops`) and `GFLOP, compiled`, as the compiler counts; `share of
         peak`: reckoned FLOPs a second, of those of a matrix product in the same dtype; `floor, ms`: the least time, if
-        products ran at that peak; `memory, GB` reckoned (`training.memory_needed`) and `memory, GB, compiled`;
-        `compile, s`.
+        products ran at that peak; `moved, GB` reckoned (`step_bytes`) and `moved, GB, compiled`; `floor of memory, ms`:
+        the least time to move what was reckoned, at the speed of a copy; `memory, GB` reckoned
+        (`training.memory_needed`) and `memory, GB, compiled`; `compile, s`.
     """
     dtype = architecture.get("dtype", "float32")
     step, batch = make_step(encoder, num_games, **architecture), random_batch(batch_size, num_games)
-    flops = step_flops(encoder, batch_size, num_games, **architecture)
+    flops, moved = (cost(encoder, batch_size, num_games, **architecture) for cost in (step_flops, step_bytes))
     needed = training.memory_needed(step.objective, step.state, batch)
     training.check_memory(needed, jax.devices()[0])
-    state, batch, key = step.state, jax.device_put(batch), jax.random.key(0)
-    began = time.perf_counter()
-    compiled = jax.jit(step.update, donate_argnums=0).lower(state, batch, key).compile()
+    batch, began = jax.device_put(batch), time.perf_counter()
+    compiled = jax.jit(step.update, donate_argnums=0).lower(step.state, batch, jax.random.key(0)).compile()
     compiling = time.perf_counter() - began
-
-    def work() -> jax.Array:
-        nonlocal state
-        state, metrics = compiled(state, batch, key)
-        return metrics["loss"]
-
-    duration = median_seconds(work, seconds)
+    duration = median_seconds(_repeat(compiled, step.state, batch), seconds)
     counted = compiled.cost_analysis() or {}
     memory = compiled.memory_analysis()
     held = memory.temp_size_in_bytes + memory.argument_size_in_bytes if memory else np.nan
@@ -212,10 +233,25 @@ def measure_step(
         "GFLOP, compiled": counted.get("flops", np.nan) / 1e9,
         "share of peak": flops / duration / limits.flops[dtype],
         "floor, ms": 1e3 * flops / limits.flops[dtype],
+        "moved, GB": moved / 1e9,
+        "moved, GB, compiled": counted.get("bytes accessed", np.nan) / 1e9,
+        "floor of memory, ms": 1e3 * moved / limits.copy_bytes,
         "memory, GB": needed["total"] / 1e9,
         "memory, GB, compiled": held / 1e9,
         "compile, s": compiling,
     }
+
+
+def _repeat(update: Callable, state: training.TrainState, batch: Batch) -> Callable[[], jax.Array]:
+    """A function that does one step more with the same batch, and returns its loss; `state` is donated."""
+    key = jax.random.key(0)
+
+    def work() -> jax.Array:
+        nonlocal state
+        state, metrics = update(state, batch, key)
+        return metrics["loss"]
+
+    return work
 
 
 def measure_steps(
@@ -256,23 +292,24 @@ def measure_heads(
     """The same step with heads for more and more games, each measured `rounds` times in turn, for speed drifts.
 
     Returns:
-        a row per number of games: `ms`, `memory, GB, compiled`, and both in units of the first row.
+        a row per number of games: `ms`; as compiled `working memory, GB` (what a step needs besides what it is given)
+        and `memory, GB` (with parameters, target, Adam's moments and batch); and all three in units of the first row.
     """
     programs, rows = {}, {}
     for games in num_games:
         step, batch = make_step(encoder, games, **architecture), jax.device_put(random_batch(batch_size, games))
-        key = jax.random.key(0)
-        compiled = jax.jit(step.update).lower(step.state, batch, key).compile()
+        compiled = jax.jit(step.update, donate_argnums=0).lower(step.state, batch, jax.random.key(0)).compile()
         memory = compiled.memory_analysis()
-        rows[games] = {"memory, GB, compiled": (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 1e9}
-        programs[games] = partial(compiled, step.state, batch, key)
+        working, given = memory.temp_size_in_bytes / 1e9, memory.argument_size_in_bytes / 1e9
+        rows[games] = {"working memory, GB": working, "memory, GB": working + given}
+        programs[games] = _repeat(compiled, step.state, batch)
     times = {games: [] for games in num_games}
     for _ in range(rounds):
         for games, program in programs.items():
             times[games].append(median_seconds(program, seconds / rounds))
     table = pd.DataFrame(rows).T.rename_axis("games")
     table.insert(0, "ms", {games: 1e3 * float(np.median(values)) for games, values in times.items()})
-    for name in ("ms", "memory, GB, compiled"):
+    for name in ("ms", "working memory, GB", "memory, GB"):
         table[f"{name}, of the first"] = table[name] / table[name].iloc[0]
     return table
 
