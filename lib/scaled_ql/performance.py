@@ -118,28 +118,30 @@ def forward_cost(encoder: str, num_games: int, **architecture: Any) -> Forward:
         architecture: its other arguments.
     """
     network = jax.eval_shape(lambda: networks.make_q_network(encoder, num_games, **architecture))
-    observation = jax.ShapeDtypeStruct((1, 84, 84, 4), jnp.uint8)
-    game = jax.ShapeDtypeStruct((1,), jnp.int32)
-    program = jax.make_jaxpr(lambda net, *inputs: net(*inputs))(network, observation, game)
-    return Forward(*_products(program.jaxpr), networks.count_parameters(network))
+
+    def cost(size: int) -> np.ndarray:
+        inputs = jax.ShapeDtypeStruct((size, 84, 84, 4), jnp.uint8), jax.ShapeDtypeStruct((size,), jnp.int32)
+        return _products(jax.make_jaxpr(lambda net, *inputs: net(*inputs))(network, *inputs).jaxpr)
+
+    flops, images = cost(2) - cost(1)  # what another observation costs; the kernels are there once
+    return Forward(flops, images, cost(1)[1] - images, networks.count_parameters(network))
 
 
 def _products(jaxpr: Any) -> np.ndarray:
-    """(FLOPs, bytes of images, bytes of kernels) of all products of a program and of the programs in it."""
-    total = np.zeros(3)
+    """(FLOPs, bytes of operands and results) of all products of a program and of the programs in it."""
+    total = np.zeros(2)
     for equation in jaxpr.eqns:
         for inner in jax.core.jaxprs_in_params(equation.params):
             total += _products(inner)
         if equation.primitive.name not in ("dot_general", "conv_general_dilated"):
             continue
-        (image, kernel), output = (variable.aval for variable in equation.invars), equation.outvars[0].aval
+        left, right, output = (variable.aval for variable in [*equation.invars, *equation.outvars])
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            products = np.prod([image.shape[axis] for axis in contracted])
+            products = np.prod([left.shape[axis] for axis in contracted])
         else:
-            products = kernel.size / kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
-        moved = image.size * image.dtype.itemsize + output.size * output.dtype.itemsize
-        total += 2.0 * output.size * products, moved, kernel.size * kernel.dtype.itemsize
+            products = right.size / right.shape[equation.params["dimension_numbers"].rhs_spec[0]]
+        total += 2.0 * output.size * products, sum(x.size * x.dtype.itemsize for x in (left, right, output))
     return total
 
 

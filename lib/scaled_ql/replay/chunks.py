@@ -1,7 +1,7 @@
 """Reading single chunks of a store's arrays straight from their files: random access without anything in between.
 
 An array's file begins with an index, (offset, size) for each of its chunks; a chunk ends with its CRC-32C. That is
-zarr's sharding format. Nothing is kept but a few open files, so a store of any size takes the same memory.
+zarr's sharding format. Nothing is kept but so many open files, so a store of any size takes the same memory.
 """
 
 import os
