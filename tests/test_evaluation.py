@@ -1,11 +1,15 @@
 """Evaluation: whole episodes by the paper's protocol, none favoured; videos that play."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from scaled_ql import evaluation, losses, networks, objectives, training
 from scaled_ql.environments import make_environment
@@ -44,6 +48,148 @@ def test_the_cap_truncates_an_idle_player() -> None:
     played = evaluation.evaluate(always(0), "Breakout", episodes=2, seed=0, epsilon=0.0, max_steps=60)
     assert played["truncated"].all()
     assert (played["length"] == 60).all()
+
+
+class Scripted:
+    """Environments whose k-th episode in slot i has lengths[i][k] steps, and as much reward; they reset as ALE's do."""
+
+    def __init__(self, lengths: list[list[int]], num_actions: int = 4):
+        self.lengths, self.single_action_space = lengths, SimpleNamespace(n=num_actions)
+        self.episode, self.left = np.zeros(len(lengths), int), np.array([row[0] for row in lengths])
+        self.resetting, self.sent, self.closed = np.zeros(len(lengths), bool), [], False
+
+    def reset(self, seed: int) -> tuple[np.ndarray, dict]:
+        return np.zeros((len(self.lengths), 4, 84, 84), np.uint8), {}
+
+    def send(self, actions: np.ndarray) -> None:
+        self.sent.append((actions.copy(), self.resetting.copy()))
+
+    def recv(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        self.left -= ~self.resetting
+        reward = np.where(self.resetting, 1e6, 1.0)  # that of a reset step counts nowhere
+        ended = ~self.resetting & (self.left == 0)
+        self.episode += ended
+        for slot in np.flatnonzero(ended):
+            self.left[slot] = self.lengths[slot][self.episode[slot] % len(self.lengths[slot])]
+        self.resetting = ended
+        return self.reset(0)[0], reward, ended, np.zeros_like(ended), {}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def play_scripted(
+    lengths: list[list[int]], q_function: evaluation.QFunction = evaluation.play_randomly, **protocol: object
+) -> tuple[pd.DataFrame, Scripted]:
+    environments = Scripted(lengths)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "make_vector_environment", lambda game, slots, **options: environments)
+        protocol = {"seed": 0, "epsilon": 0.0, "num_environments": len(lengths)} | protocol
+        played = evaluation.evaluate(q_function, "Breakout", **protocol)
+    assert environments.closed
+    return played, environments
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=4),
+    episodes=st.integers(0, 6),
+    min_steps=st.integers(0, 60),
+)
+def test_every_slot_plays_the_shortest_run_of_episodes_that_covers_its_shares(
+    lengths: list[list[int]], episodes: int, min_steps: int
+) -> None:
+    slots = min(len(lengths), max(episodes, min_steps))
+    if not slots:
+        return
+    played, environments = play_scripted(lengths[:slots], episodes=episodes, min_steps=min_steps)
+    expected, last = [], 0
+    for slot in range(slots):
+        quota = len(range(slot, episodes, slots))  # as cards are dealt
+        share = len(range(slot, min_steps, slots))
+        own: list[int] = []
+        while len(own) < quota or sum(own) < share:
+            own.append(lengths[slot][len(own) % len(lengths[slot])])
+        expected.append(own)
+        last = max(last, sum(own) + len(own) - 1)
+    for slot, own in enumerate(expected):
+        rows = played[played["environment"] == slot]
+        assert rows["length"].tolist() == own
+        assert rows["episode_return"].tolist() == own
+    assert len(played) == sum(map(len, expected)) >= episodes
+    assert played["length"].sum() >= min_steps
+    assert len(environments.sent) == last, "nothing is played after the last episode that counts"
+
+
+def test_neither_long_nor_short_episodes_are_favoured() -> None:
+    """Lengths of 1 and 19, equally likely, return = length: sums over counts converge to 10, whatever the share."""
+    rng = np.random.default_rng(0)
+    total, count = 0, 0
+    for _ in range(150):
+        lengths = rng.choice([1, 19], (4, 60)).tolist()
+        played, _ = play_scripted(lengths, episodes=0, min_steps=100)
+        total, count = total + played["episode_return"].sum(), count + len(played)
+    assert total / count == pytest.approx(10, abs=4 * 9 / np.sqrt(count))
+
+
+def test_a_row_counts_the_players_own_choices() -> None:
+    choices = iter(np.random.default_rng(0).integers(4, size=(1_000, 2)))
+
+    def choose(stacks: np.ndarray) -> np.ndarray:
+        return np.eye(4, dtype=np.float32)[next(choices)]
+
+    played, environments = play_scripted([[5, 3], [4]], choose, episodes=4)
+    counts = played.filter(like="action_")
+    assert list(counts) == [f"action_{name}" for name in action_names("Breakout")]
+    assert counts.sum(axis=1).tolist() == played["length"].tolist()
+    sent = [actions[slot] for actions, resetting in environments.sent for slot in (0, 1) if not resetting[slot]]
+    assert counts.sum().tolist() == np.bincount(sent[: counts.to_numpy().sum()], minlength=4).tolist()
+    first = [actions[0] for actions, _ in environments.sent[:5]]
+    own = played[played["environment"] == 0].filter(like="action_").iloc[0]
+    assert own.tolist() == np.bincount(first, minlength=4).tolist()
+
+
+def test_random_actions_are_nobodys_choice() -> None:
+    played, environments = play_scripted([[400], [400]], always(2), episodes=2, epsilon=0.5)
+    sent = np.concatenate([actions for actions, _ in environments.sent])
+    assert set(sent) == {0, 1, 2, 3}
+    assert played["action_RIGHT"].sum() == pytest.approx(400, abs=60)
+    assert played.filter(like="action_").drop(columns="action_RIGHT").to_numpy().sum() == 0
+    played, _ = play_scripted([[50]], evaluation.play_randomly, episodes=1, epsilon=1.0)
+    assert played.filter(like="action_").to_numpy().sum() == 0
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_a_sampled_player_plays_its_softmax(temperature: float) -> None:
+    values = np.float32([0.3, -np.inf, 1.2, -0.7])
+
+    def preferences(stacks: np.ndarray) -> np.ndarray:
+        return np.tile(values, (len(stacks), 1))
+
+    played, _ = play_scripted([[2_000]] * 4, preferences, episodes=4, temperature=temperature)
+    share = played.filter(like="action_").sum().to_numpy() / 8_000
+    weights = [np.exp(float(value) / temperature) for value in values]
+    np.testing.assert_allclose(share, weights / np.sum(weights), atol=4 * 0.5 / np.sqrt(8_000))
+    assert share[1] == 0, "what is not allowed is never drawn"
+
+
+def test_an_action_that_the_game_does_not_have_is_refused() -> None:
+    for action in (4, 17):
+        with pytest.raises(ValueError, match=rf"Breakout has 4 actions, 0 to 3; the player chose action {action}\."):
+            evaluation.evaluate(evaluation.constant_action(action), "Breakout", episodes=2, seed=0)
+
+
+def test_the_best_constant_action_is_the_largest_of_plain_loops() -> None:
+    """Each action alone in one environment without sticky actions: the same returns."""
+    table = evaluation.best_constant_action("Freeway", episodes=2, seed=0, epsilon=0.0, max_steps=120)
+    expected = {}
+    for number, name in enumerate(action_names("Freeway")):
+        environment = make_environment("Freeway", sticky_actions=0.0, max_steps=120)
+        environment.reset(seed=0)
+        expected[name] = sum(float(environment.step(number)[1]) for _ in range(120))
+    assert table.set_index("action")["episode_return"].to_dict() == expected
+    assert table["action"].iloc[0] == "UP" and table["episode_return"].iloc[0] > 0
+    assert (table["truncated"] == 1).all() and (table["steps"] == 240).all() and (table["episodes"] == 2).all()
 
 
 def test_evaluation_is_a_function_of_its_seed() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -41,13 +42,46 @@ def play_randomly(stacks: np.ndarray) -> np.ndarray:
     return np.zeros((len(stacks), 1), np.float32)
 
 
+def constant_action(action: int) -> QFunction:
+    """The Q function of a player that always prefers one action: what a greedy network that learned nothing plays."""
+
+    def q_function(stacks: np.ndarray) -> np.ndarray:
+        values = np.full((len(stacks), action + 1), -np.inf, np.float32)
+        values[:, action] = 0
+        return values
+
+    return q_function
+
+
+def best_constant_action(game: str, **protocol: Any) -> pd.DataFrame:
+    """Measure each of a game's actions, played for ever.
+
+    The best of several noisy means is an optimistic estimate: as a control it errs on the safe side.
+
+    Args:
+        game: name as in the paper.
+        protocol: keyword arguments of `evaluate`.
+
+    Returns:
+        one row per action, best first: action (name), episode_return (mean, raw), episodes, steps, truncated (share).
+    """
+    rows = []
+    for number, name in enumerate(action_names(game)):
+        played = evaluate(constant_action(number), game, **protocol)
+        means = {"episode_return": played["episode_return"].mean(), "episodes": len(played)}
+        rows.append({"action": name, **means, "steps": played["length"].sum(), "truncated": played["truncated"].mean()})
+    return pd.DataFrame(rows).sort_values("episode_return", ascending=False, kind="stable", ignore_index=True)
+
+
 def evaluate(
     q_function: QFunction,
     game: str,
     *,
     episodes: int,
     seed: int,
+    min_steps: int = 0,
     epsilon: float = 0.001,
+    temperature: float = 0.0,
     max_steps: int = MAX_STEPS,
     num_environments: int = 16,
     sticky_actions: float = 0.0,
@@ -56,48 +90,73 @@ def evaluate(
 ) -> pd.DataFrame:
     """Play whole episodes, epsilon-greedily, in environments side by side.
 
-    Every environment plays a number of episodes that is fixed beforehand: stopping all of them at some step
-    instead would count more of the short episodes than of the long.
+    Every environment plays its share of the episodes and then further ones until it has played its share of the steps;
+    all that it begins it finishes. This is Table B.1's rule, whole episodes until at least 125,000 steps, in each
+    environment by itself. Whether an environment begins an episode depends on its earlier ones alone, so that the
+    expected sum of returns is the mean return times the expected number of episodes (Wald's identity). Stopping
+    all environments at some step instead would drop the long episodes more often than the short ones.
 
     Args:
         q_function: uint8 [N, 4, 84, 84] -> [N, actions].
         game: name as in the paper.
-        episodes: whole episodes in all.
+        episodes: whole episodes in all; with `min_steps` at least.
         seed: of the random actions and of the emulators.
+        min_steps: agent steps in all, at least (Table B.1: 125,000); 0: `episodes` alone says when to stop.
         epsilon: probability of a random action (Table B.1: 0.001).
+        temperature: 0: the largest value is played. Above, an action is drawn from softmax(values / temperature): at 1
+            a clone whose values are log-probabilities plays its own policy.
         max_steps: agent steps after which an episode is truncated (Table B.1: 27,000).
-        num_environments: at most; never more than `episodes`.
+        num_environments: at most; never more than episodes or steps asked for.
         sticky_actions: 0 in the paper's evaluation, which departs from the data's 0.25.
         mode, difficulty: the game's variant; see `make_vector_environment`.
 
     Returns:
-        one row per episode: environment, episode_return (raw), length, truncated.
+        one row per episode: environment, episode_return (raw), length, truncated, and `action_<NAME>` for each of the
+        game's actions: how often the player itself chose it. The random actions of epsilon are not counted, so that a
+        row's counts sum to its length without them, and a random player's are all 0.
+
+    Raises:
+        ValueError: the player chose an action outside the game's set.
     """
-    slots = min(num_environments, episodes)
-    quota = np.full(slots, episodes // slots) + (np.arange(slots) < episodes % slots)
+    slots = min(num_environments, max(episodes, min_steps))
+    quota, share = (total // slots + (np.arange(slots) < total % slots) for total in (episodes, min_steps))
     variant = {"mode": mode, "difficulty": difficulty}
     environments = make_vector_environment(game, slots, sticky_actions=sticky_actions, max_steps=max_steps, **variant)
     rng, num_actions = np.random.default_rng(seed), environments.single_action_space.n
     stacks, _ = environments.reset(seed=int(rng.integers(2**30)))
-    played, total, length = np.zeros(slots, int), np.zeros(slots), np.zeros(slots, int)
-    resetting = np.zeros(slots, bool)
+    played, steps, total, length = np.zeros(slots, int), np.zeros(slots, int), np.zeros(slots), np.zeros(slots, int)
+    chosen, resetting, done = np.zeros((slots, num_actions), int), np.zeros(slots, bool), np.zeros(slots, bool)
     rows = []
-    while (played < quota).any():
-        actions = q_function(stacks).argmax(1)
+    while not done.all():
+        # Environments that are done are asked, too: one batch size is one compiled program.
+        values = q_function(stacks)
+        if temperature > 0:  # the largest of values with Gumbel noise is a draw from their softmax
+            values = values / temperature + rng.gumbel(size=values.shape)
+        actions = values.argmax(1)
+        if actions.max() >= num_actions:
+            environments.close()
+            raise ValueError(
+                f"{game} has {num_actions} actions, 0 to {num_actions - 1}; the player chose action {actions.max()}. "
+                "Was it trained on another game, or with the full joystick?"
+            )
         explore = rng.random(slots) < epsilon
-        actions = np.where(explore, rng.integers(num_actions, size=slots), actions)
-        environments.send(actions)
+        own = np.flatnonzero(~explore & ~resetting)
+        chosen[own, actions[own]] += 1
+        environments.send(np.where(explore, rng.integers(num_actions, size=slots), actions))
         stacks, reward, terminated, truncated, _ = environments.recv()
         total += np.where(resetting, 0, reward)
         length += ~resetting
         ended = (terminated | truncated) & ~resetting
-        for slot in np.flatnonzero(ended & (played < quota)):
-            rows.append((slot, total[slot], length[slot], bool(truncated[slot])))
-            played[slot] += 1
-        total[ended], length[ended] = 0, 0
+        for slot in np.flatnonzero(ended & ~done):
+            rows.append((slot, total[slot], length[slot], bool(truncated[slot]), *chosen[slot]))
+        played += ended
+        steps += np.where(ended, length, 0)
+        done |= ended & (played >= quota) & (steps >= share)
+        total[ended], length[ended], chosen[ended] = 0, 0, 0
         resetting = ended
     environments.close()
-    return pd.DataFrame(rows, columns=["environment", "episode_return", "length", "truncated"])
+    columns = ["environment", "episode_return", "length", "truncated"]
+    return pd.DataFrame(rows, columns=[*columns, *(f"action_{name}" for name in action_names(game))])
 
 
 def mean_interval(returns: np.ndarray, seed: int = 0, confidence: float = 0.95) -> tuple[float, float]:
