@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,6 +29,11 @@ def reference_softmax(logits):
     highest = max(float(x) for x in logits)
     weights = [math.exp(float(x) - highest) for x in logits]
     return [weight / sum(weights) for weight in weights]
+
+
+def reference_entropy(rows):
+    """Mean over the rows of a softmax's entropy."""
+    return sum(-p * math.log(p) for row in rows for p in reference_softmax(row) if p) / len(rows)
 
 
 def reference_expected_q(logits, atoms):
@@ -170,7 +176,31 @@ def test_mse_cql_and_greedy_equal_references(dtype, tolerance, data, mask, q, ta
     assert results[1] > -tolerance  # a log-sum-exp is at least each of its terms
 
 
+@PRECISIONS
+@hunt
+@given(logits=arrays((4, 51), 80))
+def test_entropy_equals_reference_within_0_and_the_uniform_distributions(dtype, tolerance, logits):
+    with jax.enable_x64(dtype == "float64"):
+        nats = np.asarray(jax.jit(jax.vmap(losses.entropy))(logits.astype(dtype)))
+    assert nats.dtype == dtype and (nats > -tolerance).all() and (nats < math.log(51) + tolerance).all()
+    np.testing.assert_allclose(nats.mean(), reference_entropy(logits), atol=tolerance)
+
+
 # Hand-computed numbers.
+
+
+def test_entropy_by_hand():
+    np.testing.assert_allclose(losses.entropy(jnp.zeros(51)), 3.9318, atol=1e-4)
+    np.testing.assert_allclose(losses.entropy(jnp.log(jnp.array([1.0, 2, 1]))), 1.5 * math.log(2), rtol=1e-6)
+    np.testing.assert_allclose(losses.entropy(jnp.array([1e4, 0, 0])), 0, atol=1e-6)
+
+
+def test_unit_normal_logits_are_scipys_density_on_the_atoms():
+    atoms = losses.support()
+    density = scipy.stats.norm.pdf(np.linspace(-20, 20, 51))
+    np.testing.assert_allclose(jax.nn.softmax(losses.unit_normal_logits(atoms)), density / density.sum(), atol=1e-6)
+    spread = math.log(math.sqrt(2 * math.pi * math.e) / 0.8)  # a unit normal's entropy, in atoms 0.8 apart
+    np.testing.assert_allclose(losses.entropy(losses.unit_normal_logits(atoms)), spread, atol=1e-4)
 
 
 def test_support_is_the_papers():
@@ -284,6 +314,7 @@ GAME_MASKS = np.array([[action < n for action in range(NUM_ACTIONS)] for n in NU
 
 def reference_metrics(outputs, target_outputs, selector_outputs, batch, atoms, alpha):
     td, cql, loss = reference_batch(outputs, target_outputs, selector_outputs, batch, GAME_MASKS, atoms, alpha)
+    game, action = batch.game, batch.action
     q = outputs if outputs.ndim == 2 else np.array([[reference_expected_q(x, atoms) for x in row] for row in outputs])
     return {
         "loss": loss,
@@ -293,6 +324,7 @@ def reference_metrics(outputs, target_outputs, selector_outputs, batch, atoms, a
         "q_greedy": np.mean([max(q[row, : NUM_GAME_ACTIONS[game]]) for row, game in enumerate(batch.game)]),
         "td_loss_sum": [sum(td[batch.game == game]) for game in range(3)],
         "td_loss_count": [sum(batch.game == game) for game in range(3)],
+        **({} if outputs.ndim == 2 else {"entropy": reference_entropy(outputs[range(len(game)), action])}),
     }
 
 

@@ -20,6 +20,7 @@ from test_losses import (
     masks,
     reference_c51,
     reference_cql,
+    reference_entropy,
     reference_expected_q,
     reference_greedy,
     reference_mse,
@@ -502,6 +503,7 @@ def reference_q_learning(
         "td_loss_count": [2, 3],
         **({} if tau is None else {"behaviour_loss": mean["behaviour"], "allowed_share": mean["share"]}),
         **({"dr3_penalty": mean["dr3"]} if dr3 else {}),
+        **({} if head == "mse" else {"entropy": reference_entropy(np.array(now)[range(ROWS), batch.action])}),
     }
 
 

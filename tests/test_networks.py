@@ -216,6 +216,14 @@ def test_count_parameters():
     assert count_parameters(linear, {"a": np.zeros((2, 3)), "b": [np.zeros(4)]}, linear) == 42 + 10 + 42
 
 
+def test_mean_frames_are_no_trained_parameters():
+    plain, centred = (nnx.eval_shape(lambda m=m: small(mean_frames=m)) for m in (None, np.zeros((3, 84, 84))))
+    both = nnx.eval_shape(lambda: networks.BCQNetwork(small(mean_frames=np.zeros((3, 84, 84))), small(head="mse")))
+    assert count_parameters(plain) == count_parameters(centred)
+    assert count_parameters(both) == count_parameters(centred) + count_parameters(both.behaviour)
+    assert count_parameters(nnx.to_pure_dict(nnx.state(centred, nnx.Param))) == count_parameters(plain)
+
+
 # The spatial embedding.
 
 
@@ -362,6 +370,34 @@ def test_bfloat16_computes_roughly_the_same_with_float32_parameters():
     assert b.dtype == np.float32
     error = np.abs(a - b).max()
     assert 1e-5 < error < 0.1 * np.abs(a).max()
+
+
+def test_heads_in_bfloat16_do_not_round_their_product():
+    """Values near 8: of features and kernels that bfloat16 holds exactly, the sum is exact to float32's precision."""
+    network, rng = small(head="mse", dtype="bfloat16"), np.random.default_rng(0)
+    features = rng.uniform(0.5, 1, (400, 16)).astype(jnp.bfloat16)
+    kernel = rng.uniform(0.5, 0.9, (16, 3, 18)).astype(jnp.bfloat16)
+    network.head_kernel[...] = jnp.array(kernel, jnp.float32)
+    values = jax.jit(lambda network, *x: network.heads(*x))(network, features, np.zeros(400, np.int32))
+    expected = features.astype(np.float64) @ kernel.astype(np.float64)[:, 0]
+    assert values.dtype == jnp.float32
+    assert 7 < expected.mean() < 9
+    np.testing.assert_allclose(values, expected, atol=1e-5)
+    rounded = np.asarray(expected.astype(jnp.bfloat16), np.float64)
+    assert np.abs(rounded - expected).max() > 0.01
+    assert len(np.unique(values)) > 10 * len(np.unique(rounded))
+
+
+@pytest.mark.parametrize("head", ["c51", "mse"])
+def test_head_bias_is_every_actions_start_and_changes_nothing_else(head):
+    bias = np.random.default_rng(0).normal(size=11)
+    plain, biased = small(head=head), small(head=head, head_bias=bias)
+    difference = call(biased, OBSERVATION, GAME) - call(plain, OBSERVATION, GAME)
+    expected = np.zeros((3, 18)) if head == "mse" else np.broadcast_to(bias, (3, 18, 11))
+    np.testing.assert_allclose(difference, expected, atol=1e-5)
+    biased.head_bias[...] = plain.head_bias[...]
+    for a, b in zip(*(jax.tree.leaves(nnx.state(network, nnx.Param)) for network in (plain, biased))):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize(

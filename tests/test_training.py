@@ -155,6 +155,40 @@ def test_action_masks():
     assert masks.tolist() == [3 * [True] + 15 * [False], 18 * [True]]
 
 
+@pytest.mark.parametrize("where", ["head_kernel", "q/head_kernel"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_heads_gradient_is_measured_by_its_root_mean_square(where, accumulate):
+    """Of a loss that is linear in the parameters, whose gradient is therefore known; a behaviour's head is not it."""
+    rng = np.random.default_rng(0)
+    wanted, other = (rng.normal(size=(4, 5, 6)).astype(np.float32) for _ in range(2))
+    slopes = {"head_kernel": wanted, "head_bias": other}
+    if where.startswith("q"):
+        slopes = {"q": slopes, "behaviour": {"head_kernel": other}}
+
+    def objective(params, target_params, batch, key):
+        loss = sum((a * b).sum() for a, b in zip(*map(jax.tree.leaves, (params, slopes))))
+        return loss, {"loss": loss}
+
+    optimizer = training.make_optimizer()
+    params = jax.tree.map(jnp.zeros_like, slopes)
+    state = training.TrainState(jnp.int32(0), params, params, optimizer.init(params))
+    update = jax.jit(training.make_update(objective, optimizer, accumulate=accumulate))
+    _, metrics = update(state, table_batch(0), jax.random.key(0))
+    np.testing.assert_allclose(metrics["head_grad_rms"], np.sqrt(np.mean(wanted.astype(np.float64) ** 2)), rtol=1e-6)
+    squares = sum((x.astype(np.float64) ** 2).sum() for x in jax.tree.leaves(slopes))
+    np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(squares), rtol=1e-6)
+
+
+def test_epsilon_warning():
+    said = training.epsilon_warning(2.8e-6, 3.125e-4)
+    assert said == (
+        "Adam's epsilon (3.1e-04) is 112 times the head's gradient (2.8e-06 RMS): this run learns hardly anything."
+    )
+    assert training.epsilon_warning(1e-5, 1.01e-4) and not training.epsilon_warning(1e-5, 0.99e-4)
+    assert not training.epsilon_warning(3e-5, 1e-8) and not training.epsilon_warning(math.nan, 1e-8)
+    assert "no gradient" in training.epsilon_warning(0.0, 1e-8)
+
+
 # Real networks: determinism and learning.
 
 

@@ -19,6 +19,20 @@ def support(v_min: float = -20.0, v_max: float = 20.0, num_atoms: int = 51) -> j
     return jnp.linspace(v_min, v_max, num_atoms)
 
 
+def unit_normal_logits(atoms: jax.Array) -> jax.Array:
+    """Logits -z^2 / 2 of a normal distribution around 0 with standard deviation 1, on the atoms: [N] -> [N].
+
+    A start for heads (`networks.make_q_network`), ours. Zero logits are a uniform distribution over the whole support,
+    which short training hardly leaves: in it one reward moves the expected return by little.
+    """
+    return -jnp.square(atoms) / 2
+
+
+def entropy(logits: jax.Array) -> jax.Array:
+    """Of the distribution softmax(logits) [N], a scalar in nats: log N where it is uniform."""
+    return -jax.nn.softmax(logits) @ jax.nn.log_softmax(logits)
+
+
 def expected_q(logits: jax.Array, atoms: jax.Array) -> jax.Array:
     """Q(s, .) = sum_i softmax(logits)_i z_i: [..., N] -> [...]."""
     return jax.nn.softmax(logits, axis=-1) @ atoms

@@ -64,7 +64,8 @@ def q_learning(
 
     Returns:
         (params, target_params, batch, key) -> (loss, metrics). Metrics are scalars `loss`, `td_loss`, `cql_loss`,
-        `q_data` (mean Q of the data's actions), `q_greedy` (of the best actions), with `tau` `behaviour_loss` and
+        `q_data` (mean Q of the data's actions), `q_greedy` (of the best actions), with a categorical head `entropy` (of
+        the return distributions predicted for the data's actions, in nats), with `tau` `behaviour_loss` and
         `allowed_share` (of a game's actions), with `dr3` `dr3_penalty`; and float32 [games] `td_loss_sum`,
         `td_loss_count`.
     """
@@ -115,6 +116,9 @@ def q_learning(
             "q_data": jnp.take_along_axis(q, batch.action[:, None], axis=1).mean(),
             "q_greedy": jnp.where(mask, q, losses.MASKED).max(-1).mean(),
         }
+        if head != "mse":
+            taken = jnp.take_along_axis(outputs_t, batch.action[:, None, None], axis=1)[:, 0]
+            metrics["entropy"] = jax.vmap(losses.entropy)(taken).mean()
         return total, metrics | by_game("td_loss", td, batch.game, len(masks))
 
     return objective

@@ -26,6 +26,9 @@ from scaled_ql.replay.store import Batch
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save there
 
 
+HEADS = {"head_kernel", "q/head_kernel"}  # in the parameters of a `QNetwork`, of a `BCQNetwork`
+
+
 class TrainState(NamedTuple):
     """All that a step changes; with the data's seed it determines the rest of the run.
 
@@ -53,6 +56,27 @@ class CheckpointError(RuntimeError):
 def make_optimizer(learning_rate: float = 2e-4, adam_epsilon: float = 3.125e-4) -> optax.GradientTransformation:
     """Adam. The paper does not say epsilon; 0.01 / 32 is what its single-game ancestors use."""
     return optax.adam(learning_rate, eps=adam_epsilon)
+
+
+def epsilon_warning(head_grad_rms: float, adam_epsilon: float) -> str:
+    """What to say of a run whose Adam is ruled by its epsilon; an empty string of another.
+
+    Adam divides a gradient's mean by the root of its mean square plus epsilon. An epsilon far above that root takes the
+    normalisation out: all steps shrink by the ratio of the two. Here the line is drawn at 10.
+
+    Args:
+        head_grad_rms: of `make_update`, best an average over steps.
+        adam_epsilon: of `make_optimizer`.
+    """
+    if head_grad_rms == 0:
+        return "The head has no gradient: this run learns nothing."
+    ratio = adam_epsilon / head_grad_rms
+    if not ratio > 10:
+        return ""
+    return (
+        f"Adam's epsilon ({adam_epsilon:.1e}) is {ratio:,.0f} times the head's gradient ({head_grad_rms:.1e} RMS): "
+        "this run learns hardly anything."
+    )
 
 
 def init_state(
@@ -86,7 +110,9 @@ def make_update(
             the result of the whole.
 
     Returns:
-        (state, batch, key of the run) -> (state, metrics): the objective's, and `grad_norm`.
+        (state, batch, key of the run) -> (state, metrics): the objective's, `grad_norm`, and of a `QNetwork` or a
+        `BCQNetwork`'s Q-network `head_grad_rms`, the root of the mean square of the head kernel's gradient, those
+        outputs included that no game of the batch has.
     """
     gradient = jax.grad(objective, has_aux=True)
 
@@ -116,8 +142,17 @@ def make_update(
         step = state.step + 1
         target_params = optax.periodic_update(params, state.target_params, step, target_update_period)
         # Row by row: as one sum, XLA takes 2 s on a CPU for 40 games' heads (40 x 918 is no multiple of 32).
-        rows = [jax.lax.optimization_barrier(jnp.square(x).sum(-1)) for x in jax.tree.leaves(gradients)]
-        metrics["grad_norm"] = jnp.sqrt(sum(row.sum() for row in rows))
+        squares = {
+            jax.tree_util.keystr(path, simple=True, separator="/"): (
+                jax.lax.optimization_barrier(jnp.square(x).sum(-1)).sum(),
+                x.size,
+            )
+            for path, x in jax.tree_util.tree_leaves_with_path(gradients)
+        }
+        metrics["grad_norm"] = jnp.sqrt(sum(total for total, _ in squares.values()))
+        for name in HEADS & squares.keys():
+            total, size = squares[name]
+            metrics["head_grad_rms"] = jnp.sqrt(total / size)
         return TrainState(step, params, target_params, opt_state), metrics
 
     return update
