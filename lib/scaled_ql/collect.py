@@ -1,4 +1,4 @@
-"""Players that fill a store: scripted ones whose quality grows over a recording, and a random one."""
+"""Players that fill a store: scripted ones, better over a recording or of two minds throughout, and a random one."""
 
 import json
 import multiprocessing
@@ -21,8 +21,8 @@ Player = Callable[[np.ndarray], str]  # the console's 128 bytes of RAM -> the na
 
 # Where things are in RAM: the Atari Annotated RAM Interface (Anand et al., 2019).
 def play_pong(ram: np.ndarray) -> str:
-    """Keep the paddle at the height of the ball."""
-    offset = int(ram[54]) - int(ram[51])
+    """Keep the middle of the paddle, 8 below its top, at the height of the ball."""
+    offset = int(ram[54]) - int(ram[51]) - 8
     if abs(offset) < 4:
         return "FIRE"
     return "LEFT" if offset > 0 else "RIGHT"
@@ -44,6 +44,8 @@ def play_freeway(ram: np.ndarray) -> str:
 
 
 SCRIPTED_PLAYERS: dict[str, Player] = {"Breakout": play_breakout, "Freeway": play_freeway, "Pong": play_pong}
+MIRRORED = {"LEFT": "RIGHT", "RIGHT": "LEFT", "UP": "DOWN", "DOWN": "UP"}
+CHANGE_OF_MIND = 0.04  # probability, at each step, that a player of two minds draws its mind again
 
 
 def epsilon_at(transition: int, num_transitions: int, final_epsilon: float) -> float:
@@ -57,6 +59,7 @@ def play_episode(
     actions: tuple[str, ...],
     epsilon: Callable[[int], float],
     seed: list[int],
+    change_of_mind: float = 0.0,
 ) -> dict[str, np.ndarray | bool]:
     """Play one whole episode.
 
@@ -66,6 +69,8 @@ def play_episode(
         actions: the game's minimal action set.
         epsilon: probability of a random action at each step of the episode.
         seed: of this episode; equal seeds give equal episodes.
+        change_of_mind: above 0, a player of two minds: at the start, and with this probability at each step, it draws
+            with equal chances whether from now on it does what `player` says or the mirror image, LEFT for RIGHT.
 
     Returns:
         observation uint8 [L, 84, 84], action int32 [L], reward float32 [L], terminal (bool).
@@ -74,11 +79,15 @@ def play_episode(
     frame, _ = environment.reset(seed=int(rng.integers(2**31)))
     ale = environment.unwrapped.ale
     frames, chosen, rewards = [], [], []
+    contrary = change_of_mind > 0 and rng.random() < 0.5
     terminal = truncated = False
     while not (terminal or truncated):
+        if change_of_mind > 0 and rng.random() < change_of_mind:
+            contrary = rng.random() < 0.5
         action = int(rng.integers(len(actions)))
         if player is not None and rng.random() >= epsilon(len(chosen)):
-            action = actions.index(player(ale.getRAM()))
+            name = player(ale.getRAM())
+            action = actions.index(MIRRORED.get(name, name) if contrary else name)
         frames.append(frame)
         chosen.append(action)
         frame, reward, terminal, truncated, _ = environment.step(action)
@@ -99,18 +108,28 @@ def record_game(
     seed: int,
     run: int = 1,
     final_epsilon: float = 0.1,
+    two_minds: bool = False,
     sticky_actions: float = 0.25,
     max_steps: int = MAX_STEPS,
 ) -> int:
     """Record whole episodes of a game until the store holds at least `num_transitions`; returns how many it holds.
 
     Pong, Breakout and Freeway are played by a script that reads RAM, with epsilon annealed from 1 to
-    `final_epsilon` over the first half; every other game at random. Episode k depends on these arguments and on
-    the transitions before it alone, so a recording that was stopped goes on as if it had not been.
+    `final_epsilon` over the first half; every other game at random. The right action is the most frequent one there, so
+    that cloning such a player plays better than it did, and nothing is left to learn from rewards.
+
+    With `two_minds`, epsilon is `final_epsilon` throughout, and half of the time, in stretches, the player does the
+    mirror image of what the script says (`CHANGE_OF_MIND`): which action is frequent does not tell which one is good,
+    by construction. Only rewards do. Of random play that is true anyway.
+
+    Episode k depends on these arguments and on the transitions before it alone, so a recording that was stopped resumes
+    as if it had not been.
     """
     player, actions = SCRIPTED_PLAYERS.get(game), action_names(game)
     epsilons = f"epsilon 1 to {final_epsilon} over the first half of {num_transitions} transitions"
     how = f"scripted player, {epsilons}" if player else "random player"
+    two_minds = two_minds and player is not None
+    how = f"scripted player of two minds, epsilon {final_epsilon}" if two_minds else how
     source = f"{how}, seed {seed}, episodes of at most {max_steps} steps"
     environment = make_environment(game, sticky_actions=sticky_actions, max_steps=max_steps)
     with ReplayWriter(
@@ -120,9 +139,12 @@ def record_game(
             before = writer.num_transitions
 
             def epsilon(step: int, before: int = before) -> float:
+                if two_minds:
+                    return final_epsilon
                 return epsilon_at(before + step, num_transitions, final_epsilon) if player else 1.0
 
-            episode = play_episode(environment, player, actions, epsilon, [seed, run, writer.num_episodes])
+            numbers = [seed, run, writer.num_episodes]
+            episode = play_episode(environment, player, actions, epsilon, numbers, CHANGE_OF_MIND if two_minds else 0.0)
             writer.append(**episode, epsilon=epsilon(0))
         environment.close()
         return writer.num_transitions

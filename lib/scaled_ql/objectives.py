@@ -25,6 +25,7 @@ from scaled_ql.replay.store import Batch
 PyTree = Any
 Metrics = dict[str, jax.Array]
 Method = Literal["cql", "bcq", "bc", "return_bc"]
+Rewards = Literal["real", "zero", "shuffled"]
 Objective = Callable[[PyTree, PyTree, Batch, jax.Array], tuple[jax.Array, Metrics]]
 Preferences = Callable[[PyTree, jax.Array, jax.Array], jax.Array]
 
@@ -164,6 +165,29 @@ def cloning(
         return nll.mean(), metrics | by_game("nll", nll, batch.game, len(masks))
 
     return objective
+
+
+def without_rewards(objective: Objective, rewards: Rewards) -> Objective:
+    """The control of an experiment: an objective that minimises the same loss on rewards that say nothing.
+
+    What it learns, it did not learn from rewards; frames, actions, discounts and terminations are untouched.
+
+    Args:
+        objective: of a method.
+        rewards: ``zero``: every reward is 0; ``shuffled``: each transition has the reward of another one of its game in
+            the batch, which keeps the rewards' distribution; ``real``: `objective` itself.
+    """
+    if rewards == "real":
+        return objective
+
+    def control(params: PyTree, target_params: PyTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        reward = jnp.zeros_like(batch.reward)
+        if rewards == "shuffled":
+            mixed = jnp.lexsort((jax.random.uniform(jax.random.fold_in(key, 1), reward.shape), batch.game))
+            reward = reward.at[jnp.argsort(batch.game)].set(batch.reward[mixed])
+        return objective(params, target_params, batch._replace(reward=reward), key)
+
+    return control
 
 
 def outputs(

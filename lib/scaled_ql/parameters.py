@@ -52,7 +52,7 @@ ONLINE_ONLY = (
 class DataCollection(Parameters):
     """`00_data_collection`; the agents' defaults are those of Dopamine's C51."""
 
-    player: Literal["scripted", "online"] = "scripted"
+    player: Literal["scripted", "two_minds", "online"] = "scripted"
     games: Annotated[list[str], Field(min_length=1)] = ["Breakout", "Freeway", "Pong"]
     num_transitions: Count = 20_000
     seed: Seed = 0
@@ -91,7 +91,7 @@ class DataCollection(Parameters):
     @pydantic.model_validator(mode="after")
     def _nothing_is_idle(self) -> "DataCollection":
         fields = type(self).model_fields
-        others = ONLINE_ONLY if self.player == "scripted" else SCRIPTED_ONLY
+        others = SCRIPTED_ONLY if self.player == "online" else ONLINE_ONLY
         idle = [name for name in others if getattr(self, name) != fields[name].default]
         if idle:
             raise ValueError(f"{', '.join(idle)}: without effect for {self.player} players; leave out")
@@ -100,7 +100,8 @@ class DataCollection(Parameters):
     @property
     def last_epsilon(self) -> float:
         """The share of random moves in the end; a negative `final_epsilon` stands for what suits the player."""
-        return self.final_epsilon if self.final_epsilon >= 0 else {"scripted": 0.1, "online": 0.01}[self.player]
+        of_player = {"scripted": 0.1, "two_minds": 0.2, "online": 0.01}
+        return self.final_epsilon if self.final_epsilon >= 0 else of_player[self.player]
 
 
 class DataExploration(Parameters):
@@ -149,6 +150,7 @@ class ScaledTraining(Parameters):
     v_min: float = -20.0
     v_max: float = 20.0
     num_atoms: Annotated[int, Field(ge=2)] = 51
+    rewards: Literal["real", "zero", "shuffled"] = "real"
     n_step: Count = 3
     discount: Share = 0.99
     alpha: float = -1.0
@@ -159,6 +161,7 @@ class ScaledTraining(Parameters):
     dr3: Annotated[float, Field(ge=0)] = 0.0
     random_shift: Annotated[int, Field(ge=0, le=42)] = 0
     learning_rate: Annotated[float, Field(gt=0)] = 2.0e-4
+    decay_learning_rate: bool = False
     adam_epsilon: Annotated[float, Field(gt=0)] = 3.125e-4
     target_update_period: Count = 2_000
     games_per_batch: Count = 128
@@ -170,7 +173,9 @@ class ScaledTraining(Parameters):
     keep_checkpoint_every: Count = 1_000_000
 
     eval_episodes: Count = 10
+    eval_min_steps: Annotated[int, Field(ge=0)] = 0
     eval_epsilon: Share = 0.001
+    eval_sticky_actions: Share = 0.0
     eval_max_steps: Count = MAX_STEPS
     eval_seed: Seed = 0
     video_steps: Annotated[int, Field(ge=0)] = 900
@@ -187,6 +192,8 @@ class ScaledTraining(Parameters):
             )
         if self.v_min >= self.v_max:
             raise ValueError(f"v_min ({self.v_min}) must be below v_max ({self.v_max})")
+        if self.method == "bc" and self.rewards != "real":
+            raise ValueError("rewards: without effect in method 'bc', which sees none; leave out")
         if self.method in ("bc", "return_bc"):
             fields = type(self).model_fields
             idle = [name for name in Q_LEARNING_ONLY if getattr(self, name) != fields[name].default]
