@@ -54,7 +54,11 @@ class CheckpointError(RuntimeError):
 
 
 def make_optimizer(learning_rate: float = 2e-4, adam_epsilon: float = 3.125e-4) -> optax.GradientTransformation:
-    """Adam. The paper does not say epsilon; 0.01 / 32 is what its single-game ancestors use."""
+    """Adam with the paper's learning rate for 40 games.
+
+    The paper does not say epsilon. 0.01 / 32 is what its single-game ancestors use at batch 32; the same rule gives
+    0.01 / 512 for the paper's batch. Either can exceed the head's gradients by far: see `epsilon_warning`.
+    """
     return optax.adam(learning_rate, eps=adam_epsilon)
 
 
