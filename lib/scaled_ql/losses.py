@@ -207,8 +207,10 @@ def return_bc_loss(
 def expert_action_logits(logits: jax.Array, atoms: jax.Array, kappa: float = 1.0) -> jax.Array:
     """log p(a | s, expert) up to a constant, [..., A], from the model of `return_bc_loss`, logits [..., A, N].
 
-    Expert behaviour is inferred as by Lee et al. (2022), section 3.4: p(R | expert, s) ~ p(R | s) exp(kappa R), but
-    the return is summed over instead of drawn, and kappa is per unit of return. kappa = 0 is behaviour cloning.
+    Expert behaviour is inferred as in section 3.4 of Lee et al. (2022): p(R | expert, s) ~ p(R | s) exp(kappa R).
+    Three things differ. The return is summed over; theirs is drawn. R is the discounted return on `atoms`; theirs is
+    undiscounted, between -20 and 100. kappa is per unit of return; theirs is 10 for that whole range, 10 / 120 = 0.083
+    per unit, so that the default of 1 weighs a unit twelve times as much. kappa = 0 is behaviour cloning.
     """
     return jax.nn.logsumexp(logits + kappa * atoms, axis=-1)
 

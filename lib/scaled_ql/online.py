@@ -2,7 +2,14 @@
 
 `independent_learners` are single-game agents, trained together as one program over stacked parameters;
 `multi_task_learner` is one network with a head per game, the paper's online multi-task Impala-DQN (appendix B.5).
-`play` lets either act, learn and log. Defaults are Dopamine's (Castro et al., 2018; its C51 and its protocol for ALE).
+`play` lets either act, learn and log.
+
+Defaults are the settings of Dopamine's C51 (Castro et al., 2018): support, optimizer, replay, periods, exploration,
+protocol. What differs from its agents: the Nature network has no padding, as in Mnih et al. (2015), where Dopamine's
+pads (``SAME``), and its initial kernels are He et al.'s normal ones where Dopamine's are uniform; many environments
+step side by side, on parameters of one step ago. With ``mse`` the optimizer and the squared error are C51's and
+`objectives.q_learning`'s; Dopamine's DQN minimises Huber's loss with Adam (learning rate 6.25e-5, epsilon 1.5e-4) or,
+in TensorFlow, RMSProp.
 """
 
 import time

@@ -216,7 +216,11 @@ class ImpalaStage(nnx.Module):
 
 
 class Impala(nnx.Module):
-    """The deep residual network of Espeholt et al. (2018): 16, 32, 32 channels, times a width multiplier."""
+    """The deep residual network of Espeholt et al. (2018): 16, 32, 32 channels, times a width multiplier.
+
+    He et al.'s initial kernels, the Q-network's trunk above it; Dopamine's Impala-DQN has Xavier's or LeCun's, and one
+    dense layer of 512.
+    """
 
     def __init__(self, multiplier: int, *, channels: int, group_size: int, remat: bool, dtype: Dtype, rngs: nnx.Rngs):
         del group_size  # the family has no normalisation
@@ -230,7 +234,7 @@ class Impala(nnx.Module):
 
 
 class Nature(nnx.Module):
-    """The three convolutions of Mnih et al. (2015)."""
+    """The three convolutions of Mnih et al. (2015), without padding; Dopamine's network pads them (``SAME``)."""
 
     def __init__(self, *, channels: int, group_size: int, remat: bool, dtype: Dtype, rngs: nnx.Rngs):
         del group_size, remat  # the family has no normalisation, and nothing to save

@@ -177,6 +177,9 @@ def make_q_network(
 ) -> QNetwork:
     """A Q-network with the paper's defaults (appendix B.1).
 
+    The paper does not give initial parameters. Here convolutions start as in He et al. (2015), fan out; dense layers
+    and heads from a truncated normal of variance 1 / fan in; biases at 0.
+
     Args:
         encoder: a key of `networks.ENCODERS`: ``resnet34``, ``resnet50``, ``resnet101``, ``resnet152``,
             ``resnet_narrow``, ``impala_x1``, ``impala_x4``, ``impala_x8``, ``impala_x16``, ``nature`` or
