@@ -243,6 +243,13 @@ class Ablations(Parameters):
     seed: Seed = 0
 
 
+class LearningFromReward(Parameters):
+    """`04_learning_from_reward`."""
+
+    base: str = "quickstart.yaml"
+    control: Literal["zero", "shuffled"] = "zero"
+
+
 class Performance(Parameters):
     """`06_performance`."""
 
@@ -273,6 +280,7 @@ NOTEBOOKS: dict[str, type[Parameters]] = {
     "01_data_exploration": DataExploration,
     "02_scaled_training": ScaledTraining,
     "03_ablations": Ablations,
+    "04_learning_from_reward": LearningFromReward,
     "05_paper_report": PaperReport,
     "06_performance": Performance,
 }

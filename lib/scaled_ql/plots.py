@@ -240,6 +240,38 @@ def scores(table: pd.DataFrame, episodes: pd.DataFrame) -> Figure:
     return figure
 
 
+def reward_control(table: pd.DataFrame, method: str, control: str) -> Figure:
+    """Mean raw returns per game: a row per arm, a dot per training seed; lines for the data and the constant action.
+
+    Args:
+        table: from `reward_control.scores`; may be empty.
+        method: of the agent.
+        control: its control's `rewards`.
+    """
+    games = sorted(table["game"].unique())
+    figure, axes = _grid(max(len(games), 1), width=4.8)
+    for axis, game in zip(axes, games):
+        here = table[table["game"] == game]
+        clones = here[here["method"] == "bc"]
+        own = here[here["method"] == method]
+        arms = {
+            "agent": own.loc[own["rewards"] == "real", "agent_return"],
+            f"{control} rewards": own.loc[own["rewards"] == control, "agent_return"],
+            "cloning": clones["agent_return"],
+            "cloning, sampled": clones["sampled_return"].dropna(),
+        }
+        for number, (name, values) in enumerate(arms.items()):
+            color = PLAYERS["agent"] if name == "agent" else PLAYERS["random"]
+            axis.scatter(values, np.full(len(values), number), color=color, s=28, alpha=0.8, zorder=3)
+        axis.set_yticks(range(len(arms)), arms)
+        axis.invert_yaxis()
+        axis.axvline(here["dataset_return"].iloc[0], color="black", lw=1, label="data")
+        axis.axvline(here["constant_return"].iloc[0], color="black", lw=1, ls=":", label="best constant action")
+        axis.set(title=game, xlabel="mean episode return (raw)")
+        axis.legend(fontsize=8, loc="best")
+    return figure
+
+
 # A family of systems has a hue, its larger member the darker shade; a system has its colour in every figure.
 SYSTEMS = {
     "DT (200M)": "#0072b2", "DT (40M)": "#7cc4ee", "BC (200M)": "#a8417c", "BC (80M)": "#dd9cc2",

@@ -1,0 +1,164 @@
+"""Was it learned from reward? A method compared with its controls: zero rewards, cloning, one action for ever.
+
+A run is one of three arms, told apart by `method` and `rewards`: the agent, the same training with its rewards zeroed
+or shuffled, and behaviour cloning. They share data, steps and evaluation.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from scaled_ql import parameters, runs
+from scaled_ql.ablations import NOTEBOOK, GatherError
+from scaled_ql.parameters import INCIDENTAL, Parameters
+
+ARM_PARAMETERS = ("method", "rewards")
+SCORE_COLUMNS = (
+    "run", "method", "rewards", "seed", "game", "random_return", "constant_return", "dataset_return", "agent_return",
+    "sampled_return", "agent_episodes", "truncated_share",
+)  # fmt: skip
+
+
+def scores(folder: Path, base: Parameters) -> pd.DataFrame:
+    """The finished runs below an outputs folder that are `base` in all but arm and seed, a row per run and game.
+
+    Returns:
+        columns `SCORE_COLUMNS`; returns are raw means over episodes. `sampled_return` is that of a clone that draws its
+        actions from its policy, NaN of others.
+
+    Raises:
+        GatherError: two runs of one arm and seed, or runs of different contents of the dataset.
+    """
+    rows, identities = [], {}
+    wanted = base.model_dump()
+    for place in sorted((folder / NOTEBOOK).glob("*/parameters.yaml")):
+        if runs.read_json(place.parent / "status.json").get("state") != "finished":
+            continue
+        try:
+            values = parameters.check(NOTEBOOK, parameters.load(place), str(place)).model_dump()
+        except parameters.ParameterError:  # of another version
+            continue
+        if any(values[name] != wanted[name] for name in wanted.keys() - INCIDENTAL - set(ARM_PARAMETERS)):
+            continue
+        summary = runs.read_json(place.parent / "summary.json")
+        identities[place.parent.name] = summary["dataset"]
+        about = {"run": place.parent.name} | {name: values[name] for name in (*ARM_PARAMETERS, "seed")}
+        for game, row in summary["games"].items():
+            rows.append(about | {"game": game, "truncated_share": row["truncated_percent"] / 100} | row)
+    if len(set(map(str, identities.values()))) > 1:
+        raise GatherError(
+            f"runs {', '.join(identities)} were trained on different contents of the dataset {base.dataset!r}; compare "
+            "runs of one recording."
+        )
+    table = pd.DataFrame(rows, columns=list(SCORE_COLUMNS))
+    twice = table[table.duplicated([*ARM_PARAMETERS, "seed", "game"], keep=False)]
+    if len(twice):
+        raise GatherError(f"runs {', '.join(twice['run'].unique())} are equal in arm and seed; delete or move one.")
+    return table.sort_values([*ARM_PARAMETERS, "seed", "game"], ignore_index=True)
+
+
+def players(table: pd.DataFrame, method: str, control: str = "zero") -> pd.DataFrame:
+    """Mean raw returns, a row per game: what the agent has to beat, and the agent.
+
+    Args:
+        table: from `scores`.
+        method: of the agent.
+        control: its control's `rewards`.
+
+    Returns:
+        index game; columns random, best constant action, data, cloning, cloning (sampled), control, agent, seeds.
+    """
+    rows = {}
+    for game, here in table.groupby("game"):
+        agent, zero, clone = _arms(here, method, control)
+        rows[game] = {
+            "random": here["random_return"].iloc[0],
+            "best constant action": here["constant_return"].iloc[0],
+            "data": here["dataset_return"].iloc[0],
+            "cloning": clone["agent_return"].mean(),
+            "cloning, sampled": clone["sampled_return"].mean(),
+            f"{control} rewards": zero["agent_return"].mean(),
+            "agent": agent["agent_return"].mean(),
+            "truncated %": 100 * agent["truncated_share"].mean(),
+            "seeds": len(agent),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("game")
+
+
+def differences(table: pd.DataFrame, method: str, control: str = "zero") -> pd.DataFrame:
+    """By how much the agent plays better than each player it has to beat, with 95% intervals over training seeds.
+
+    Welch's t interval where both have seeds, the one-sample t interval where the other is a number.
+
+    Args:
+        table, method, control: as for `players`.
+
+    Returns:
+        columns game, better than, difference, low, high (raw returns; NaN with less than two seeds), verdict: ``yes``
+        (the interval lies above 0), ``no`` (it lies below), ``inconclusive``, ``missing``.
+    """
+    rows = []
+    for game, here in table.groupby("game"):
+        agent, zero, clone = _arms(here, method, control)
+        mine = agent["agent_return"].to_numpy()
+        others = {
+            f"{control} rewards": zero["agent_return"].to_numpy(),
+            "cloning": clone["agent_return"].to_numpy(),
+            "cloning, sampled": clone["sampled_return"].dropna().to_numpy(),
+            "data": here["dataset_return"].to_numpy()[:1],
+            "best constant action": here["constant_return"].to_numpy()[:1],
+        }
+        for name, other in others.items():
+            measured_once = name in ("data", "best constant action")
+            row = {"game": game, "better than": name, "difference": np.nan, "low": np.nan, "high": np.nan}
+            if len(mine) > 1 and (measured_once or len(other) > 1):
+                low, high = interval(mine, other)
+                row |= {"difference": mine.mean() - other.mean(), "low": low, "high": high}
+                row["verdict"] = "yes" if low > 0 else "no" if high < 0 else "inconclusive"
+            rows.append(row | {"verdict": row.get("verdict", "missing")})
+    return pd.DataFrame(rows)
+
+
+def interval(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """The t interval of mean(first) - mean(second), float [seeds] each; one value stands for a number that is known.
+
+    Welch (1947): the two variances may differ, as those of an agent and of a control do.
+    """
+    from scipy import stats
+
+    variances = [np.var(x, ddof=1) / len(x) if len(x) > 1 else 0.0 for x in (first, second)]
+    total = sum(variances)
+    center = float(np.mean(first) - np.mean(second))
+    if total == 0:
+        return center, center
+    freedom = total**2 / sum(v**2 / (len(x) - 1) for v, x in zip(variances, (first, second)) if len(x) > 1)
+    half = float(stats.t.ppf((1 + confidence) / 2, freedom) * np.sqrt(total))
+    return center - half, center + half
+
+
+def verdict(compared: pd.DataFrame, control: str = "zero") -> list[str]:
+    """A sentence per game: was it learned from reward, and what does the agent beat?"""
+    sentences = []
+    for game, here in compared.groupby("game"):
+        rows = here.set_index("better than")
+        own = rows.loc[f"{control} rewards"]
+        if own["verdict"] == "missing":
+            sentences.append(f"**{game}**: learned from reward: runs are missing.")
+            continue
+        beaten = [name for name, row in rows.iterrows() if row["verdict"] == "yes"]
+        limits = f"{own['low']:+.1f} to {own['high']:+.1f}"
+        sentences.append(
+            f"**{game}**: learned from reward: **{own['verdict']}** (real minus {control} rewards "
+            f"{own['difference']:+.1f}, 95% interval {limits}). Better than: {', '.join(beaten) or 'nothing'}."
+        )
+    return sentences
+
+
+def _arms(table: pd.DataFrame, method: str, control: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    own = table["method"] == method
+    return (
+        table[own & (table["rewards"] == "real")],
+        table[own & (table["rewards"] == control)],
+        table[table["method"] == "bc"],
+    )
