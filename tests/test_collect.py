@@ -1,5 +1,6 @@
 """Recordings repeat bit for bit, survive being killed, and hold what the emulator showed."""
 
+import json
 import subprocess
 import sys
 import time
@@ -174,3 +175,32 @@ def test_unknown_game_fails_before_anything_is_recorded(tmp_path):
     with pytest.raises(UnknownGame, match="Breakout"):
         record_game(tmp_path / "data", "Brekout", 100, seed=0)
     assert not (tmp_path / "data").exists()
+
+
+def always_left(ram):
+    return "LEFT"
+
+
+def test_a_player_of_two_minds_does_the_mirror_image_half_of_the_time_in_stretches():
+    actions = action_names("Breakout")
+    names = []
+    for seed in range(4):
+        environment = make_environment("Breakout", sticky_actions=0.0, max_steps=500)
+        episode = play_episode(environment, always_left, actions, lambda step: 0.0, [seed], change_of_mind=0.04)
+        names += [[actions[action] for action in episode["action"]]]
+    flat = [name for part in names for name in part]
+    assert set(flat) == {"LEFT", "RIGHT"}
+    assert 0.2 < flat.count("LEFT") / len(flat) < 0.8
+    switches = sum(a != b for part in names for a, b in pairwise(part))
+    assert 0.005 < switches / len(flat) < 0.04  # half of the redrawn minds are the old one
+
+
+def test_a_recording_of_two_minds_says_so_and_has_one_epsilon(tmp_path):
+    record_game(tmp_path, "Breakout", 180, two_minds=True, final_epsilon=0.2, **SHORT)
+    record_game(tmp_path, "Amidar", 60, two_minds=True, final_epsilon=0.2, **SHORT)
+    replay = open_replay(tmp_path)
+    assert set(replay.episodes("Breakout")["epsilon"].round(6)) == {0.2}
+    assert set(replay.episodes("Amidar")["epsilon"]) == {1.0}  # no script plays it: at random
+    manifest = json.loads((tmp_path / "Breakout/1/manifest.json").read_text())
+    assert "two minds" in manifest["source"]
+    assert "random player" in json.loads((tmp_path / "Amidar/1/manifest.json").read_text())["source"]

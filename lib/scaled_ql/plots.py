@@ -14,7 +14,13 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from scaled_ql.metrics import iqm
 
-PLAYERS = {"random": "#999999", "dataset": "#0072b2", "agent": "#d55e00", "human": "#009e73"}
+PLAYERS = {
+    "random": "#999999",
+    "best constant action": "#cc79a7",
+    "dataset": "#0072b2",
+    "agent": "#d55e00",
+    "human": "#009e73",
+}
 
 
 def set_style() -> None:
@@ -232,7 +238,7 @@ def scores(table: pd.DataFrame, episodes: pd.DataFrame) -> Figure:
     for axis, (game, row) in zip(axes, table.iterrows()):
         known = row[[player for player in PLAYERS if player in row and pd.notna(row[player])]].astype(float)
         axis.bar(known.index, known, color=[PLAYERS[player] for player in known.index])
-        axis.set_xticks(range(len(known)), known.index)
+        axis.set_xticks(range(len(known)), [player.replace(" action", "").replace(" ", "\n") for player in known.index])
         dots = episodes.loc[episodes["game"] == game, "episode_return"]
         axis.scatter(["agent"] * len(dots), dots, color="black", s=8, alpha=0.6, zorder=3)
         axis.axhline(0, color="black", lw=0.8)

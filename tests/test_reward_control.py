@@ -1,0 +1,111 @@
+"""The control of every claim: rewards that say nothing, and what of an agent's score they leave."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+from scaled_ql import objectives, parameters, reward_control
+from scaled_ql.ablations import GatherError
+from scaled_ql.replay.store import Batch
+
+BASE = parameters.check("02_scaled_training", {"run": "base", "encoder": "nature"})
+
+
+def write(outputs, name, agent, *, data="abc", sampled=None, **changes):
+    """A finished run's folder with an agent's return in Pong."""
+    folder = outputs / "02_scaled_training" / name
+    folder.mkdir(parents=True)
+    (folder / "parameters.yaml").write_text(yaml.safe_dump(BASE.model_dump() | changes | {"run": name}))
+    (folder / "status.json").write_text(json.dumps({"state": "finished"}))
+    row = {"random_return": -20.7, "constant_return": -20.0, "dataset_return": -18.0, "agent_return": agent}
+    row |= {"agent_episodes": 8, "truncated_percent": 25.0} | ({"sampled_return": sampled} if sampled else {})
+    summary = {"games": {"Pong": row}, "dataset": data, "parameters": 1, "steps": 5}
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+@pytest.fixture
+def outputs(tmp_path):
+    for seed in range(3):
+        write(tmp_path, f"real{seed}", 10.0 + seed, seed=seed)
+        write(tmp_path, f"zero{seed}", -20.0 + 0.5 * seed, seed=seed, rewards="zero")
+        write(tmp_path, f"clone{seed}", 12.0 - seed, seed=seed, method="bc", sampled=-19.0)
+    write(tmp_path, "other", 21.0, n_step=7)
+    return tmp_path
+
+
+def test_arms_are_told_apart_and_other_runs_stay_out(outputs):
+    scores = reward_control.scores(outputs, BASE)
+    assert len(scores) == 9
+    assert "other" not in set(scores["run"])
+    (row,) = reward_control.players(scores, "cql").to_dict("records")
+    assert row == {
+        "random": -20.7, "best constant action": -20.0, "data": -18.0, "cloning": 11.0, "cloning, sampled": -19.0,
+        "zero rewards": -19.5, "agent": 11.0, "truncated %": 25.0, "seeds": 3,
+    }  # fmt: skip
+
+
+def test_verdicts_follow_from_the_intervals(outputs):
+    compared = reward_control.differences(reward_control.scores(outputs, BASE), "cql").set_index("better than")
+    assert dict(compared["verdict"]) == {
+        "zero rewards": "yes", "cloning": "inconclusive", "cloning, sampled": "yes", "data": "yes",
+        "best constant action": "yes",
+    }  # fmt: skip
+    (sentence,) = reward_control.verdict(compared.reset_index())
+    assert "learned from reward: **yes**" in sentence and "+30.5" in sentence
+
+
+def test_a_control_that_scores_as_much_is_no_learning_from_reward(tmp_path):
+    for seed, value in enumerate((20.0, 24.0, 28.0)):
+        write(tmp_path, f"real{seed}", value, seed=seed)
+        write(tmp_path, f"zero{seed}", value + 1, seed=seed, rewards="zero")
+    compared = reward_control.differences(reward_control.scores(tmp_path, BASE), "cql")
+    assert compared["verdict"].tolist()[:2] == ["inconclusive", "missing"]
+
+
+def test_intervals_are_scipys():
+    first, second = np.array([3.0, 5.0, 4.5, 7.0, 2.0]), np.array([1.0, 1.5, 0.5])
+    welch = stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    assert reward_control.interval(first, second) == pytest.approx((welch.low, welch.high))
+    one = stats.ttest_1samp(first, 2.5).confidence_interval(0.95)
+    low, high = reward_control.interval(first, np.array([2.5]))
+    assert (low + 2.5, high + 2.5) == pytest.approx((one.low, one.high))
+
+
+def test_runs_of_two_recordings_or_twice_the_same_are_refused(outputs):
+    write(outputs, "again", 1.0, seed=0)
+    with pytest.raises(GatherError, match="again, real0"):
+        reward_control.scores(outputs, BASE)
+    write(outputs, "elsewhere", 1.0, seed=9, data="xyz")
+    with pytest.raises(GatherError, match="different contents"):
+        reward_control.scores(outputs, BASE)
+
+
+def seen_by(objective_rewards, seed=0, size=64):
+    """The rewards that an objective receives under a control, and the true batch."""
+    rng = np.random.default_rng(seed)
+    game = rng.integers(3, size=size).astype(np.int32)
+    reward = (100 * game + rng.permutation(size)).astype(np.float32)
+    fields = dict.fromkeys(Batch._fields) | {"game": game, "reward": reward}
+
+    def objective(params, target_params, batch, key):
+        return batch.reward, {}
+
+    control = objectives.without_rewards(objective, objective_rewards)
+    return np.asarray(control({}, {}, Batch(**fields), jax.random.key(seed))[0]), game, reward
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_zero_and_shuffled_rewards(seed):
+    zero, _, reward = seen_by("zero", seed)
+    assert not zero.any()
+    real, _, _ = seen_by("real", seed)
+    assert (real == reward).all()
+    mixed, game, _ = seen_by("shuffled", seed)
+    for number in range(3):  # each game keeps its rewards, and nearly all are another transition's
+        assert sorted(mixed[game == number]) == sorted(reward[game == number])
+    assert (mixed != reward).mean() > 0.7
+    assert (mixed != seen_by("shuffled", seed + 100)[0]).any()
