@@ -86,7 +86,8 @@ def epsilon_warning(head_grad_rms: float, adam_epsilon: float) -> str:
     normalisation out: all steps shrink by the ratio of the two. Here the line is drawn at 10.
 
     Args:
-        head_grad_rms: of `make_update`, best an average over steps.
+        head_grad_rms: of `make_update`, an average over a run's early steps. Gradients shrink as a run converges, and
+            a late one says nothing of how it learned.
         adam_epsilon: of `make_optimizer`.
     """
     if head_grad_rms == 0:
