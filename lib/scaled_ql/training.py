@@ -54,15 +54,29 @@ class CheckpointError(RuntimeError):
 
 
 def make_optimizer(
-    learning_rate: float = 2e-4, adam_epsilon: float = 3.125e-4, decay_steps: int = 0
+    learning_rate: float = 2e-4, adam_epsilon: float = 3.125e-4, frozen: tuple[str, ...] = ()
 ) -> optax.GradientTransformation:
-    """Adam; its learning rate is constant, or falls linearly to 0 over `decay_steps`.
+    """Adam with the paper's learning rate for 40 games.
 
     The paper does not say epsilon. 0.01 / 32 is what its single-game ancestors use at batch 32; the same rule gives
     0.01 / 512 for the paper's batch. Either can exceed the head's gradients by far: see `epsilon_warning`.
+
+    Args:
+        learning_rate: of Adam.
+        adam_epsilon: of Adam.
+        frozen: uppermost names of parameters that stay as they are and have no moments: ``("behaviour",)`` in BCQ.
     """
-    rate = optax.linear_schedule(learning_rate, 0.0, decay_steps) if decay_steps else learning_rate
-    return optax.adam(rate, eps=adam_epsilon)
+    adam = optax.adam(learning_rate, eps=adam_epsilon)
+    if not frozen:
+        return adam
+
+    def labels(params: PyTree) -> PyTree:
+        missing = set(frozen) - params.keys()
+        if missing:
+            raise ValueError(f"nothing to freeze by the name of {', '.join(sorted(missing))} in {', '.join(params)}.")
+        return {name: "frozen" if name in frozen else "trained" for name in params}
+
+    return optax.partition({"trained": adam, "frozen": optax.set_to_zero()}, labels)
 
 
 def epsilon_warning(head_grad_rms: float, adam_epsilon: float) -> str:
@@ -72,7 +86,8 @@ def epsilon_warning(head_grad_rms: float, adam_epsilon: float) -> str:
     normalisation out: all steps shrink by the ratio of the two. Here the line is drawn at 10.
 
     Args:
-        head_grad_rms: of `make_update`, best an average over steps.
+        head_grad_rms: of `make_update`, an average over a run's early steps. Gradients shrink as a run converges, and
+            a late one says nothing of how it learned.
         adam_epsilon: of `make_optimizer`.
     """
     if head_grad_rms == 0:
