@@ -53,30 +53,13 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, or is not of this run."""
 
 
-def make_optimizer(
-    learning_rate: float = 2e-4, adam_epsilon: float = 3.125e-4, frozen: tuple[str, ...] = ()
-) -> optax.GradientTransformation:
+def make_optimizer(learning_rate: float = 2e-4, adam_epsilon: float = 3.125e-4) -> optax.GradientTransformation:
     """Adam with the paper's learning rate for 40 games.
 
     The paper does not say epsilon. 0.01 / 32 is what its single-game ancestors use at batch 32; the same rule gives
     0.01 / 512 for the paper's batch. Either can exceed the head's gradients by far: see `epsilon_warning`.
-
-    Args:
-        learning_rate: of Adam.
-        adam_epsilon: of Adam.
-        frozen: uppermost names of parameters that stay as they are and have no moments: ``("behaviour",)`` in BCQ.
     """
-    adam = optax.adam(learning_rate, eps=adam_epsilon)
-    if not frozen:
-        return adam
-
-    def labels(params: PyTree) -> PyTree:
-        missing = set(frozen) - params.keys()
-        if missing:
-            raise ValueError(f"nothing to freeze by the name of {', '.join(sorted(missing))} in {', '.join(params)}.")
-        return {name: "frozen" if name in frozen else "trained" for name in params}
-
-    return optax.partition({"trained": adam, "frozen": optax.set_to_zero()}, labels)
+    return optax.adam(learning_rate, eps=adam_epsilon)
 
 
 def epsilon_warning(head_grad_rms: float, adam_epsilon: float) -> str:
