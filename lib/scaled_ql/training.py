@@ -53,13 +53,16 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, or is not of this run."""
 
 
-def make_optimizer(learning_rate: float = 2e-4, adam_epsilon: float = 3.125e-4) -> optax.GradientTransformation:
-    """Adam with the paper's learning rate for 40 games.
+def make_optimizer(
+    learning_rate: float = 2e-4, adam_epsilon: float = 3.125e-4, decay_steps: int = 0
+) -> optax.GradientTransformation:
+    """Adam; its learning rate is constant, or falls linearly to 0 over `decay_steps`.
 
     The paper does not say epsilon. 0.01 / 32 is what its single-game ancestors use at batch 32; the same rule gives
     0.01 / 512 for the paper's batch. Either can exceed the head's gradients by far: see `epsilon_warning`.
     """
-    return optax.adam(learning_rate, eps=adam_epsilon)
+    rate = optax.linear_schedule(learning_rate, 0.0, decay_steps) if decay_steps else learning_rate
+    return optax.adam(rate, eps=adam_epsilon)
 
 
 def epsilon_warning(head_grad_rms: float, adam_epsilon: float) -> str:
