@@ -204,10 +204,12 @@ def learning_curves(metrics: pd.DataFrame) -> Figure:
         main: {"td_loss": "TD loss", "nll": "negative log-likelihood, nats"}[main],
         "cql_loss": "CQL loss (before alpha)",
         "q_data": "mean Q",
+        "entropy": "entropy of the return, nats",
         "behaviour_loss": "behaviour policy, nats",
         "dr3_penalty": "DR3 (before its weight)",
         "accuracy": "data's action is the likeliest",
         "grad_norm": "gradient norm",
+        "head_grad_rms": "head's gradient, RMS",
     }
     titles = {name: title for name, title in titles.items() if name in metrics}
     figure, axes = plt.subplots(1, len(titles), figsize=(15, 3.2))
@@ -221,7 +223,7 @@ def learning_curves(metrics: pd.DataFrame) -> Figure:
             axis.plot(metrics["step"], metrics["q_greedy"], color=PLAYERS["agent"], label="greedy actions")
         else:
             axis.plot(metrics["step"], metrics[name], color="black")
-        axis.set(title=title, xlabel="gradient step", yscale="log" if name == "grad_norm" else "linear")
+        axis.set(title=title, xlabel="gradient step", yscale="log" if "grad" in name else "linear")
         if name in (main, "q_data"):
             axis.legend(fontsize="x-small")
     return figure
