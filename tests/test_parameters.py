@@ -145,6 +145,20 @@ def test_yaml_is_read_safely(tmp_path: Path) -> None:
         parameters.load(tmp_path / "absent.yaml")
 
 
+def test_what_is_written_counts_and_hints_say_how_to_write_it(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("seed: 010\nscale_rewards: no\nlearning_rate: 1e-4\n")
+    values = check("02_scaled_training", parameters.load(file))
+    assert (values.seed, values.scale_rewards, values.learning_rate) == (10, "no", 1e-4)
+    file.write_text("seed: 1\nrun: a\nseed: 2\n")
+    with pytest.raises(ParameterError, match=r"mine\.yaml: .*'seed' is given twice"):
+        parameters.load(file)
+    with pytest.raises(ParameterError) as error:
+        check("02_scaled_training", {"run": 10, "double_q": "yes", "scale_rewards": False, "num_steps": "5"})
+    for part in ("run: ", "needs quotes", "double_q: ", "(write true)", "scale_rewards: ", "without quotes"):
+        assert part in str(error.value)
+
+
 def test_a_batch_with_a_mistake_is_refused_before_anything_runs(tmp_path: Path) -> None:
     file = tmp_path / "batch.yaml"
     file.write_text(yaml.safe_dump({"steps": [{"notebook": "00_data_collection", "paramters": "tiny.yaml"}]}))
