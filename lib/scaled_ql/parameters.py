@@ -177,14 +177,6 @@ class ScaledTraining(Parameters):
 
     @pydantic.model_validator(mode="after")
     def _periods_fit(self) -> "ScaledTraining":
-        if self.checkpoint_every % self.log_every:
-            raise ValueError(
-                f"checkpoint_every ({self.checkpoint_every}) must be a multiple of log_every ({self.log_every})"
-            )
-        if self.num_steps % self.checkpoint_every:
-            raise ValueError(
-                f"num_steps ({self.num_steps}) must be a multiple of checkpoint_every ({self.checkpoint_every})"
-            )
         if self.v_min >= self.v_max:
             raise ValueError(f"v_min ({self.v_min}) must be below v_max ({self.v_max})")
         if self.method in ("bc", "return_bc"):
