@@ -46,6 +46,13 @@ def test_a_bad_file_stops_or_is_left_out(recording: Path, tmp_path: Path) -> Non
     assert call("verify", store).exit_code == 0
 
 
+def test_a_parameter_of_the_command_line_is_yaml_and_given_once(tmp_path: Path) -> None:
+    twice = call("run", "00_data_collection", "-p", "seed", "1", "-p", "seed", "2", "--outputs", tmp_path)
+    assert twice.exit_code == 1 and "-p seed is given twice" in twice.output
+    broken = call("run", "00_data_collection", "-p", "games", "[Pong", "--outputs", tmp_path)
+    assert broken.exit_code == 1 and "error: -p games '[Pong': not a YAML value" in broken.output
+
+
 @pytest.mark.parametrize("kind", ["dqn-replay", "rl-unplugged", "minari"])
 def test_nothing_there(tmp_path: Path, kind: str) -> None:
     done = call("import", kind, tmp_path / "absent", tmp_path / "store")

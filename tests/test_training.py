@@ -1,5 +1,6 @@
 """The training step against plain NumPy, the loop, and checkpoints under damage, refusal and full disks."""
 
+import contextlib
 import functools
 import gc
 import itertools
@@ -7,8 +8,10 @@ import math
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -312,7 +315,7 @@ def test_rows_average_the_steps_metrics(tmp_path):
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path):
     train_step, (batch, _) = nature_step("c51")[1], bandit()
 
-    def run(folder, rows_to_do):
+    def run(folder, rows_to_do, killed=False):
         """Go on from the folder's newest checkpoint, for a while."""
         checkpoints = Checkpoints(folder, ABOUT)
         state = checkpoints.restore(nature_state("c51"))
@@ -323,17 +326,110 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path):
             state, train_step, batches, GAMES, log_every=1, checkpoint_every=2, checkpoints=checkpoints
         )
         results = list(itertools.islice(trained, rows_to_do))
+        if killed:
+            checkpoints.wait()
+            shutil.copytree(folder, folder.with_name("left"))
         trained.close()
         checkpoints.close()
         return first, jax.device_get(results[-1][0]), [without_speed(row) for _, row in results]
 
     _, whole, rows = run(tmp_path / "whole", 5)
-    first, _, before = run(tmp_path / "parts", 3)  # its newest checkpoint is that of step 2
-    second, resumed, after = run(tmp_path / "parts", 3)
+    first, _, before = run(tmp_path / "parts", 3, killed=True)  # its newest checkpoint is that of step 2
+    second, resumed, after = run(tmp_path / "left", 3)
     assert (first, second) == (0, 2) and [row["step"] for row in after] == [3, 4, 5]
     assert_same(resumed, whole)
     np.testing.assert_equal(before[:2] + after, rows)  # NaN, where a game was not drawn, equals NaN
     np.testing.assert_equal(after[0], before[2])
+    third, resumed, after = run(tmp_path / "parts", 3)  # closed, it left a checkpoint of step 3 and repeats its row
+    assert third == 3 and [row["step"] for row in after] == [3, 4, 5]
+    assert_same(resumed, whole)
+    np.testing.assert_equal(before[:2] + after, rows)
+
+
+def table_run(folder, steps, interrupt=None, log_every=4, checkpoint_every=5):
+    """A run of a table to its end, through a log; `interrupt(step)` may raise where its batch is asked for."""
+    checkpoints = Checkpoints(folder / "checkpoints", ABOUT)
+    state = checkpoints.restore(table_state())
+    log = MetricsLog(folder / "metrics.jsonl", int(state.step))
+
+    def batches(first):
+        for step in range(first + 1, steps + 1):
+            if interrupt:
+                interrupt(step)
+            yield table_batch(step)
+
+    periods = {"log_every": log_every, "checkpoint_every": checkpoint_every}
+    trained = training.train(state, table_step(), batches(int(state.step)), GAMES, checkpoints=checkpoints, **periods)
+    try:
+        with contextlib.closing(trained):
+            for _, row in trained:
+                log.append(row)
+    finally:
+        checkpoints.close()
+    return [without_speed(row) for row in log.rows]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8, 10, 11])
+def test_any_number_of_steps_ends_with_a_row_and_a_checkpoint(tmp_path, steps):
+    rows = table_run(tmp_path, steps)
+    assert [row["step"] for row in rows] == sorted({*range(4, steps + 1, 4), steps})
+    state = table_state()
+    for step in range(1, steps + 1):
+        state, _ = table_step()(state, table_batch(step))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", ABOUT)
+    assert checkpoints.latest_step() == steps
+    assert_same(checkpoints.restore(table_state()), state)
+    checkpoints.close()
+
+
+class Lost(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, Lost])
+def test_a_run_interrupted_anywhere_has_lost_no_step_and_no_row(tmp_path, kind):
+    whole = table_run(tmp_path / "whole", 11)
+    for at in range(2, 12):
+
+        def interrupt(step, at=at):
+            if step == at:
+                raise kind
+
+        with pytest.raises(kind):
+            table_run(tmp_path / str(at), 11, interrupt)
+        assert steps_on_disk(tmp_path / str(at) / "checkpoints")[-1] == at - 1
+        np.testing.assert_equal(table_run(tmp_path / str(at), 11), [
+            {name: None if value != value else value for name, value in row.items()} if row["step"] < at else row
+            for row in whole
+        ])  # fmt: skip
+
+
+def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_state(tmp_path):
+    checkpoints = Checkpoints(tmp_path, ABOUT)
+
+    def train_step(state, batch):
+        result = table_step()(state, batch)
+        if int(result[0].step) == 3:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.01)
+        return result
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        list(training.train(
+            table_state(), train_step, stream(1, 9), GAMES, log_every=4, checkpoint_every=8, checkpoints=checkpoints
+        ))  # fmt: skip
+    assert signal.getsignal(signal.SIGINT) is before
+    assert checkpoints.latest_step() == 3 and len(checkpoints.window) == 0
+    checkpoints.restore(table_state())
+    assert len(checkpoints.window) == 3
+    checkpoints.close()
+
+
+def test_an_interrupt_before_the_first_step_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        table_run(tmp_path, 5, lambda step: signal.raise_signal(signal.SIGINT))
+    assert steps_on_disk(tmp_path / "checkpoints") == []
 
 
 @pytest.mark.parametrize("step, good", [(1, []), (5, [4]), (6, [4]), (8, [4])])
@@ -378,6 +474,8 @@ def test_metrics_log_goes_on_behind_the_checkpoint(tmp_path):
     log = MetricsLog(file, 0)
     for step in (2, 4, 6):
         log.append({"step": step, "loss": step / 2, "td_loss/Pong": math.nan})
+    log.append({"step": 7, "loss": math.inf})
+    assert "Infinity" not in file.read_text()
     with file.open("a") as torn:
         torn.write('{"step": 8, "lo')
     assert "NaN" not in file.read_text()
@@ -469,6 +567,33 @@ def test_other_shapes_are_refused(tmp_path, shape):
     save_steps(tmp_path, [1])
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         restore(tmp_path, table=np.zeros(shape, np.float32))
+
+
+def test_a_checkpoint_of_other_dtypes_is_refused_by_name_and_never_called_damaged(tmp_path):
+    with jax.enable_x64(True):
+        save_steps(tmp_path, [1], table=TABLE.astype(np.float64))
+    with pytest.raises(CheckpointError) as error:
+        restore(tmp_path)
+    message = str(error.value)
+    assert "float64 [3, 5, 18] in the checkpoint, float32 [3, 5, 18] is expected" in message
+    assert "JAX_ENABLE_X64=1" in message and str(tmp_path / "1") in message
+    assert "elete" not in message and "move" not in message
+    with jax.enable_x64(True):
+        restored = restore(tmp_path, table=TABLE.astype(np.float64))
+    np.testing.assert_array_equal(restored.params["table"], TABLE.astype(np.float64) + 1)
+
+
+@refuses
+def test_advice_about_an_unreadable_checkpoint_destroys_nothing(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    for file in (tmp_path / "2" / "state").rglob("*"):
+        if file.is_file():
+            flip_a_bit(file)
+    with pytest.raises(CheckpointError, match=r"2: cannot be loaded.*move this folder elsewhere") as error:
+        restore(tmp_path)
+    assert "elete" not in str(error.value)
+    (tmp_path / "2").rename(tmp_path.parent / f"{tmp_path.name}-elsewhere")
+    assert restore(tmp_path).step == 1
 
 
 @refuses

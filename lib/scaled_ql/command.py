@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 from tqdm import tqdm
 
-from scaled_ql import parameters, runs
+from scaled_ql import documents, parameters, runs
 
 SHOWN = 10  # entries of a list that is in a file as well
 
@@ -39,8 +38,8 @@ def run(
 
     Finished runs are left as they are; stopped ones go on where they stopped.
     """
-    with _reporting(parameters.ParameterError, runs.RunError, yaml.YAMLError):
-        values = {name: yaml.safe_load(value) for name, value in overrides}
+    with _reporting(parameters.ParameterError, runs.RunError):
+        values = _overrides(overrides)
         if outputs:
             values["outputs"] = str(Path(outputs).absolute())
         if target.endswith((".yaml", ".yml")):
@@ -55,6 +54,19 @@ def run(
                 runs.execute(step.notebook, step.cells[0])
             else:
                 _run_grid(step, workers, scheduler)
+
+
+def _overrides(pairs: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    """Parameters of the command line, each value YAML."""
+    values: dict[str, Any] = {}
+    for name, text in pairs:
+        if name in values:
+            raise parameters.ParameterError(f"-p {name} is given twice; give it once.")
+        try:
+            values[name] = documents.parse(text)
+        except documents.DocumentError as error:
+            raise parameters.ParameterError(f"-p {name} {text!r}: not a YAML value ({error}); quote text.") from error
+    return values
 
 
 def _run_grid(step: runs.Step, workers: int, scheduler: str) -> None:

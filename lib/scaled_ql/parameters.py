@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-import yaml
 from pydantic import Field
 
+from scaled_ql import documents
 from scaled_ql.environments import MAX_STEPS
 
 Encoder = Literal[
@@ -182,14 +182,6 @@ class ScaledTraining(Parameters):
 
     @pydantic.model_validator(mode="after")
     def _periods_fit(self) -> "ScaledTraining":
-        if self.checkpoint_every % self.log_every:
-            raise ValueError(
-                f"checkpoint_every ({self.checkpoint_every}) must be a multiple of log_every ({self.log_every})"
-            )
-        if self.num_steps % self.checkpoint_every:
-            raise ValueError(
-                f"num_steps ({self.num_steps}) must be a multiple of checkpoint_every ({self.checkpoint_every})"
-            )
         if self.v_min >= self.v_max:
             raise ValueError(f"v_min ({self.v_min}) must be below v_max ({self.v_max})")
         if self.method == "bc" and self.rewards != "real":
@@ -314,10 +306,20 @@ def _describe(mistake: Any, schema: type[Parameters]) -> str:
         return f"{name}: no such parameter" + (f"; did you mean {near[0]}?" if near else "")
     if mistake["type"] == "value_error":
         return str(mistake["ctx"]["error"])
-    hint = ""
-    if mistake["type"] == "float_type" and isinstance(given, str):
-        hint = " (in YAML write 1.0e-4, not 1e-4, which is text)"
-    return f"{name}: {mistake['msg']}, got {given!r}{hint}"
+    return f"{name}: {mistake['msg']}, got {given!r}{_hint(mistake['type'], given)}"
+
+
+def _hint(kind: str, given: Any) -> str:
+    """How to write what was probably meant, in YAML."""
+    if kind in ("string_type", "literal_error") and not isinstance(given, str):
+        return " (in YAML, text that looks like something else needs quotes: '1')"
+    if kind == "bool_type" and str(given).lower() in ("yes", "no", "on", "off", "y", "n", "true", "false"):
+        return f" (write {str(given).lower() in ('yes', 'on', 'y', 'true')}".lower() + ")"
+    if kind == "float_type" and isinstance(given, str):
+        return " (write 1.0e-4, without quotes; papermill's -y and -f take 1e-4 for text)"
+    if kind == "int_type" and isinstance(given, str):
+        return " (write a number without quotes)"
+    return ""
 
 
 def from_notebook(notebook: str, namespace: dict[str, Any]) -> Parameters:
@@ -359,12 +361,12 @@ def load(file: str | Path) -> dict[str, Any]:
     """Read a YAML file of parameters.
 
     Raises:
-        ParameterError: not readable, not YAML, or not a mapping.
+        ParameterError: not readable, not YAML, a name given twice, or not a mapping.
     """
     try:
-        values = yaml.safe_load(Path(file).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ParameterError(f"{file}: cannot be read as YAML ({error}).") from error
+        values = documents.load(file)
+    except documents.DocumentError as error:
+        raise ParameterError(str(error)) from error
     if values is None:
         return {}
     if not isinstance(values, dict):

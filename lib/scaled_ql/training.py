@@ -1,11 +1,14 @@
 """Training: state, the jitted step, the loop as a generator, checkpoints."""
 
+import contextlib
 import json
 import logging
 import math
+import signal
+import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -268,32 +271,40 @@ def train(
     """Run a step per batch; a generator, so that logging and display stay the caller's.
 
     Checks every step's loss, one step behind the device so that it never waits, and writes a checkpoint every
-    `checkpoint_every` steps, after all steps up to it were checked.
+    `checkpoint_every` steps, after all steps up to it were checked, and at the end: of the batches, or of an
+    interrupted run (also where the data fails), unless several processes train together. A consumer that may be
+    interrupted itself closes the generator (`contextlib.closing`).
 
     Args:
         state: to start from; donated.
         train_step: from `make_train_step`.
-        batches: one per step, beginning with the one after `state.step`; a multiple of `log_every` in all.
+        batches: one per step, beginning with the one after `state.step`.
         games: names, for per-game metrics and errors.
         log_every: steps averaged into one row of metrics.
-        checkpoint_every: a multiple of `log_every`.
-        checkpoints: where to write them.
+        checkpoint_every: steps.
+        checkpoints: where to write them, and of a resumed run what `state` came from.
 
     Yields:
-        (state, row) every `log_every` steps: `step`, the metrics of `make_train_step` averaged over the rows'
-        steps, `td_loss/<game>` or `nll/<game>` (NaN where a game was not drawn), `steps_per_second`,
-        `transitions_per_second`.
+        (state, row) every `log_every` steps, and at the end where steps are left: `step`, the metrics of
+        `make_train_step` averaged over the row's steps, `td_loss/<game>` or `nll/<game>` (NaN where a game was not
+        drawn), `steps_per_second`, `transitions_per_second`.
 
     Raises:
         Diverged: a loss or gradient is NaN or infinite; names the step, the games in its batch and the last checkpoint.
     """
-    window: list[dict[str, np.ndarray]] = []
-    unchecked: tuple[int, Metrics] | None = None
+    window = list(checkpoints.window)
+    unchecked: tuple[int, Metrics, int] | None = None
+    step = saved = int(state.step)
+    clock, intact = time.perf_counter(), True  # the state is that of `step`, and no loss up to it is known to be bad
 
     def check() -> None:
-        step, metrics = unchecked
+        nonlocal unchecked, clock, intact
+        if unchecked is None:
+            return
+        (step, metrics, transitions), unchecked = unchecked, None
         values = jax.device_get(metrics)
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            intact = False
             (counts,) = (value for name, value in values.items() if name.endswith("_count"))
             names = ", ".join(game for game, count in zip(games, counts) if count)
             raise Diverged(
@@ -301,39 +312,80 @@ def train(
                 f"Games in the batch: {names}. {checkpoints.describe_latest()} Lower learning_rate, "
                 "or look at the data of these games, and start again under another run name."
             )
-        window.append(values)
+        now = time.perf_counter()
+        window.append(values | {"seconds": now - clock, "transitions": transitions})
+        clock = now
 
-    step, started = int(state.step), time.perf_counter()
-    for batch in batches:
-        try:
-            state, metrics = train_step(state, batch)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise devices.OutOfMemory(
-                f"step {step + 1} does not fit into the device's memory ({str(error).splitlines()[0]}). Raise "
-                "accumulate, set remat or shard_parameters, or lower games_per_batch (which is another experiment). "
-                f"{checkpoints.describe_latest()}"
-            ) from error
-        step += 1
-        if unchecked is not None:
+    def row() -> dict[str, float]:
+        means = _average(window, games)
+        per_second = 1 / means.pop("seconds")
+        rates = {"steps_per_second": per_second, "transitions_per_second": per_second * means.pop("transitions")}
+        return means | {"step": step} | rates
+
+    def save() -> None:
+        nonlocal saved
+        with _interrupts_deferred():
             check()
-        unchecked = (step, metrics)
-        if step % log_every == 0:
-            check()
-            unchecked = None
-            row = _average(window, games)
-            seconds = time.perf_counter() - started
-            row |= {
-                "step": step,
-                "steps_per_second": len(window) / seconds,
-                "transitions_per_second": len(window) * len(batch.game) / seconds,
-            }
+            if step > saved:
+                checkpoints.save(state, window)
+                saved = step
+
+    try:
+        if window and step % log_every == 0:  # it was interrupted before anybody had this row for sure
+            yield state, row()
             window.clear()
+            clock = time.perf_counter()
+        for batch in batches:
+            intact = False
+            with _interrupts_deferred():  # what a step returns is all there is: it took the state before it
+                try:
+                    state, metrics = train_step(state, batch)
+                except jax.errors.JaxRuntimeError as error:
+                    if "RESOURCE_EXHAUSTED" not in str(error):
+                        raise
+                    raise devices.OutOfMemory(
+                        f"step {step + 1} does not fit into the device's memory ({str(error).splitlines()[0]}). Raise "
+                        "accumulate, set remat or shard_parameters, or lower games_per_batch (which is another "
+                        f"experiment). {checkpoints.describe_latest()}"
+                    ) from error
+                step, intact = step + 1, True
+                check()
+                unchecked = (step, metrics, len(batch.game))
+                if step % log_every == 0:
+                    check()
+            if step % log_every == 0:
+                yield state, row()
+                window.clear()  # not before the row is the consumer's
+                clock = time.perf_counter()
             if step % checkpoint_every == 0:
-                checkpoints.save(state)
-            yield state, row
-            started = time.perf_counter()
+                save()
+        check()
+        if window:
+            yield state, row()
+            window.clear()
+        save()
+    except BaseException:
+        if intact and jax.process_count() == 1:  # a save takes all processes, an interrupt comes to one
+            save()
+            checkpoints.wait()
+        raise
+
+
+@contextlib.contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Let Ctrl-C, or JupyterLab's interrupt, wait until the end of what must not be done by halves."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    waiting: list[tuple] = []
+    signal.signal(signal.SIGINT, lambda *arguments: waiting.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if waiting:
+        handler(*waiting[0])
 
 
 def _scalars(metrics: dict[str, np.ndarray]) -> str:
@@ -355,20 +407,23 @@ class MetricsLog:
     def __init__(self, file: str | Path, step: int):
         """Keep the rows up to `step`: what came after it will be done again."""
         self.file = Path(file)
-        lines = self.file.read_text().splitlines(keepends=True) if self.file.exists() else []
+        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if self.file.exists() else []
         complete = [json.loads(line) for line in lines if line.endswith("\n")]
         self.rows = [row for row in complete if row["step"] <= step]
         partial = self.file.with_name(f".{self.file.name}.partial")
-        partial.write_text("".join(map(self._line, self.rows)))
+        partial.write_text("".join(map(self._line, self.rows)), encoding="utf-8")
         partial.replace(self.file)
 
     @staticmethod
     def _line(row: dict[str, float]) -> str:
-        return json.dumps({name: None if value != value else value for name, value in row.items()}) + "\n"
+        known = {name: value if value is not None and math.isfinite(value) else None for name, value in row.items()}
+        return json.dumps(known, allow_nan=False) + "\n"
 
     def append(self, row: dict[str, float]) -> None:
-        """Add a row; NaN is written as null."""
-        with self.file.open("a") as file:
+        """Add a row, unless its step is there: an interrupted run repeats its last. What is not finite becomes null."""
+        if self.rows and self.rows[-1]["step"] == row["step"]:
+            return
+        with self.file.open("a", encoding="utf-8") as file:
             file.write(self._line(row))
         self.rows.append(row)
 
@@ -381,6 +436,10 @@ class Checkpoints:
     """Checkpoints of one run, written asynchronously; a checkpoint is complete or absent.
 
     Keeps the newest two (the newest may be found damaged) and every `keep_period`-th step.
+
+    Attributes:
+        folder, about: as given.
+        window: of the checkpoint that was restored, the metrics of the steps since the log's last row.
     """
 
     def __init__(self, folder: str | Path, about: dict[str, Any], keep_period: int | None = None):
@@ -391,6 +450,9 @@ class Checkpoints:
             about: JSON values that make a checkpoint of this run (architecture, games, dataset); saved with
                 each, and compared when one is loaded.
             keep_period: steps whose multiples are never deleted.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
         """
         policies: list[Any] = [ocp.checkpoint_managers.LatestN(2)]
         if keep_period:
@@ -399,8 +461,14 @@ class Checkpoints:
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
         )
-        self.folder, self.about = Path(folder).absolute(), about
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "about"))
+        self.folder, self.about, self.window = Path(folder).absolute(), about, []
+        try:
+            self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "about"))
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder}: checkpoints cannot be kept here ({error}). Make the folder writable, or set outputs "
+                "to one that is."
+            ) from error
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint's step, or None; waits for one that is being written."""
@@ -416,13 +484,20 @@ class Checkpoints:
             return str(error)
         return "There is no checkpoint yet." if step is None else f"Last good checkpoint: {self.folder / str(step)}."
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, window: Sequence[dict[str, Any]] = ()) -> None:
         """Save a state; returns while it is being written.
+
+        Args:
+            state: of a run.
+            window: metrics of its steps since the log's last row, so that a resumed run averages the same steps.
 
         Raises:
             CheckpointError: the disk does not take it (also for the save before this one).
         """
-        step, about = int(state.step), {"run": self.about, "crc32": _crc32(state)}
+        steps = [
+            {name: [np.asarray(x).dtype.name, np.asarray(x).tolist()] for name, x in row.items()} for row in window
+        ]
+        step, about = int(state.step), {"run": self.about, "crc32": _crc32(state, steps), "window": steps}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), about=ocp.args.JsonSave(about))
         self._writing(lambda: self._manager.save(step, args=items, force=True), step)
 
@@ -451,18 +526,19 @@ class Checkpoints:
             state: a state of the right structure and shapes; its values are not used.
 
         Raises:
-            CheckpointError: the checkpoint is of another architecture, other games or other data, or damaged.
+            CheckpointError: the checkpoint is of another architecture, other games, other data or other dtypes, or
+                damaged.
         """
         step = self.latest_step()
         if step is None:
             return state
         where = self.folder / str(step)
-        damaged = f"{where}: cannot be loaded (%s). Delete this folder to go on from the checkpoint before it."
         try:
             stored = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
-            theirs = stored["run"]
+            theirs, crc32, window = stored["run"], stored["crc32"], stored.get("window", [])
+            self.window = [{name: np.array(x, dtype) for name, (dtype, x) in row.items()} for row in window]
         except Exception as error:  # Orbax raises many kinds
-            raise CheckpointError(damaged % error) from error
+            raise self._unreadable(where, error) from error
         differences = [
             f"{key}: {theirs.get(key)!r} in the checkpoint, {self.about.get(key)!r} here"
             for key in sorted(theirs.keys() | self.about.keys())
@@ -471,21 +547,52 @@ class Checkpoints:
         if differences:
             raise CheckpointError(
                 f"{where} is a checkpoint of something else: {'; '.join(differences)}. Choose another run name, "
-                "or delete the run's folder to start it anew."
+                "or delete the run's folder to start it again."
             )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state._asdict())
         try:
+            self._compare_arrays(where, ocp.StandardCheckpointer().metadata(where / "state").item_metadata, abstract)
             items = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
+        except CheckpointError:
+            raise
         except Exception as error:
-            raise CheckpointError(damaged % error) from error
+            raise self._unreadable(where, error) from error
         loaded = TrainState(**items["state"])
-        if _crc32(loaded) != stored["crc32"]:
-            raise CheckpointError(damaged % "its contents differ from their CRC-32")
+        if _crc32(loaded, window) != crc32:
+            raise self._unreadable(where, "its contents differ from their CRC-32")
         return loaded
 
+    @staticmethod
+    def _unreadable(where: Path, error: object) -> CheckpointError:
+        return CheckpointError(
+            f"{where}: cannot be loaded ({error}). If another attempt fails, too, move this folder elsewhere: training "
+            "then resumes from the checkpoint before it."
+        )
 
-def _crc32(state: TrainState) -> int:
-    crc = 0
+    @staticmethod
+    def _compare_arrays(where: Path, metadata: PyTree, abstract: PyTree) -> None:
+        """Refuse arrays of other names, shapes or dtypes than stored, before anything is read or cast."""
+        stored, expected = (
+            {jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(x.dtype).name} {list(x.shape)}"
+             for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+            for tree in (metadata, abstract)
+        )  # fmt: skip
+        if not stored:
+            raise ValueError("it does not say which arrays it holds")
+        different = [name for name in sorted(stored.keys() | expected.keys()) if stored.get(name) != expected.get(name)]
+        if different:
+            name = different[0]
+            more = f", and {len(different) - 1} more" if len(different) > 1 else ""
+            x64 = "float64" in stored.get(name, "") and "float32" in expected.get(name, "")
+            remedy = "Run with JAX_ENABLE_X64=1, as it was written" if x64 else "Run with the settings that wrote it"
+            raise CheckpointError(
+                f"{where}: cannot be loaded here: {name} is {stored.get(name, 'absent')} in the checkpoint, "
+                f"{expected.get(name, 'absent')} is expected{more}. {remedy}, or choose another run name."
+            )
+
+
+def _crc32(state: TrainState, window: list) -> int:
+    crc = zlib.crc32(json.dumps(window).encode()) if window else 0
     for leaf in jax.tree.leaves(devices.whole(state)):
         crc = zlib.crc32(np.ascontiguousarray(leaf), crc)
     return crc

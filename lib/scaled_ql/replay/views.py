@@ -5,9 +5,9 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 import pydantic
-import yaml
 from pydantic import Field
 
+from scaled_ql import documents
 from scaled_ql.replay.format import ReplayError
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -42,11 +42,11 @@ def load_view(file: str | Path) -> View:
         ReplayError: not readable, or not a view: all mistakes.
     """
     try:
-        values = yaml.safe_load(Path(file).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ReplayError(f"{file}: cannot be read as YAML ({error}).") from error
+        values = documents.load(file)
+    except documents.DocumentError as error:
+        raise ReplayError(str(error)) from error
     try:
-        return View.model_validate(values or {})
+        return View.model_validate({} if values is None else values)
     except pydantic.ValidationError as error:
         mistakes = "; ".join(
             f"{'.'.join(map(str, mistake['loc'])) or 'together'}: {mistake['msg']}, got {mistake['input']!r}"
