@@ -30,9 +30,11 @@ class DopamineLog:
         rows: what was added, by global index: None for padding, else (observation, action, reward, terminal).
         damaged: what was stored in place of columns of a row, by its global index.
         ends: the true add_count at each dump; file `number` holds the last `capacity` rows before ends[number].
+        numbers: of the dumps; where not `automatic`, they are made by `dump` and have any.
     """
 
-    def __init__(self, source, game="Pong", run=1, capacity=20, seed=0):
+    def __init__(self, source, game="Pong", run=1, capacity=20, seed=0, automatic=True):
+        self.automatic, self.numbers = automatic, []
         self.folder, self.game = Path(source) / game / str(run) / "replay_logs", game
         self.folder.mkdir(parents=True)
         self.capacity, self.rows, self.damaged, self.ends = capacity, [], {}, []
@@ -54,8 +56,8 @@ class DopamineLog:
         added = {"observation": observation, "action": action, "reward": reward, "terminal": terminal}
         self._write((observation, action, reward, terminal), **(added | (damage or {})))
         self.begins = bool(terminal)
-        if len(self.rows) % self.capacity == self.capacity - 1:
-            self._dump(len(self.rows))
+        if self.automatic and len(self.rows) % self.capacity == self.capacity - 1:
+            self.dump(len(self.ends), len(self.rows))
 
     def _write(self, row, **stored):
         for name, value in stored.items():
@@ -64,15 +66,17 @@ class DopamineLog:
 
     def finish(self):
         """The last dump, which says where the cursor is instead of how many rows were added."""
-        self._dump(len(self.rows) % self.capacity)
+        self.dump(len(self.ends), len(self.rows) % self.capacity)
 
-    def _dump(self, add_count):
-        number, cursor = len(self.ends), len(self.rows) % self.capacity
+    def dump(self, number, add_count):
+        """Write the ring as it is, under any number and with what is said to have been added."""
+        cursor = len(self.rows) % self.capacity
         for name, values in self.memory.items():
             save(column_file(self.folder, name, number), values)
         save(self.folder / f"add_count_ckpt.{number}.gz", np.array(add_count))
         save(self.folder / f"invalid_range_ckpt.{number}.gz", (cursor - 1 + np.arange(5)) % self.capacity)
         self.ends.append(len(self.rows))
+        self.numbers.append(number)
 
     def add_episode(self, length, terminal=True, damage=None):
         """Transitions told apart by their global index; `damage` maps a step to what is stored in its place."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dopamine_log import DopamineLog, column_file, load, read_log, save
+from dopamine_log import DopamineLog, column_file, load, read_log, save, unique_frame
 from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -29,6 +29,7 @@ from scaled_ql.replay import format as fmt
 from scaled_ql.replay import store as reading
 
 SAMPLE = Path(__file__).parent / "data" / "dqn_replay"  # written by Dopamine's own buffer, C = 2,000
+EARLY = Path(__file__).parent / "data" / "dqn_replay_early"  # the same steps, C = 4,000, after 300, 600 and 900 of them
 COLUMNS = ("observation", "action", "reward", "terminal")
 
 
@@ -398,6 +399,81 @@ def test_log_of_dopamines_own(tmp_path):
     np.testing.assert_array_equal(replay.actions("Breakout"), [row[1] for row in rows])
     np.testing.assert_array_equal(replay.rewards("Breakout"), [row[2] for row in rows])
     np.testing.assert_array_equal(replay.frames_at("Breakout", np.arange(len(rows))), [row[0] for row in rows])
+
+
+def test_early_dumps_of_dopamines_own(tmp_path):
+    """A ring that is not full: its small columns hold what was in memory before, its frames are black."""
+    report = import_dqn_replay(EARLY, tmp_path)
+    rows = [row for episode in read_log(SAMPLE / "Breakout/1/replay_logs") for row in episode][:900]
+    replay = open_replay(tmp_path)
+    assert report == (900, [], [], []) and replay.num_transitions("Breakout") == 900
+    np.testing.assert_array_equal(replay.actions("Breakout"), [row[1] for row in rows])
+    np.testing.assert_array_equal(replay.rewards("Breakout"), [row[2] for row in rows])
+    frames = replay.frames_at("Breakout", np.arange(900))
+    np.testing.assert_array_equal(frames, [row[0] for row in rows])
+    assert frames.any((1, 2)).all()
+
+
+# Dumps at any time
+
+
+@st.composite
+def dump_histories(draw):
+    """Capacity, rows of each episode, steps of the dumps with their numbers, whether the last saves the position."""
+    capacity = draw(st.integers(5, 40))
+    lengths = draw(st.lists(st.one_of(st.integers(1, 6), st.integers(1, 30)), min_size=1, max_size=8))
+    steps = sum(lengths)
+    times = sorted(draw(st.sets(st.integers(1, steps), min_size=1, max_size=5)))
+    numbers = sorted(draw(st.sets(st.integers(0, 60), min_size=len(times), max_size=len(times))))
+    return capacity, lengths, times, numbers, draw(st.booleans()), draw(st.booleans())
+
+
+@settings(max_examples=25, **SLOW)
+@given(history=dump_histories())
+@example(history=(40, [10, 10], [5, 9, 17], [0, 1, 2], False, True))  # never full
+@example(history=(40, [10, 10], [17], [7], False, True))  # one dump, with a number of its own
+@example(history=(40, [10, 10], [17], [7], False, False))  # likewise, what was in memory before is not black
+@example(history=(20, [10, 30], [9, 33], [0, 1], True, True))  # the first wrap lies between
+@example(history=(20, [30, 30, 30], [25, 41, 80], [3, 4, 9], True, True))  # after many
+def test_any_history_of_dumps(small_blocks, history):
+    """What the last dump of a ring holds is told from its contents, whenever and how often it was dumped."""
+    capacity, lengths, times, numbers, position, black = history
+    with tempfile.TemporaryDirectory() as folder:
+        log = DopamineLog(f"{folder}/source", capacity=capacity, automatic=False)
+        if black:
+            log.memory["observation"][:] = 0
+        steps = 0
+        for length in lengths:
+            for step in range(length):
+                number = len(log.rows) + (3 if log.begins else 0)
+                log.add(unique_frame(number), number % 6, np.float32(number % 7 - 3) / 2, int(step == length - 1))
+                steps += 1
+                if steps in times:
+                    last = steps == times[-1]
+                    count = len(log.rows) % capacity if position and last else len(log.rows)
+                    log.dump(numbers[times.index(steps)], count)
+        del log.rows[log.ends[-1] :]
+        expected = log.episodes()
+        assume(expected)
+        import_dqn_replay(f"{folder}/source", f"{folder}/store")
+        replay = open_replay(f"{folder}/store")
+        check_nothing_mixed(replay, log)
+        kept = [index for episode in expected for index in episode["indices"]]
+        assert replay.actions("Pong").tolist() == [log.rows[index][1] for index in kept]
+        if not position or log.ends[-1] < capacity:  # else whole cycles may have gone by unseen
+            check_holds(f"{folder}/store", expected)
+
+
+def test_rows_that_were_never_written_are_a_problem(tmp_path):
+    """Whatever let them in, black rows without end are no experience."""
+    with ReplayWriter(tmp_path, "Pong", actions=action_names("Pong"), source="a test", sticky_actions=0.25) as writer:
+        frames = np.stack([unique_frame(number) for number in range(300)])
+        writer.append(frames, np.arange(300) % 6, np.zeros(300), terminal=True)
+        assert open_replay(tmp_path).validate() == []
+        frames[100:230] = 0
+        writer.append(frames, np.where(frames.any((1, 2)), np.arange(300) % 6, 0), np.zeros(300), terminal=True)
+    (problem,) = open_replay(tmp_path).validate()
+    assert re.search(r"transitions 300\.\.599.*130 .*black.* never written", problem)
 
 
 # Which games, which runs, and again

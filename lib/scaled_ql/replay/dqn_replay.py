@@ -10,8 +10,13 @@
 
 The buffer is a ring of C rows that has seen `add_count` rows when it is dumped. So row r holds the row with the
 global number g, the largest below add_count with g % C == r, and a file is new from the number on where the file
-before it ended. The dump comes one row early: the last row of file k is the row between files k - 1 and k. An
-episode begins with three rows of zeros. The last dump of a log saves the ring's position in place of add_count.
+before it ended. Rows of a ring that is not full yet were never written; they hold zeros, or whatever was in memory.
+An episode begins with three rows of zeros.
+
+The published logs were dumped once a cycle, one row early: the last row of file k is the row between files k - 1 and
+k. The last dump of such a log saves the ring's position in place of add_count. Dopamine's own checkpoints are dumped
+at any time and always save add_count. So the last count of a log, where it is below C, may be either;
+`_last_count` compares contents to decide.
 
 Here a row of the arrays is the row with that global number: files do not depend on one another.
 """
@@ -19,14 +24,14 @@ Here a row of the arrays is the row with that global number: files do not depend
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import cycle
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 import numpy as np
-from isal import igzip_threaded, isal_zlib
+from isal import igzip_threaded
 
 from scaled_ql.games import action_names
 from scaled_ql.replay import format as fmt
@@ -132,13 +137,9 @@ def plan_run(source: str, logs: str, destination: Path, game: str, run: int) -> 
             _expect_all(logs, number, dumps[number])
             capacity = _capacity(filesystem, logs, number, capacity)
             count = _read_add_count(filesystem, _address(logs, "add_count", number))
-            if number == max(dumps) and number > 0 and count < capacity:  # the ring's position, not a count
-                cycle = number if previous is None else before // capacity + number - previous
-                if count == capacity - 1:  # the dump before it came at this very row
-                    cycle -= 1
-                elif previous == number - 1 and not _repeats(filesystem, logs, number, count, capacity):
-                    cycle += 1  # a whole cycle went by without a dump
-                count += cycle * capacity
+            follows = previous is not None
+            if number == max(dumps) and count < capacity:
+                count, follows = _last_count(filesystem, logs, number, count, capacity, before, previous, len(actions))
                 if count == before:
                     continue
             if count <= before:
@@ -154,7 +155,7 @@ def plan_run(source: str, logs: str, destination: Path, game: str, run: int) -> 
             gaps.append({"first": before, "last": low - 1, "before": address})
         content = {
             "source": source, "logs": logs, "number": number, "capacity": capacity, "low": low, "stop": count,
-            "previous": previous if low == before else None, "actions": len(actions),
+            "previous": previous if follows and low == before else None, "actions": len(actions),
         }  # fmt: skip
         parts.append(Part(folder, number, address, content))
         before, previous = count, number
@@ -204,21 +205,96 @@ def _address(logs: str, column: str, number: int) -> str:
     return f"{logs}/{name}_ckpt.{number}.gz"
 
 
-def _repeats(filesystem: fsspec.AbstractFileSystem, logs: str, number: int, position: int, capacity: int) -> bool:
-    """Whether the old rows of a last, partial dump are those of the dump before it: no cycle was missed.
+def _last_count(
+    filesystem: fsspec.AbstractFileSystem, logs: str, number: int, count: int, capacity: int, before: int,
+    previous: int | None, num_actions: int,
+) -> tuple[int, bool]:  # fmt: skip
+    """How many rows were added at a log's last dump, which saved either that number or the ring's position.
 
-    So it is taken to be where the dump before it cannot be read.
+    Rows that the dump before it held, and that nothing can have overwritten since, are the same in both. The smallest
+    count that agrees with this is the right one.
+
+    Args:
+        filesystem: of the logs.
+        logs: their folder.
+        number: of the dump.
+        count: what it saved, below the capacity.
+        capacity: of the ring.
+        before: rows added at the dump before it; 0 for none.
+        previous: number of that dump.
+        num_actions: that a valid row can have.
+
+    Returns:
+        the count, and whether its new rows are known to follow the last one of the dump before.
     """
-    old = slice(position, capacity - 1)
-    for name in COLUMNS:
-        ours = read_column(filesystem, _address(logs, name, number), COLUMNS[name], capacity)
+    first = count + max(-((count - before) // capacity), 0) * capacity  # the smallest that is not below `before`
+    cycles = 1 if previous is None else number - previous  # a log that is dumped once a cycle went through so many
+    same = None
+    if previous is not None:
+        old = np.arange(max(first - capacity, 0), before) % capacity
+        same = _are_same(filesystem, logs, number, previous, old, capacity)
+    if same:
+        return first, True
+    if same is None and first < capacity:
+        if _never_written(filesystem, logs, number, count, capacity, num_actions):
+            return first, previous is not None
+        return first + (max(number, 1) if previous is None else cycles) * capacity, False
+    return first + (max(cycles - 1, 1) if same is False else cycles - 1) * capacity, False
+
+
+def _are_same(
+    filesystem: fsspec.AbstractFileSystem, logs: str, number: int, previous: int, rows: np.ndarray, capacity: int
+) -> bool | None:
+    """Whether two dumps hold the same at these rows; None where nothing can be compared, or nothing but zeros."""
+    differs, blank = False, True
+    for name, dtype in COLUMNS.items():
+        ours = read_column(filesystem, _address(logs, name, number), dtype, capacity)[rows]
         try:
-            theirs = read_column(filesystem, _address(logs, name, number - 1), COLUMNS[name], capacity)
+            theirs = read_column(filesystem, _address(logs, name, previous), dtype, capacity)[rows]
         except Unreadable:
-            continue
-        if ours[old].tobytes() != theirs[old].tobytes():
-            return False
-    return True
+            return None
+        differs |= ours.tobytes() != theirs.tobytes()
+        blank &= not ours.any()
+    if not differs and len(rows) < BLOCK:  # few rows may agree by chance
+        with suppress(Unreadable):
+            ours, theirs = (
+                _frame_crc32s(filesystem, _address(logs, "observation", dump), rows, capacity)
+                for dump in (number, previous)
+            )
+            differs = bool((ours != theirs).any())
+            blank &= bool((ours == fmt.BLACK).all())
+    return None if blank and not differs else not differs
+
+
+def _never_written(
+    filesystem: fsspec.AbstractFileSystem, logs: str, number: int, count: int, capacity: int, num_actions: int
+) -> bool:
+    """Whether the rows from the ring's position on look as if nothing was ever written there.
+
+    Large arrays begin as zeros, so their frames are black; small ones hold what was in memory before.
+    """
+    columns = [read_column(filesystem, _address(logs, name, number), COLUMNS[name], capacity) for name in COLUMNS]
+    action, reward, terminal = (column[count:] for column in columns)
+    invalid = ~np.isfinite(reward) | (action < 0) | (action >= num_actions) | (terminal > 1)
+    if invalid.mean() > 0.5:
+        return True
+    try:
+        crc32 = _frame_crc32s(filesystem, _address(logs, "observation", number), np.arange(count, capacity), capacity)
+    except Unreadable:  # its own part says so; the first dump of a log is the likeliest not to be full
+        return number == 0
+    return bool((crc32 == fmt.BLACK).all())
+
+
+def _frame_crc32s(filesystem: fsspec.AbstractFileSystem, address: str, rows: np.ndarray, capacity: int) -> np.ndarray:
+    """CRC-32 of a dump's frames at these rows, uint32 [N]."""
+    crc32, last = np.zeros(capacity, np.uint32), int(rows.max())
+    with _opened(filesystem, address) as file:
+        file.expect(np.uint8, FRAME_SHAPE, capacity)
+        for begin in range(0, last + 1, BLOCK):
+            block = np.empty((min(BLOCK, capacity - begin), *FRAME_SHAPE), np.uint8)
+            file.fill(block)
+            crc32[begin : begin + len(block)] = fmt.frame_crc32s(block)
+    return crc32[rows]
 
 
 class _Npy:
@@ -454,6 +530,7 @@ def find_segments(
     for begin, stop in zip(np.flatnonzero(starts).tolist(), stops.tolist()):
         stop = begin + int(np.argmin(np.append(keep[begin:stop], False)))
         here, last = slice(begin, stop), stop - 1
+        joins = begin == 0 and ended >= 0 and not fresh[0]
         segments.append(
             importing.segment(
                 dump.low + begin,
@@ -461,8 +538,8 @@ def find_segments(
                 dump.action[here],
                 dump.reward[here],
                 terminal=ends[last] and not dump.boundary[last] & 1,
-                continued=begin > 0 and not fresh[begin],
-                joins=begin == 0 and not fresh[0],
+                continued=not fresh[begin] and not joins,
+                joins=joins,
                 is_open=stop == size and not ends[last],
             )
         )
@@ -489,8 +566,8 @@ def _find_padding(
     dump: Dump, crc32: np.ndarray, good: np.ndarray, bad: np.ndarray, ended: int
 ) -> tuple[np.ndarray, int]:
     """Rows of zeros that precede episodes: (bool [N], how many an episode has here)."""
-    size, black = len(good), isal_zlib.crc32(bytes(FRAME_SHAPE[0] * FRAME_SHAPE[1]))
-    zero = good & (crc32 == black) & (dump.action == 0) & (dump.reward == 0) & (dump.terminal == 0)
+    size = len(good)
+    zero = good & (crc32 == fmt.BLACK) & (dump.action == 0) & (dump.reward == 0) & (dump.terminal == 0)
 
     blank = zero | bad  # a damaged row of padding is still one
 

@@ -34,6 +34,7 @@ from isal import isal_zlib
 FORMAT = "scaled-ql replay"
 FORMAT_VERSION = 2
 FRAME_SHAPE = (84, 84)
+BLACK = isal_zlib.crc32(bytes(FRAME_SHAPE[0] * FRAME_SHAPE[1]))  # CRC-32 of a frame of zeros
 INNER_CHUNK = 16  # frames decoded together: small enough for random windows, large enough to compress well
 FRAME_SHARD = 16_384  # frames a file: about 2 MB compressed
 SCALAR_CHUNK = 1_024

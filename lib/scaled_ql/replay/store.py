@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 READ_TOGETHER = 32  # windows
 VALIDATED_TOGETHER = 8_192  # rows
+BLANK_ROWS = 100  # in a row with a black frame, action 0 and no reward: no game and no player makes so many
 
 
 class Batch(NamedTuple):
@@ -644,8 +645,15 @@ def validate_run(run: Run, progress: Callable[[int], None] = lambda transitions:
             here = slice(row.row - low, row.row - low + row.length)
             frames = columns["observation"][row.row - low : row.row - low + row.frames]
             action, reward = columns["action"][here], columns["reward"][here]
-            if zlib.crc32(fmt.step_records(fmt.frame_crc32s(frames), action, reward)) != row.crc32:
+            crc32 = fmt.frame_crc32s(frames)
+            if zlib.crc32(fmt.step_records(crc32, action, reward)) != row.crc32:
                 problems.append(f"{where}: contents differ from the recorded CRC-32.")
+            blank = _longest((crc32[: row.length] == fmt.BLACK) & (action == 0) & (reward == 0))
+            if blank >= BLANK_ROWS:
+                problems.append(
+                    f"{where}: {blank} rows on end are black, with action 0 and no reward, as rows of a replay buffer "
+                    "that were never written. Import it again."
+                )
             if action.min() < 0 or action.max() >= limit:
                 problems.append(f"{where}: actions outside 0..{limit - 1}.")
             for name in ("terminal", "truncated"):
@@ -653,6 +661,12 @@ def validate_run(run: Run, progress: Callable[[int], None] = lambda transitions:
                     problems.append(f"{where}: {name} flags differ from the episode table.")
             progress(row.length)
     return problems
+
+
+def _longest(marked: np.ndarray) -> int:
+    """Length of the longest stretch of True in bool [N]."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], marked, [False]])))
+    return int((edges[1::2] - edges[::2]).max(initial=0))
 
 
 def _read_group(run: Run, group: pd.DataFrame) -> dict[str, ts.Future]:
