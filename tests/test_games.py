@@ -96,6 +96,13 @@ def test_unknown_game_suggests_the_near_name(misspelt, meant):
             look_up(misspelt)
 
 
+@pytest.mark.parametrize("game", ["Combat", "Joust", "MazeCraze", "Warlords"])
+def test_a_game_for_two_is_refused_by_name_before_ale_ends_the_process(game):
+    for look_up in (games.rom_name, games.rom_md5, games.action_names):
+        with pytest.raises(games.UnknownGame, match=f"{game} needs two players"):
+            look_up(game)
+
+
 def test_unknown_game_unlike_any_other():
     with pytest.raises(games.UnknownGame, match="'%%%%'"):
         games.rom_name("%%%%")

@@ -44,7 +44,13 @@ def gather(folder: Path) -> Gathered:
     found, scores, left_out = {}, [], []
     for place in sorted((folder / NOTEBOOK).glob("*/parameters.yaml")):
         name = place.parent.name
-        status = runs.read_json(place.parent / "status.json")
+        try:
+            status = runs.read_json(place.parent / "status.json")
+        except runs.RunError as error:
+            left_out.append({"run": name, "why": str(error)})
+            continue
+        if status.get("state") == "failed" and not runs.holds_results(place.parent):
+            continue  # it reserves nothing, and is no run
         if status.get("state") != "finished":
             error = f": {status['error']}" if "error" in status else ""
             left_out.append({"run": name, "why": f"{status.get('state', 'not started')}{error}"})

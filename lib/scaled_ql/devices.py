@@ -63,9 +63,16 @@ def make_mesh(num_devices: int = 0) -> Mesh:
     """A mesh of the first `num_devices` devices (0: all), with one axis, `data`.
 
     Raises:
-        DeviceError: there are not so many.
+        DeviceError: there are not so many, or none of the platform that JAX_PLATFORMS asks for.
     """
-    devices = jax.devices()
+    try:
+        devices = jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where jaxlib is one without accelerators
+        platforms = jax.config.jax_platforms or "any"
+        raise DeviceError(
+            f"JAX_PLATFORMS = {platforms}, but the installed jaxlib has no such device ({error or 'CPU only'}). "
+            "Install jax for it, as in pip install 'jax[cuda13]', or unset JAX_PLATFORMS."
+        ) from error
     if num_devices > len(devices):
         kinds = ", ".join(sorted({device.device_kind for device in devices}))
         raise DeviceError(

@@ -19,6 +19,9 @@ TRAINING_GAMES: tuple[str, ...] = (
 )  # fmt: skip
 HELD_OUT_GAMES: tuple[str, ...] = ("Alien", "MsPacman", "Pong", "SpaceInvaders", "StarGunner")
 
+# ALE lists their ROMs, but ends the process when one player alone starts them.
+NEEDS_TWO_PLAYERS: frozenset[str] = frozenset(("Combat", "Joust", "MazeCraze", "Warlords"))
+
 # Their ROM in the published DQN-Replay and RL Unplugged data, that of atari-py up to 0.2.5, is not the one of ale-py.
 OTHER_ROM_IN_PUBLISHED_DATA: frozenset[str] = frozenset((
     "Amidar", "Assault", "Atlantis", "BankHeist", "BattleZone", "Carnival", "Centipede", "DemonAttack",
@@ -45,7 +48,7 @@ def rom_name(game: str) -> str:
     """ALE's name of a game: ``"SpaceInvaders"`` -> ``"space_invaders"``.
 
     Raises:
-        UnknownGame: ALE has no such game; the nearest names are suggested.
+        UnknownGame: ALE has no such game (the nearest names are suggested), or it is not for one player.
     """
     roms = _all_roms()
     if game not in roms:
@@ -54,6 +57,8 @@ def rom_name(game: str) -> str:
         near = [folded[name] for name in difflib.get_close_matches(key, folded, n=3, cutoff=0.5)]
         hint = f"Did you mean {', '.join(near)}?" if near else "Names are written as in the paper: SpaceInvaders."
         raise UnknownGame(f"ALE does not know the game {game!r}. {hint}")
+    if game in NEEDS_TWO_PLAYERS:
+        raise UnknownGame(f"{game} needs two players, and ALE cannot play it alone; choose a game for one player.")
     return roms[game]
 
 

@@ -14,6 +14,7 @@
 import contextlib
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -29,12 +30,12 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import filelock
+import numpy as np
 import pandas as pd
 import pydantic
-import yaml
 from tqdm import tqdm
 
-from scaled_ql import parameters
+from scaled_ql import documents, parameters
 from scaled_ql.parameters import ParameterError, Parameters
 from scaled_ql.replay import Replay, open_replay
 
@@ -48,6 +49,12 @@ GATHERING = ("03_ablations", "04_learning_from_reward", "05_paper_report")
 # clear it page by page: 84,000 faults and a third of the time of a narrow ResNet's step with heads for 40 games. With
 # pages of 2 MB there are 340. Only what a process starts with counts.
 LARGE_PAGES = "glibc.malloc.hugetlb=1"
+# What a run keeps about itself. A folder that holds nothing else holds no result, and reserves no name.
+BOOKKEEPING = frozenset((
+    "parameters.yaml", "provenance.json", "status.json", "run.ipynb", "run.html", ".run.ipynb", ".lock", ".runner.lock",
+))  # fmt: skip
+SOCKET_PATH = 107  # bytes that the path of a socket may have
+SHUTDOWN_SECONDS = 60.0  # an interrupted kernel writes a checkpoint first
 LOCK_SECONDS = 20.0  # a kernel whose runner was killed takes a moment to notice
 
 
@@ -119,14 +126,47 @@ def open_dataset(values: Any) -> Replay:
 
 def write_json(file: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(value, indent=1, default=str) + "\n")
-    partial.replace(file)
+    _write_text(file, json.dumps(_plain(value), indent=1, default=str, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can say: NumPy's numbers as Python's, and null for what is not finite."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_text(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise RunError(
+            f"{file}: cannot be written ({error}). Make room or the folder writable, or set outputs to another folder."
+        ) from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON file; an absent one is empty."""
-    return json.loads(file.read_text()) if file.exists() else {}
+    """Read a JSON file; an absent one is empty.
+
+    Raises:
+        RunError: empty, half-written or not readable.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file}: cannot be read as JSON ({error}). Restore it, or move it elsewhere.") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{file}: expected an object, got {type(content).__name__}. Restore it, or move it elsewhere.")
+    return content
 
 
 def provenance() -> dict[str, Any]:
@@ -147,6 +187,7 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "jax_enable_x64": bool(sys.modules["jax"].config.jax_enable_x64) if "jax" in sys.modules else None,
     }
 
 
@@ -182,7 +223,7 @@ class Run:
     def __init__(self, notebook: str, values: Parameters):
         self.notebook, self.parameters = notebook, values
         self.folder, self.own = run_folder(notebook, values), own_folder(notebook, values)
-        self.own.mkdir(parents=True, exist_ok=True)
+        make_folder(self.own)
         self._lock = filelock.FileLock(self.own / ".lock", is_singleton=True)
         try:
             self._lock.acquire(timeout=LOCK_SECONDS)
@@ -192,6 +233,8 @@ class Run:
                 f"{self.own}: another process (pid {pid}) is running in this folder. Wait for it, stop it, "
                 "or choose another run name."
             ) from None
+        except (OSError, NotImplementedError) as error:
+            raise _no_locks(self.own, error) from error
         self._started = time.time()
 
     def _status(self, state: str, **more: Any) -> None:
@@ -240,6 +283,25 @@ class Run:
         shell.events.register("post_run_cell", after_cell)
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of a run.
+
+    Raises:
+        RunError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be made ({error}). Set outputs to a folder that can be written.") from error
+
+
+def _no_locks(folder: Path, error: Exception) -> RunError:
+    return RunError(
+        f"{folder}: cannot be locked against a second process ({error}). Set outputs to a folder that can be written, "
+        "on a file system with locks."
+    )
+
+
 def start(notebook: str, namespace: dict[str, Any]) -> Run:
     """Begin, or go on with, the run that a notebook's parameters name: its first call.
 
@@ -258,24 +320,39 @@ def start(notebook: str, namespace: dict[str, Any]) -> Run:
     compare_parameters(notebook, values)
     run = Run(notebook, values)
     file = run.own / "parameters.yaml"
-    if not file.exists():
-        file.write_text(yaml.safe_dump(values.model_dump(), sort_keys=False))
+    if not (file.exists() and holds_results(run.folder)):
+        _write_text(file, documents.dump(values.model_dump()))
     write_json(run.own / "provenance.json", provenance())
     run._status("running")
     run._watch_cells()
     return run
 
 
+def holds_results(folder: Path) -> bool:
+    """Whether a run has recorded anything; one that failed before it did reserves neither name nor parameters."""
+    return any(
+        file.name not in BOOKKEEPING and not file.name.endswith(".partial") and file.is_file() and file.stat().st_size
+        for file in folder.rglob("*")
+    )
+
+
 def compare_parameters(notebook: str, values: Parameters) -> bool:
-    """Whether the run exists; its parameters must be the same.
+    """Whether the run exists and has recorded something; its parameters must be the same then.
 
     Raises:
-        RunError: they differ.
+        RunError: they differ, or those of the run cannot be read.
     """
     file = own_folder(notebook, values) / "parameters.yaml"
-    if not file.exists():
-        return False
+    try:
+        if not (file.exists() and holds_results(run_folder(notebook, values))):
+            return False
+    except OSError as error:  # a name too long, a folder that cannot be read
+        raise RunError(
+            f"{file.parent}: cannot be read ({error}). Choose another run name or outputs folder."
+        ) from error
     stored, ours = parameters.load(file), values.model_dump()
+    if not stored:
+        raise RunError(f"{file}: empty, the parameters of a run are expected. Restore it, or choose another run name.")
     differences = [
         f"{name}: {stored.get(name)!r} there, {ours.get(name)!r} now"
         for name in sorted(stored.keys() | ours.keys() - {"outputs"})
@@ -316,7 +393,7 @@ def execute(notebook: str, values: Parameters) -> Path:
     if finished(notebook, values):
         print(f"{title}: finished before, left as it is: {folder / 'run.html'}")
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     began = time.perf_counter()
     try:
         with filelock.FileLock(folder / ".runner.lock", timeout=LOCK_SECONDS), _progress_bar(folder, title):
@@ -325,6 +402,11 @@ def execute(notebook: str, values: Parameters) -> Path:
                 render(folder / "run.ipynb")
     except filelock.Timeout:
         raise RunError(f"{folder}: another scaled-ql run is executing this run; wait for it or stop it.") from None
+    except (OSError, NotImplementedError) as error:
+        raise RunError(
+            f"{folder}: the run cannot be executed here ({error}). Make room or the folder writable, or set outputs to "
+            "another folder, on a file system with locks."
+        ) from error
     print(f"{title}: {time.perf_counter() - began:.0f} s: {run_folder(notebook, values) / 'run.html'}")
     return folder
 
@@ -338,8 +420,9 @@ def _papermill(notebook: str, values: Parameters, folder: Path) -> None:
     os.environ.setdefault("GLIBC_TUNABLES", LARGE_PAGES)
     for attempt in range(3):
         # Sockets in a folder of this user's own instead of TCP ports: private, and nothing collides.
-        with tempfile.TemporaryDirectory(prefix="scaled-ql-") as sockets:
-            local = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
+        with tempfile.TemporaryDirectory(prefix="scaled-ql-", dir=_socket_folder()) as own, _own_kernel(Path(own)):
+            settings = {"transport": "ipc", "ip": f"{own}/kernel", "shutdown_wait_time": SHUTDOWN_SECONDS}
+            local = Config(KernelManager=settings)
             try:
                 papermill.execute_notebook(
                     source, partial, given, kernel_name="python3", cwd=workspace(), progress_bar=False, config=local
@@ -362,15 +445,40 @@ def _papermill(notebook: str, values: Parameters, folder: Path) -> None:
     partial.replace(folder / "run.ipynb")
 
 
+def _socket_folder() -> str | None:
+    """Where a kernel's sockets go: None for the usual temporary folder, unless its path is too long for a socket."""
+    longest = f"{tempfile.gettempdir()}/scaled-ql-abcdefgh/kernel-5"
+    return None if len(os.fsencode(longest)) <= SOCKET_PATH else "/tmp"
+
+
+@contextlib.contextmanager
+def _own_kernel(folder: Path) -> Iterator[None]:
+    """Have the name python3 mean this interpreter, whatever kernels of other environments JUPYTER_PATH names."""
+    from ipykernel.kernelspec import write_kernel_spec
+
+    write_kernel_spec(folder / "kernels" / "python3")
+    before = os.environ.get("JUPYTER_PATH")
+    os.environ["JUPYTER_PATH"] = os.pathsep.join([str(folder), *([before] if before else [])])
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["JUPYTER_PATH"]
+        else:
+            os.environ["JUPYTER_PATH"] = before
+
+
 @contextlib.contextmanager
 def _progress_bar(folder: Path, title: str) -> Iterator[None]:
     """Show the run's own progress from its status file, on stderr."""
     done = threading.Event()
 
     def follow() -> None:
+        status: dict[str, Any] = {}
         with tqdm(desc=title, unit="step", dynamic_ncols=True, leave=False, disable=None) as bar:
             while not done.wait(1):
-                status = read_json(folder / "status.json")
+                with contextlib.suppress(RunError):
+                    status = read_json(folder / "status.json")
                 if status.get("total"):
                     bar.total, bar.n = status["total"], status["done"]
                 bar.refresh()
@@ -400,9 +508,7 @@ def render(notebook: Path) -> Path:
     )
     html, _ = exporter.from_notebook_node(content, {"metadata": {"name": notebook.parent.name}})
     file = notebook.with_suffix(".html")
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(html)
-    partial.replace(file)
+    _write_text(file, html)
     return file
 
 
@@ -453,6 +559,17 @@ def expand(base: Parameters, grid: list[dict[str, list[Any]]], notebook: str, so
     return list(cells.values())
 
 
+def _meant(file: Path, content: Mapping[str, Any]) -> str:
+    """The command that was probably meant, where a file of parameters was given as a batch."""
+    named = [file.absolute().parent.name] if file.absolute().parent.name in parameters.NOTEBOOKS else []
+    fitting = named or [
+        name
+        for name, schema in parameters.NOTEBOOKS.items()
+        if content and content.keys() <= schema.model_fields.keys()
+    ]
+    return f"These are parameters of a notebook: scaled-ql run {fitting[0]} {file}" if fitting else ""
+
+
 def load_batch(file: str | Path, overrides: Mapping[str, Any]) -> list[Step]:
     """Read and check a batch: an ordered list of notebooks, each with a file of `params/<notebook>/` and maybe a grid.
 
@@ -461,9 +578,16 @@ def load_batch(file: str | Path, overrides: Mapping[str, Any]) -> list[Step]:
     """
     content = parameters.load(file)
     try:
-        batch = _Batch(**content)
+        batch = _Batch.model_validate(content)
     except pydantic.ValidationError as error:
-        raise ParameterError(f"{file}: not a batch of steps (notebook, parameters, grid): {error}") from None
+        mistakes = "; ".join(
+            f"{'.'.join(map(str, mistake['loc']))}: {mistake['msg']}, got {mistake['input']!r}"
+            for mistake in error.errors()
+        )
+        raise ParameterError(
+            f"{file}: not a batch, a list of steps with notebook, parameters and grid ({mistakes}). "
+            f"{_meant(Path(file), content)}"
+        ) from None
     steps = []
     for step in batch.steps:
         source = workspace() / "params" / step.notebook / step.parameters
