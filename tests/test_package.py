@@ -10,7 +10,7 @@ import pytest
 
 # From the bottom up; a module imports only what stands before it.
 ORDER = (
-    "games", "environments", "metrics", "plots",
+    "games", "processes", "environments", "metrics", "plots",
     "replay.format", "replay.views", "replay.chunks", "replay.shared", "replay.store",
     "replay.writer", "replay.sampling", "replay.workers", "replay.ring",
     "replay.returns", "replay.importing", "replay.dqn_replay", "replay.export", "replay.rl_unplugged", "replay.minari",
@@ -20,7 +20,7 @@ ORDER = (
     "benchmarks", "torch_step", "performance",
     "parameters", "paper", "runs", "ablations", "grids", "explore", "command",
 )  # fmt: skip
-WITHOUT_JAX = ("games", "environments", "replay", "collect", "metrics", "plots", "parameters", "runs")
+WITHOUT_JAX = ("games", "processes", "environments", "replay", "collect", "metrics", "plots", "parameters", "runs")
 
 
 def test_the_top_level_is_the_designs(workspace: Path) -> None:
