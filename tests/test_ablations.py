@@ -50,6 +50,7 @@ def outputs(tmp_path):
     write(tmp_path, "base.encoder", scores_of(0.5, 0.5, 0.5), encoder="resnet_narrow")
     write(tmp_path, "under-way", {}, state="running", seed=7)
     write(tmp_path, "broken", {}, state="failed", seed=8)
+    (tmp_path / "02_scaled_training" / "broken" / "metrics.jsonl").write_text('{"step": 1}\n')
     return tmp_path
 
 
@@ -57,10 +58,14 @@ def test_unfinished_and_failed_runs_are_named_and_left_out(outputs: Path) -> Non
     (outputs / "02_scaled_training" / "old").mkdir()
     (outputs / "02_scaled_training" / "old" / "parameters.yaml").write_text("heda: mse\n")
     (outputs / "02_scaled_training" / "old" / "status.json").write_text('{"state": "finished"}')
+    write(outputs, "half", {})
+    (outputs / "02_scaled_training" / "half" / "status.json").write_text("")
+    write(outputs, "nothing", {}, state="failed")  # it failed before it recorded anything: no run
     gathered = ablations.gather(outputs)
     assert len(gathered.runs) == 6
     why = gathered.left_out.set_index("run")["why"]
-    assert set(why.index) == {"under-way", "broken", "old"}
+    assert set(why.index) == {"under-way", "broken", "old", "half"}
+    assert "status.json: cannot be read as JSON" in why["half"]
     assert why["under-way"] == "running" and why["broken"] == "failed" and "did you mean head" in why["old"]
     assert len(gathered.scores) == 18
 

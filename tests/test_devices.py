@@ -202,3 +202,12 @@ def test_recomputing_changes_nothing():
         outputs[remat]["activations"] = needed["activations"]
     assert outputs[True].pop("activations") < outputs[False].pop("activations")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), outputs[False], outputs[True])
+
+
+def test_a_platform_that_jaxlib_lacks_is_named():
+    code = "from scaled_ql.devices import DeviceError, make_mesh\ntry: make_mesh()\nexcept DeviceError as e: print(e)"
+    environment = os.environ | {"JAX_PLATFORMS": "cuda"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    if done.returncode == 0 and not done.stdout:
+        pytest.skip("there is an accelerator")
+    assert "JAX_PLATFORMS = cuda, but the installed jaxlib has no such device" in done.stdout, done.stderr

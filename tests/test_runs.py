@@ -1,11 +1,13 @@
 """Run folders: locks, parameters that may not change, tables computed once, reports that open offline."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -125,3 +127,72 @@ def test_unknown_game_fails_with_near_names_before_recording(tmp_path: Path) -> 
 def test_a_run_name_cannot_leave_its_folder(tmp_path: Path) -> None:
     with pytest.raises(ParameterError):
         runs.start("00_data_collection", namespace(tmp_path, run="../../elsewhere"))
+
+
+def test_a_failed_run_that_recorded_nothing_reserves_nothing(tmp_path: Path) -> None:
+    run = runs.start("00_data_collection", namespace(tmp_path, run="a", seed=4))
+    run._status("failed")
+    again = runs.start("00_data_collection", namespace(tmp_path, run="a", seed=5))
+    assert runs.parameters.load(again.folder / "parameters.yaml")["seed"] == 5
+    (again.folder / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(runs.RunError, match="seed: 5 there, 6 now"):
+        runs.start("00_data_collection", namespace(tmp_path, run="a", seed=6))
+    again.finish({})
+
+
+def test_json_is_json(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    runs.write_json(file, {"a": math.nan, "b": [np.float32(0.5), np.int64(3), math.inf], "c": {"d": np.bool_(True)}})
+    assert json.loads(file.read_text(), parse_constant=pytest.fail) == {
+        "a": None, "b": [0.5, 3, None], "c": {"d": True},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("content", ["", '{"state": "runn', "[]", "\0"])
+def test_a_half_written_status_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "status.json").write_text(content)
+    with pytest.raises(runs.RunError, match=r"status\.json: .*Restore it, or move it elsewhere"):
+        runs.read_json(tmp_path / "status.json")
+
+
+def test_empty_parameters_of_a_run_are_named(tmp_path: Path) -> None:
+    run = runs.start("00_data_collection", namespace(tmp_path, run="a"))
+    run.finish({"score": 1})
+    (run.folder / "parameters.yaml").write_text("")
+    with pytest.raises(runs.RunError, match=r"parameters\.yaml: empty"):
+        runs.start("00_data_collection", namespace(tmp_path, run="a"))
+
+
+def test_a_name_that_is_too_long_and_a_folder_that_is_a_file(tmp_path: Path) -> None:
+    with pytest.raises(runs.RunError, match=r"Choose another run name|cannot be made"):
+        runs.start("00_data_collection", namespace(tmp_path, run="x" * 300))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(runs.RunError, match="cannot be made"):
+        runs.start("00_data_collection", namespace(tmp_path / "file"))
+
+
+def test_a_long_temporary_folder_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/tmp/" + "x" * 120)
+    assert runs._socket_folder() == "/tmp"
+    monkeypatch.setattr("tempfile.tempdir", "/tmp")
+    assert runs._socket_folder() is None
+
+
+def test_python3_is_this_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    other = tmp_path / "other" / "kernels" / "python3"
+    other.mkdir(parents=True)
+    (other / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "x", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "other"))
+    assert KernelSpecManager().get_kernel_spec("python3").argv == ["/bin/false"]
+    with runs._own_kernel(tmp_path / "own"):
+        assert KernelSpecManager().get_kernel_spec("python3").argv[0] == sys.executable
+    assert KernelSpecManager().get_kernel_spec("python3").argv == ["/bin/false"]
+
+
+def test_parameters_that_are_given_as_a_batch_name_the_command(workspace: Path) -> None:
+    file = workspace / "params" / "02_scaled_training" / "quickstart.yaml"
+    with pytest.raises(ParameterError, match=r"scaled-ql run 02_scaled_training .*quickstart\.yaml") as error:
+        runs.load_batch(file, {})
+    assert "\n" not in str(error.value)
