@@ -57,7 +57,7 @@ def arguments(target: str, folder: Path, *more: str) -> list[str]:
 
 def run(target: str, folder: Path, *more: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        arguments(target, folder, *more), cwd=runs.workspace(), capture_output=True, text=True, timeout=600
+        arguments(target, folder, *more), cwd=runs.workspace(), capture_output=True, text=True, timeout=850
     )
 
 
