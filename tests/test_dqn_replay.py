@@ -907,6 +907,7 @@ STORES = st.dictionaries(
 @example(runs={1: [(1, True)] * 5}, rows_per_file=5, seed=0)
 @example(runs={1: [(2, True), (25, True)]}, rows_per_file=5, seed=0)
 @example(runs={1: [(13, True), (5, True)]}, rows_per_file=20, seed=0)  # a file ends with all of the padding
+@example(runs={1: [(3, False), (22, True), (13, True), (3, False), (17, False)]}, rows_per_file=19, seed=61)  # and last
 def test_import_of_an_export_is_the_original(small_blocks, runs, rows_per_file, seed):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

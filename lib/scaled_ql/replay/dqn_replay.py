@@ -239,6 +239,10 @@ def _last_count(
         if _never_written(filesystem, logs, number, count, capacity, num_actions):
             return first, previous is not None
         return first + (max(number, 1) if previous is None else cycles) * capacity, False
+    if same is None and cycles == 1 and previous is not None:
+        # The dump before ended in an episode's padding, so that there is nothing to compare. A log that has been dumped
+        # once a cycle so far, as the published ones are, is taken to have been so to its end.
+        return first, (before + 1) // capacity == previous + 1
     return first + (max(cycles - 1, 1) if same is False else cycles - 1) * capacity, False
 
 
