@@ -139,6 +139,13 @@ def test_scripted_player_beats_a_random_one(game, margin):
     assert scripted >= random + margin
 
 
+def test_the_scripted_pong_player_wins():
+    """Alone, without random moves and sticky actions: the whole game, which has no luck in it."""
+    environment, actions = make_environment("Pong", sticky_actions=0.0), action_names("Pong")
+    played = play_episode(environment, SCRIPTED_PLAYERS["Pong"], actions, lambda step: 0.0, [0])
+    assert played["terminal"] and played["reward"].sum() > 0
+
+
 def test_two_games_in_two_processes(tmp_path):
     updates = list(record(tmp_path / "both", ["Breakout", "Asterix"], 180, processes=2, poll_seconds=0.05, **SHORT))
     assert updates[-1] == {"Breakout": 180, "Asterix": 180}
@@ -177,7 +184,7 @@ def test_unknown_game_fails_before_anything_is_recorded(tmp_path):
     assert not (tmp_path / "data").exists()
 
 
-def always_left(ram):
+def always_left(ram, before):
     return "LEFT"
 
 

@@ -34,6 +34,11 @@ def test_a_run_writes_what_is_needed_to_repeat_it(tmp_path: Path) -> None:
     assert runs.read_json(run.folder / "summary.json") == {"score": 1}
 
 
+def test_a_package_that_is_read_from_a_path_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "PACKAGES", ("numpy", "nowhere-installed"))
+    assert runs.provenance()["packages"] == {"numpy": np.__version__, "nowhere-installed": None}
+
+
 def test_a_run_does_not_change_its_parameters(tmp_path: Path) -> None:
     runs.start("00_data_collection", namespace(tmp_path, run="a", seed=4)).finish({})
     with pytest.raises(runs.RunError, match=r"seed: 4 there, 5 now.*another run name"):

@@ -16,19 +16,26 @@ from scaled_ql.games import action_names, rom_md5
 from scaled_ql.replay.format import read_table
 from scaled_ql.replay.writer import ReplayWriter
 
-Player = Callable[[np.ndarray], str]  # the console's 128 bytes of RAM -> the name of an action
+Player = Callable[[np.ndarray, np.ndarray], str]  # 128 bytes of RAM, now and a step ago -> the name of an action
 
 
 # Where things are in RAM: the Atari Annotated RAM Interface (Anand et al., 2019).
-def play_pong(ram: np.ndarray) -> str:
-    """Keep the middle of the paddle, 8 below its top, at the height of the ball."""
-    offset = int(ram[54]) - int(ram[51]) - 8
-    if abs(offset) < 4:
+def play_pong(ram: np.ndarray, before: np.ndarray) -> str:
+    """Keep the middle of the paddle, 8 below its top, where the ball will be: the paddle goes on moving for a while."""
+
+    def ahead(byte: int) -> float:
+        position, moved = int(ram[byte]), int(ram[byte]) - int(before[byte])
+        return position + 0.5 * moved if abs(moved) <= 30 else position  # further than that, it is another ball
+
+    if ram[54] == 0:
         return "FIRE"
+    offset = ahead(54) - ahead(51) - 8
+    if abs(offset) < 3:
+        return "NOOP"
     return "LEFT" if offset > 0 else "RIGHT"
 
 
-def play_breakout(ram: np.ndarray) -> str:
+def play_breakout(ram: np.ndarray, before: np.ndarray) -> str:
     """Serve when there is no ball, else keep the middle of the paddle below it."""
     if ram[101] == 0:
         return "FIRE"
@@ -38,7 +45,7 @@ def play_breakout(ram: np.ndarray) -> str:
     return "RIGHT" if offset > 0 else "LEFT"
 
 
-def play_freeway(ram: np.ndarray) -> str:
+def play_freeway(ram: np.ndarray, before: np.ndarray) -> str:
     """Walk."""
     return "UP"
 
@@ -80,17 +87,19 @@ def play_episode(
     ale = environment.unwrapped.ale
     frames, chosen, rewards = [], [], []
     contrary = change_of_mind > 0 and rng.random() < 0.5
+    ram = before = ale.getRAM()
     terminal = truncated = False
     while not (terminal or truncated):
         if change_of_mind > 0 and rng.random() < change_of_mind:
             contrary = rng.random() < 0.5
         action = int(rng.integers(len(actions)))
         if player is not None and rng.random() >= epsilon(len(chosen)):
-            name = player(ale.getRAM())
+            name = player(ram, before)
             action = actions.index(MIRRORED.get(name, name) if contrary else name)
         frames.append(frame)
         chosen.append(action)
         frame, reward, terminal, truncated, _ = environment.step(action)
+        ram, before = ale.getRAM(), ram
         rewards.append(reward)
     return {
         "observation": np.stack(frames),

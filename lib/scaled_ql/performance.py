@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
@@ -131,7 +132,7 @@ def _products(jaxpr: Any) -> np.ndarray:
     """(FLOPs, bytes of operands and results) of all products of a program and of the programs in it."""
     total = np.zeros(2)
     for equation in jaxpr.eqns:
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
             total += _products(inner)
         if equation.primitive.name not in ("dot_general", "conv_general_dilated"):
             continue

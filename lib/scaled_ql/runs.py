@@ -180,12 +180,18 @@ def provenance() -> dict[str, Any]:
         except (OSError, subprocess.SubprocessError):
             return ""
 
+    def version(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:  # this package, say, read from a path instead of installed
+            return None
+
     commit = git("rev-parse", "HEAD")
     return {
         "git_commit": commit or None,
         "git_dirty": bool(git("status", "--porcelain")) if commit else None,
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "jax_enable_x64": bool(sys.modules["jax"].config.jax_enable_x64) if "jax" in sys.modules else None,
     }
