@@ -82,6 +82,17 @@ def test_the_summary_compares_agent_dataset_and_random_player(outputs: Path) -> 
         assert all(np.isfinite(row[name]) for name in ("random_return", "dataset_return", "agent_return"))
 
 
+def test_a_narrow_start_is_one_and_belongs_to_the_checkpoint(outputs: Path) -> None:
+    target = "02_scaled_training"
+    done = run(target, outputs, TINY[target], "-p", "run", "narrow", "-p", "narrow_start", "true")
+    assert done.returncode == 0, done.stderr
+    first_entropies = {name: metrics(outputs / target / name)[0]["entropy"] for name in ("tiny", "narrow")}
+    assert first_entropies["tiny"] == pytest.approx(np.log(51), abs=0.1)
+    assert first_entropies["narrow"] == pytest.approx(np.log(np.sqrt(2 * np.pi * np.e) / 0.8), abs=0.1)  # bins of 0.8
+    about = json.loads((outputs / target / "narrow" / "checkpoints" / "20" / "about" / "metadata").read_text())
+    assert about["run"]["narrow_start"] is True
+
+
 def test_finished_runs_are_recognised(outputs: Path, tmp_path: Path) -> None:
     steps = [
         {"notebook": name, "parameters": "tiny.yaml"} for name in parameters.NOTEBOOKS if name not in runs.GATHERING

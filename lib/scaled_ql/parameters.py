@@ -150,6 +150,7 @@ class ScaledTraining(Parameters):
     v_min: float = -20.0
     v_max: float = 20.0
     num_atoms: Annotated[int, Field(ge=2)] = 51
+    narrow_start: bool = False
     rewards: Literal["real", "zero", "shuffled"] = "real"
     n_step: Count = 3
     discount: Share = 0.99
