@@ -193,7 +193,7 @@ def contact_sheet(rows: dict[str, np.ndarray]) -> Figure:
 
 
 def learning_curves(metrics: pd.DataFrame) -> Figure:
-    """Training against steps: the loss per game, then what the method has of CQL, values, accuracy; gradient norm.
+    """Training against steps: the loss per game, then what the method has of CQL, values, accuracy; gradients.
 
     Args:
         metrics: rows of `training.train`.
@@ -205,7 +205,6 @@ def learning_curves(metrics: pd.DataFrame) -> Figure:
         "cql_loss": "CQL loss (before alpha)",
         "q_data": "mean Q",
         "entropy": "entropy of the return, nats",
-        "behaviour_loss": "behaviour policy, nats",
         "dr3_penalty": "DR3 (before its weight)",
         "accuracy": "data's action is the likeliest",
         "grad_norm": "gradient norm",

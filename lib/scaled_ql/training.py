@@ -57,15 +57,37 @@ class CheckpointError(RuntimeError):
 
 
 def make_optimizer(
-    learning_rate: float = 2e-4, adam_epsilon: float = 3.125e-4, decay_steps: int = 0
+    learning_rate: float = 2e-4,
+    adam_epsilon: float = 3.125e-4,
+    decay_steps: int = 0,
+    frozen: tuple[str, ...] = (),
 ) -> optax.GradientTransformation:
     """Adam; its learning rate is constant, or falls linearly to 0 over `decay_steps`.
 
     The paper does not say epsilon. 0.01 / 32 is what its single-game ancestors use at batch 32; the same rule gives
     0.01 / 512 for the paper's batch. Either can exceed the head's gradients by far: see `epsilon_warning`.
+
+    Args:
+        learning_rate: initial learning rate.
+        adam_epsilon: added to the root of the second moment.
+        decay_steps: steps until the learning rate is 0; 0: it is constant.
+        frozen: top-level names of parameters that are not updated and have no moments: ``("behaviour",)`` in BCQ.
+
+    Raises:
+        ValueError: when the state is made, a frozen name is not among the parameters.
     """
     rate = optax.linear_schedule(learning_rate, 0.0, decay_steps) if decay_steps else learning_rate
-    return optax.adam(rate, eps=adam_epsilon)
+    adam = optax.adam(rate, eps=adam_epsilon)
+    if not frozen:
+        return adam
+
+    def labels(params: PyTree) -> PyTree:
+        missing = set(frozen) - params.keys()
+        if missing:
+            raise ValueError(f"nothing to freeze by the name of {', '.join(sorted(missing))} in {', '.join(params)}.")
+        return {name: "frozen" if name in frozen else "trained" for name in params}
+
+    return optax.partition({"trained": adam, "frozen": optax.set_to_zero()}, labels)
 
 
 def epsilon_warning(head_grad_rms: float, adam_epsilon: float) -> str:
