@@ -118,7 +118,8 @@ class DataExploration(Parameters):
 # Parameters of training runs that change nothing about what a run learns or how it is measured, and the seed.
 INCIDENTAL = frozenset((
     "run", "outputs", "seed", "replay_storage", "sampling_processes", "log_every", "checkpoint_every",
-    "keep_checkpoint_every", "video_steps", "num_devices", "distributed", "shard_parameters", "accumulate", "remat",
+    "keep_checkpoint_every", "eval_every", "video_steps", "num_devices", "distributed", "shard_parameters",
+    "accumulate", "remat",
 ))  # fmt: skip
 Q_LEARNING_ONLY = ("head", "double_q", "scale_rewards", "dr3")
 
@@ -175,6 +176,7 @@ class ScaledTraining(Parameters):
 
     eval_episodes: Count = 10
     eval_min_steps: Annotated[int, Field(ge=0)] = 0
+    eval_every: Annotated[int, Field(ge=0)] = 0
     eval_epsilon: Share = 0.001
     eval_sticky_actions: Share = 0.0
     eval_max_steps: Count = MAX_STEPS
@@ -185,6 +187,8 @@ class ScaledTraining(Parameters):
     def _periods_fit(self) -> "ScaledTraining":
         if self.v_min >= self.v_max:
             raise ValueError(f"v_min ({self.v_min}) must be below v_max ({self.v_max})")
+        if self.eval_every % self.log_every:
+            raise ValueError(f"eval_every ({self.eval_every}) must be a multiple of log_every ({self.log_every})")
         if self.method == "bc" and self.rewards != "real":
             raise ValueError("rewards: without effect in method 'bc', which sees none; leave out")
         if self.method in ("bc", "return_bc"):
@@ -196,8 +200,10 @@ class ScaledTraining(Parameters):
 
     @property
     def cql_alpha(self) -> float:
-        """The CQL weight; a negative `alpha` stands for Table B.1's value for the head."""
-        return self.alpha if self.alpha >= 0 else 0.1 if self.head == "mse" else 0.05
+        """The CQL weight; a negative `alpha` stands for the paper's: Table B.1's for the head, none with BCQ (A.2)."""
+        if self.alpha >= 0:
+            return self.alpha
+        return 0.0 if self.method == "bcq" else 0.1 if self.head == "mse" else 0.05
 
     @property
     def scales_rewards(self) -> bool:

@@ -247,6 +247,23 @@ def scores(table: pd.DataFrame, episodes: pd.DataFrame) -> Figure:
     return figure
 
 
+def score_curve(curve: pd.DataFrame, dataset: pd.Series) -> Figure:
+    """The agent's mean raw return against gradient steps, a panel per game, with the data's mean as a dashed line.
+
+    Args:
+        curve: from `evaluation.score_curve`.
+        dataset: index game; mean return of the data.
+    """
+    games = list(curve["game"].unique())
+    figure, axes = _grid(len(games), width=3.6)
+    for axis, (game, rows) in zip(axes, curve.groupby("game", sort=False)):
+        axis.plot(rows["step"], rows["agent_return"], color=PLAYERS["agent"], marker="o", ms=4, label="agent")
+        axis.axhline(dataset[game], color=PLAYERS["dataset"], ls="--", lw=1, label="dataset")
+        axis.set(title=game, xlabel="gradient step", ylabel="episode return (raw)")
+    axes[0].legend(fontsize="x-small")
+    return figure
+
+
 def reward_control(table: pd.DataFrame, method: str, control: str) -> Figure:
     """Mean raw returns per game: a row per arm, a dot per training seed; lines for the data and the constant action.
 

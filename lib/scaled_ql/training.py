@@ -393,6 +393,50 @@ def train(
         raise
 
 
+def resume(
+    state: TrainState,
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    batches_from: Callable[[int], Iterator[Batch]],
+    games: list[str],
+    *,
+    checkpoints: "Checkpoints",
+    log_file: Path,
+    shardings: PyTree,
+    log_every: int,
+    checkpoint_every: int,
+) -> Iterator[tuple[TrainState, "MetricsLog"]]:
+    """Train from the newest checkpoint to the last batch, or from `state` where there is none; see `train`.
+
+    A consumer that may be interrupted closes this generator (`contextlib.closing`): it then leaves a checkpoint.
+
+    Args:
+        state: of a fresh run.
+        train_step, games, log_every, checkpoint_every: as for `train`.
+        batches_from: (steps done) -> the batches of the steps that are left, or this process's shares of them.
+        checkpoints: read, written, and closed at the end.
+        log_file: of the rows of metrics, see `MetricsLog`.
+        shardings: where the state lies (`devices.state_shardings`).
+
+    Yields:
+        (state, log): once before the first step, so that a finished run yields, too; then after every row.
+
+    Raises:
+        CheckpointError: the checkpoint is of another run, or damaged.
+        Diverged: see `train`.
+    """
+    state = checkpoints.restore(devices.place_state(state, shardings))
+    log = MetricsLog(log_file, int(state.step))
+    yield state, log
+    batches = devices.place_batches(batches_from(int(state.step)), jax.tree.leaves(shardings)[0].mesh)
+    periods = {"log_every": log_every, "checkpoint_every": checkpoint_every}
+    steps = train(state, train_step, batches, games, checkpoints=checkpoints, **periods)
+    with contextlib.closing(steps):
+        for state, row in steps:
+            log.append(row)
+            yield state, log
+    checkpoints.close()
+
+
 @contextlib.contextmanager
 def _interrupts_deferred() -> Iterator[None]:
     """Let Ctrl-C, or JupyterLab's interrupt, wait until the end of what must not be done by halves."""
@@ -429,6 +473,7 @@ class MetricsLog:
     def __init__(self, file: str | Path, step: int):
         """Keep the rows up to `step`: what came after it will be done again."""
         self.file = Path(file)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if self.file.exists() else []
         complete = [json.loads(line) for line in lines if line.endswith("\n")]
         self.rows = [row for row in complete if row["step"] <= step]
