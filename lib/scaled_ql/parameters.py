@@ -43,14 +43,14 @@ class Parameters(pydantic.BaseModel):
 SCRIPTED_ONLY = ("processes",)
 ONLINE_ONLY = (
     "environments", "num_threads", "mode", "difficulty", "learner", "head", "encoder", "hidden_sizes", "dtype", "v_max",
-    "num_atoms", "n_step", "discount", "double_q", "learning_rate", "adam_epsilon", "batch_size", "update_period",
-    "target_update_period", "min_history", "epsilon_decay", "capacity", "compressed", "checkpoint_every",
-    "eval_episodes",
+    "num_atoms", "narrow_start", "n_step", "discount", "double_q", "learning_rate", "adam_epsilon", "batch_size",
+    "update_period", "target_update_period", "min_history", "epsilon_decay", "capacity", "compressed",
+    "checkpoint_every", "eval_episodes",
 )  # fmt: skip
 
 
 class DataCollection(Parameters):
-    """`00_data_collection`; the agents' defaults are those of Dopamine's C51."""
+    """`00_data_collection`; where the agents' defaults are Dopamine's C51, and where not, `online` says."""
 
     player: Literal["scripted", "two_minds", "online"] = "scripted"
     games: Annotated[list[str], Field(min_length=1)] = ["Breakout", "Freeway", "Pong"]
@@ -73,6 +73,7 @@ class DataCollection(Parameters):
     dtype: Literal["float32", "bfloat16"] = "float32"
     v_max: Annotated[float, Field(gt=0)] = 10.0
     num_atoms: Annotated[int, Field(ge=2)] = 51
+    narrow_start: bool = False
     n_step: Count = 1
     discount: Share = 0.99
     double_q: bool = False
