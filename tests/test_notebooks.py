@@ -121,7 +121,7 @@ def test_a_finished_run_that_is_shown_again_has_its_curves(outputs: Path) -> Non
     done = run(target, outputs, TINY[target], "-p", "run", "shown")
     assert done.returncode == 0, done.stderr
     cells = nbformat.read(folder / "run.ipynb", as_version=4).cells
-    (training,) = (cell for cell in cells if "for state, log in steps" in cell.source)
+    (training,) = (cell for cell in cells if "for trained, log in steps" in cell.source)
     assert any("image/png" in output.get("data", {}) for output in training.outputs)
 
 
