@@ -18,7 +18,11 @@ from scaled_ql.games import UnknownGame
 from scaled_ql.parameters import INCIDENTAL, ParameterError, Parameters
 
 NOTEBOOK = "02_scaled_training"
-VERDICT_COLUMNS = ("claim", "difference", "low", "high", "improvement", "verdict")
+# What makes scores comparable: runs that differ in one of these stand in no table together.
+PROTOCOL = frozenset((
+    "eval_episodes", "eval_min_steps", "eval_epsilon", "eval_sticky_actions", "eval_max_steps", "eval_seed",
+))  # fmt: skip
+VERDICT_COLUMNS = ("claim", "difference", "low", "high", "improvement", "verdict", "refused")
 
 
 class GatherError(ValueError):
@@ -29,7 +33,8 @@ class Gathered(NamedTuple):
     """Runs of an outputs folder.
 
     Attributes:
-        runs: index name of the run; all parameters, `data_id`, `num_parameters`.
+        runs: index name of the run; all parameters, `data_id`, `num_parameters` (in all), `paper_parameters` (as the
+            paper counts, encoder and first dense layer; NaN of a run that did not record it).
         scores: columns run, game, agent_return (raw), human_normalized (a fraction, NaN where not known), episodes.
         left_out: columns run, why: unfinished, failed or unreadable runs.
     """
@@ -61,7 +66,8 @@ def gather(folder: Path) -> Gathered:
             left_out.append({"run": name, "why": f"made by another version: {error}"})
             continue
         summary = runs.read_json(place.parent / "summary.json")
-        found[name] = values | {"data_id": summary["dataset"], "num_parameters": summary["parameters"]}
+        sizes = {"num_parameters": summary["parameters"], "paper_parameters": summary.get("paper_parameters", np.nan)}
+        found[name] = values | {"data_id": summary["dataset"]} | sizes
         for game, row in summary["games"].items():
             score = {"run": name, "game": game, "agent_return": row["agent_return"], "episodes": row["agent_episodes"]}
             scores.append(score | {"human_normalized": _normalized(game, row["agent_return"])})
@@ -97,6 +103,17 @@ def select(gathered: Gathered, base: Parameters, changes: Mapping[str, Any]) -> 
         raise GatherError(f"runs {', '.join(twice.index)} have equal parameters and seeds; delete or move one of them.")
     _same_data(chosen)
     return chosen.sort_values("seed")
+
+
+def otherwise_evaluated(gathered: Gathered, base: Parameters, changes: Mapping[str, Any]) -> list[str]:
+    """Runs that `select` would take but for how they were evaluated, in words: "name (eval_episodes 3, not 10)"."""
+    wanted, found = base.model_dump() | dict(changes), []
+    for name, run in gathered.runs.iterrows():
+        differ = [field for field in wanted.keys() - INCIDENTAL if run[field] != wanted[field]]
+        if differ and set(differ) <= PROTOCOL:
+            how = ", ".join(f"{field} {run[field]}, not {wanted[field]}" for field in sorted(differ))
+            found.append(f"{name} ({how})")
+    return found
 
 
 def _same_data(chosen: pd.DataFrame) -> None:
@@ -145,7 +162,8 @@ def compare(
 
     Returns:
         columns variant, the parameter of `across`, runs (how many), seeds, score, low, high, over (``runs``, or
-        ``tasks`` where there is one run), names (of the runs), num_parameters. Without runs: score and interval NaN.
+        ``tasks`` where there is one run), names (of the runs), paper_parameters, num_parameters (see
+        `Gathered`), otherwise (see `otherwise_evaluated`). Without runs: score and interval NaN.
 
     Raises:
         GatherError: see `select` and `score_matrix`.
@@ -157,13 +175,15 @@ def compare(
         row = {"variant": label} | ({axis: value} if axis else {})
         row |= {"runs": len(chosen), "seeds": ", ".join(map(str, chosen["seed"])) if len(chosen) else ""}
         row |= {"score": np.nan, "low": np.nan, "high": np.nan, "over": "", "names": list(chosen.index)}
+        row |= {"paper_parameters": np.nan, "num_parameters": np.nan}
+        row["otherwise"] = otherwise_evaluated(gathered, base, dict(changes) | ({axis: value} if axis else {}))
         if len(chosen):
             everyone.append(chosen)
             scores = score_matrix(gathered, chosen.index).to_numpy()
             over = "runs" if len(scores) > 1 else "tasks"
             low, high = metrics.interval(scores, statistic, replicates, seed=seed, over=over)
             row |= {"score": float(statistic(scores)), "low": float(low), "high": float(high), "over": over}
-            row["num_parameters"] = int(chosen["num_parameters"].iloc[0])
+            row |= chosen[["paper_parameters", "num_parameters"]].iloc[0].to_dict()
         rows.append(row)
     if everyone:
         _same_data(pd.concat(everyone))
@@ -172,6 +192,8 @@ def compare(
 
 def shown(compared: pd.DataFrame, paper: pd.DataFrame | None = None) -> pd.DataFrame:
     """The table of `compare` for people: percent, interval, number of runs; "missing" where there is no run.
+
+    Parameters are counted as the paper counts them, encoder and first dense layer, and in all.
 
     Args:
         compared: from `compare`.
@@ -184,6 +206,8 @@ def shown(compared: pd.DataFrame, paper: pd.DataFrame | None = None) -> pd.DataF
     table["95% interval"] = [f"{low:.1f} to {high:.1f}" if low == low else "" for low, high in limits]
     counts = zip(compared["runs"], compared["over"])
     table["of"] = [f"{n} run{'s' if n > 1 else ''}, over {over}" if n else "" for n, over in counts]
+    for name, title in {"paper_parameters": "parameters, millions", "num_parameters": "in all, millions"}.items():
+        table[title] = [f"{size / 1e6:.1f}" if size == size else "" for size in compared[name]]
     if paper is not None:
         keys = [name for name in paper if name in table]
         others = paper[~paper.set_index(keys).index.isin(table.set_index(keys).index)]  # that were not tried here
@@ -221,14 +245,19 @@ def difference(
     Returns:
         a row for each value of the other parameter (one row without): difference, low, high, improvement (probability
         that a run of the first beats one of the second in a game), verdict: ``yes`` (the first is better: the interval
-        lies above 0), ``no`` (below 0), ``cannot tell``, or ``missing``.
+        lies above 0), ``no`` (below 0), ``cannot tell``, ``missing``, or ``refused`` (the missing ones were evaluated
+        otherwise), and refused (these runs, in words).
     """
     axis = [name for name in compared.columns[1:2] if name != "runs"]
     rows = []
     for value in compared[axis[0]].unique() if axis else [None]:
         here = compared[compared[axis[0]] == value] if axis else compared
         one, other = (here.loc[here["variant"] == label, "names"].iloc[0] for label in (first, second))
-        row = dict(zip(axis, [value])) | {"claim": f"{first} > {second}", "verdict": "missing"}
+        row = dict(zip(axis, [value])) | {"claim": f"{first} > {second}", "verdict": "missing", "refused": ""}
+        lacking = [label for label, names in ((first, one), (second, other)) if len(names) < 2]
+        refused = sorted({run for runs in here.loc[here["variant"].isin(lacking), "otherwise"] for run in runs})
+        if refused:
+            row |= {"verdict": "refused", "refused": "; ".join(refused)}
         if len(one) > 1 and len(other) > 1:
             pair = [score_matrix(gathered, names) for names in (one, other)]
             if list(pair[0].columns) != list(pair[1].columns):
@@ -293,12 +322,13 @@ def verdicts(differences: pd.DataFrame) -> list[str]:
         "no": "contradicted here",
         "cannot tell": "cannot be told from these runs",
         "missing": "not tried here, runs are missing",
+        "refused": "no verdict, these runs were evaluated otherwise: ",
     }
     sentences = []
     for row in differences.to_dict("records"):
         where = next((f" ({row[name]})" for name in row if name not in VERDICT_COLUMNS), "")
-        sentence = f"**{row['claim']}**{where}: {words[row['verdict']]}"
-        if row["verdict"] != "missing":
+        sentence = f"**{row['claim']}**{where}: {words[row['verdict']]}{row['refused']}"
+        if row["verdict"] not in ("missing", "refused"):
             low, value, high = (100 * row[name] for name in ("low", "difference", "high"))
             sentence += f"; difference {value:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}"
         sentences.append(sentence + ".")
