@@ -15,13 +15,14 @@ import tensorstore as ts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scaled_ql.games import action_names
 from scaled_ql.replay import ReplayError, ReplayWriter, format, open_replay
 
-ACTIONS = ("NOOP", "FIRE", "UP")
+ACTIONS = action_names("Pong")
 
 
 def open_writer(path, game="Pong", run=1, **changed):
-    arguments = {"actions": ACTIONS, "source": "a test", "sticky_actions": 0.25, "lock_timeout": 0.1}
+    arguments = {"actions": action_names(game), "source": "a test", "sticky_actions": 0.25, "lock_timeout": 0.1}
     return ReplayWriter(path, game, run, **(arguments | changed))
 
 

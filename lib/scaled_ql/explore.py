@@ -258,7 +258,10 @@ def overview(replay: Replay, episodes: pd.DataFrame) -> pd.DataFrame:
         held = {game: sum(run.num_transitions for run in replay.runs(game)) for game in replay.games}
         stored = pd.Series({game: replay.stored_bytes(game) / held[game] for game in replay.games})
         columns["bytes per transition"] = stored.replace(0, np.nan)
-    columns["sticky actions, %"] = [100 * replay.manifests(game)[0]["sticky_actions"] for game in columns.index]
+    columns["sticky actions, %"] = [
+        np.nan if (sticky := replay.manifests(game)[0]["sticky_actions"]) is None else 100 * sticky
+        for game in columns.index
+    ]
     columns["ROM"] = [rom_badge(game, replay.manifests(game)) for game in columns.index]
     return columns
 

@@ -44,7 +44,7 @@ def export_dqn_replay(
         raise ReplayError(f"rows_per_file is at least {PADDING + 2}, got {rows_per_file}.")
     for game in replay.games:
         for manifest in replay.manifests(game):
-            folder = Path(destination).absolute() / game / str(manifest["run"]) / "replay_logs"
+            folder = Path(destination).resolve() / game / str(manifest["run"]) / "replay_logs"
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 if any(folder.iterdir()):

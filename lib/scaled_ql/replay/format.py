@@ -4,7 +4,7 @@
 
     dataset/
       Pong/1/                     game, run
-        manifest.json             what this is: format version, source, actions, stickiness, ROM; written once
+        manifest.json             what this is: format version, source, actions, ROM, rules; written once
         episodes.arrow            the episode table (an Arrow stream and a CRC-32), memory-mapped
         episodes.jsonl            episodes appended since that table was written, one line each
         observation/  uint8  [T, 84, 84]   zarr v3, single frames, never stacks
@@ -30,6 +30,8 @@ import numpy as np
 import pyarrow as pa
 import tensorstore as ts
 from isal import isal_zlib
+
+from scaled_ql.games import RULES
 
 FORMAT = "scaled-ql replay"
 FORMAT_VERSION = 2
@@ -155,12 +157,13 @@ def make_manifest(
     *,
     actions: list[str],
     source: str,
-    sticky_actions: float,
-    frame_skip: int = 4,
     rom_md5: str = "",
-    rewards: str = "raw",
+    **rules: Any,
 ) -> dict[str, Any]:
-    """What `manifest.json` holds; see `ReplayWriter` for the values."""
+    """What `manifest.json` holds; see `ReplayWriter` for the values, `games.RULES` for the rules."""
+    unknown = rules.keys() - RULES.keys()
+    if unknown:
+        raise TypeError(f"a manifest has no {', '.join(sorted(unknown))}; its rules are {', '.join(RULES)}.")
     return {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -168,10 +171,8 @@ def make_manifest(
         "run": run,
         "source": source,
         "actions": list(actions),
-        "sticky_actions": sticky_actions,
-        "frame_skip": frame_skip,
         "rom_md5": rom_md5,
-        "rewards": rewards,
+        **{name: rules.get(name) for name in RULES},
     }
 
 
@@ -192,7 +193,7 @@ def write_or_compare_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     differences = [
         f"{key}: {stored.get(key)!r} there, {value!r} asked for"
         for key, value in manifest.items()
-        if stored.get(key) != value
+        if stored.get(key) not in (value, None)  # None: what an earlier version did not record
     ]
     if differences:
         raise ReplayError(
@@ -202,7 +203,7 @@ def write_or_compare_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def read_manifest(content: bytes, where: str) -> dict[str, Any]:
-    """Parse and check a manifest."""
+    """Parse and check a manifest; rules that it does not have are None, not known."""
     try:
         manifest = json.loads(content)
     except ValueError as error:
@@ -221,7 +222,7 @@ def read_manifest(content: bytes, where: str) -> dict[str, Any]:
     missing = [name for name in ("game", "run", "actions") if name not in manifest]
     if missing:
         raise ReplayError(f"{where}: the manifest lacks {', '.join(missing)}. Restore the file from a copy.")
-    return manifest
+    return dict.fromkeys(RULES) | manifest
 
 
 def empty_table() -> pa.Table:
