@@ -12,7 +12,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
 from scaled_ql import explore, plots, runs
-from scaled_ql.games import reference_score
+from scaled_ql.games import action_names, reference_score
 from scaled_ql.metrics import human_normalized
 from scaled_ql.replay import ReplayWriter, View, import_dqn_replay, open_replay
 from scaled_ql.replay.store import Replay
@@ -286,7 +286,8 @@ def test_a_part_may_lack_a_game(imported: Replay) -> None:
 
 
 def test_a_store_of_any_game_is_understood(tmp_path: Path) -> None:
-    with ReplayWriter(tmp_path, "Tetris", actions=["NOOP"], source="nobody", sticky_actions=0, rom_md5="0") as writer:
+    about = {"actions": action_names("Tetris"), "source": "nobody", "sticky_actions": 0, "rom_md5": "0"}
+    with ReplayWriter(tmp_path, "Tetris", **about) as writer:
         writer.append(np.zeros((3, 84, 84), np.uint8), np.zeros(3, int), np.ones(3), terminal=True)
     data = open_replay(tmp_path)
     recorded = explore.recorded_episodes(data)

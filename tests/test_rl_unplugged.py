@@ -626,7 +626,10 @@ def test_number_beyond_the_files(copied, tmp_path):
 
 
 def test_source_without_a_run(copied, tmp_path):
-    for wrong, named in ((tmp_path / "absent", "absent"), (copied / "Pong", "no folders")):
+    for wrong, named in (
+        (tmp_path / "absent", "absent"),
+        (copied / "Pong", rf"is the folder of one game.*: {copied}\."),
+    ):
         with pytest.raises(ReplayError, match=named):
             import_rl_unplugged(wrong, tmp_path / "store")
     (copied / "Breakout").mkdir()
