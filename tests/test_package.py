@@ -20,7 +20,9 @@ ORDER = (
     "benchmarks", "torch_step", "performance",
     "parameters", "paper", "runs", "ablations", "reward_control", "grids", "explore", "command",
 )  # fmt: skip
-WITHOUT_JAX = ("documents", "games", "processes", "environments", "replay", "collect", "metrics", "plots", "parameters", "runs")
+WITHOUT_JAX = (
+    "documents", "games", "processes", "environments", "replay", "collect", "metrics", "plots", "parameters", "runs",
+)  # fmt: skip
 
 
 def test_the_top_level_is_the_designs(workspace: Path) -> None:

@@ -34,10 +34,7 @@ FULL_ACTIONS: tuple[str, ...] = (  # ALE's full set, in its order
     "NOOP", "FIRE", "UP", "RIGHT", "LEFT", "DOWN", "UPRIGHT", "UPLEFT", "DOWNRIGHT", "DOWNLEFT", "UPFIRE",
     "RIGHTFIRE", "LEFTFIRE", "DOWNFIRE", "UPRIGHTFIRE", "UPLEFTFIRE", "DOWNRIGHTFIRE", "DOWNLEFTFIRE",
 )  # fmt: skip
-NUM_ACTIONS = len(
-    FULL_ACTIONS
-)  # the full joystick; every head has this many rows, a game's minimal set uses the first few
-
+NUM_ACTIONS = len(FULL_ACTIONS)  # rows of every head; a game's minimal set uses the first few
 
 RULES: dict[str, str] = {  # under which a game was recorded or is played, as manifests name them; None: not known
     "rewards": "rewards",  # "raw" or "clipped"
