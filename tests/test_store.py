@@ -387,9 +387,9 @@ FRAMES = np.ones((3, 84, 84), np.uint8)
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"action": [0, 1, 3]}, "from 0 to 2"),
-        ({"action": [0, -1, 1]}, "from 0 to 2"),
-        ({"action": [0, 1, 2**40]}, "from 0 to 2"),
+        ({"action": [0, 1, 6]}, "from 0 to 5"),
+        ({"action": [0, -1, 1]}, "from 0 to 5"),
+        ({"action": [0, 1, 2**40]}, "from 0 to 5"),
         ({"action": [0.0, 1.0, 2.0]}, "integers"),
         ({"action": [[0], [1], [2]]}, "integers"),
         ({"action": 1}, "integers"),

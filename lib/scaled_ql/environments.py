@@ -96,13 +96,16 @@ def differing_rules(manifests: Iterable[Mapping[str, Any]], played: Mapping[str,
     manifests, found = list(manifests), []
     for name, words in RULES.items():
         values = [manifest[name] for manifest in manifests if manifest.get(name) not in (None, "", played[name])]
-        distinct = sorted({_in_words(value) for value in values})
+        distinct = sorted({in_words(value) for value in values})
         if distinct:
-            found.append(f"{words}: {', '.join(distinct)} in the data, {_in_words(played[name])} here")
+            found.append(f"{words}: {', '.join(distinct)} in the data, {in_words(played[name])} here")
     return found
 
 
-def _in_words(value: Any) -> str:
+def in_words(value: Any) -> str:
+    """The value of a rule as a report says it."""
+    if value in (None, ""):
+        return "not known"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return " to ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

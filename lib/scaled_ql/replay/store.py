@@ -563,21 +563,6 @@ class Replay:
                     digest.update(np.ascontiguousarray(run.table[name].to_numpy()))
         return digest.hexdigest()[:12]
 
-    def whole_games(self, game: str) -> np.ndarray:
-        """bool [E]: which of a game's `episodes` are games from beginning to end, so that their return is a score.
-
-        Others were truncated, lost their beginning, or ended with a life; means over these belong beside the share
-        of them.
-        """
-        episodes, runs = self._episodes[game], self._game_runs(game)
-        by_life = np.array([run.manifest["life_loss_terminal"] is True for run in runs])[episodes.run]
-        return episodes.terminal & ~episodes.continued & ~by_life
-
-    def truncated_share(self, game: str) -> float:
-        """Share of a game's episodes that did not end in the game: a time limit, or the end of what was recorded."""
-        self._game_runs(game)
-        return float(1 - self._episodes[game].terminal.mean())
-
     def rom_md5s(self) -> dict[str, str]:
         """MD5 of the ROM that each game was recorded with (of its first run); "" where it is not known."""
         return {game: self.manifests(game)[0]["rom_md5"] for game in self.games}
