@@ -102,6 +102,32 @@ def differing_rules(manifests: Iterable[Mapping[str, Any]], played: Mapping[str,
     return found
 
 
+def compare_rules(manifests: Mapping[str, Iterable[Mapping[str, Any]]], played: Mapping[str, Any]) -> str:
+    """Whether games were recorded under the rules that they are played under, in a sentence or two for a caption.
+
+    Args:
+        manifests: of each game's recordings.
+        played: from `rules`.
+    """
+    games: dict[str, list[str]] = {}
+    unknown: dict[str, list[str]] = {}
+    for game, recordings in manifests.items():
+        recordings = list(recordings)
+        for phrase in differing_rules(recordings, played):
+            games.setdefault(phrase, []).append(game)
+        for name, words in RULES.items():
+            if any(recording.get(name) in (None, "") for recording in recordings):
+                unknown.setdefault(words, []).append(game)
+
+    def listed(found: dict[str, list[str]]) -> str:
+        return "; ".join(
+            phrase if len(of) == len(manifests) else f"{phrase} ({', '.join(of)})" for phrase, of in found.items()
+        )
+
+    differing = f"Recorded under other rules: {listed(games)}." if games else "Recorded under no other rules."
+    return f"{differing} Not known of the recordings: {listed(unknown)}." if unknown else differing
+
+
 def in_words(value: Any) -> str:
     """The value of a rule as a report says it."""
     if value in (None, ""):

@@ -141,11 +141,8 @@ def plan_run(dataset: "MinariDataset", destination: Path, game: str, run: int, a
     parts, row = [], 0
     episodes = [int(number) for number in dataset.episode_indices]
     for place, (number, length) in enumerate(zip(episodes, _lengths(dataset, path, episodes))):
-        content = {
-            "changed": changed, "episode": number, "length": length, "row": row,
-            "actions": indices,
-        }  # fmt: skip
-        parts.append(Part(str(target), place, f"episode {number}", content, str(path)))
+        content = {"changed": changed, "episode": number, "length": length, "row": row, "actions": indices}
+        parts.append(Part(str(target), place, f"{path.name} episode {number}", content, str(path.parent)))
         row += length + 1
     if not parts:
         raise ReplayError(f"{path}: has no episodes.")
@@ -236,7 +233,7 @@ def convert(part: Part) -> tuple[list[dict[str, Any]], dict[str, list], Unreadab
     writer = RowWriter(Path(part.folder), content["row"])
     indices = np.array(content["actions"])
     try:
-        dataset = _keep_open(part.source, content["changed"])
+        dataset = _keep_open(part.address.removesuffix(f" episode {number}"), content["changed"])
         (episode,) = dataset.iterate_episodes([number])
         _check(episode, length, dataset.observation_space.shape)
         played, reward = np.asarray(episode.actions), np.asarray(episode.rewards, np.float32)
