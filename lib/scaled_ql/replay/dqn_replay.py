@@ -108,9 +108,10 @@ def _find_runs(
         names = {int(name): address for name, address in there.items() if name.isdigit()}
         absent = sorted(set(runs or ()) - names.keys())
         if absent or not names:
+            _expect_game(filesystem, root, folder, there)
             raise ReplayError(
                 f"{folder}: no run {', '.join(map(str, absent)) or 'folder'}; it has {sorted(names)}. "
-                f"Expected {folder}/<run>/replay_logs/."
+                f"Expected {folder}/<run>/{LOGS}/."
             )
         for run in sorted(runs or names):
             if LOGS not in importing.folders_in(filesystem, names[run]):
@@ -120,6 +121,14 @@ def _find_runs(
                 )
             found[game, run] = f"{names[run]}/{LOGS}".removeprefix(root).lstrip("/")
     return found
+
+
+def _expect_game(filesystem: fsspec.AbstractFileSystem, root: str, folder: str, there: dict[str, str]) -> None:
+    """Refuse a game's folder that is none, but looks like a level above or below one."""
+    if _has_logs(filesystem, folder):
+        raise ReplayError(f"{folder}: has Dopamine's files, but no folder of a run. Expected {folder}/<run>/{LOGS}/.")
+    if LOGS in there:
+        raise ReplayError(f"{folder}: has a folder {LOGS}, but no folder of a run. Expected {folder}/<run>/{LOGS}/.")
 
 
 def _has_logs(filesystem: fsspec.AbstractFileSystem, folder: str) -> bool:

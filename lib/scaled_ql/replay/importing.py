@@ -16,7 +16,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from scaled_ql.replay.writer import lock_run
 
 BLOCK = 8_192  # rows written together: 58 MB of frames, whole chunks
 MAX_INVALID = 0.01  # share of a file's rows that may be invalid
-FEW_INVALID = 20  # rows that may be in any case
+FEW_INVALID = 5  # rows that may be in any case
 RETRIES = 5  # of a task whose worker was killed
 
 Progress = Callable[[int, int], None]
@@ -619,6 +619,17 @@ def expect_level(path: str, found: str, levels: int) -> None:
     )
 
 
+def _expect_no_source(filesystem: fsspec.AbstractFileSystem, folder: str) -> None:
+    """Refuse what was given as a source if one of its folders is the source that was probably meant."""
+    for name in folders_in(filesystem, folder):
+        with suppress(UnknownGame):
+            action_names(name)
+            raise ReplayError(
+                f"{folder.rsplit('/', 1)[0]}: holds no game's folder, but {folder} does ({name}). Expected the folder "
+                f"that holds one folder per game: {folder}."
+            )
+
+
 def open_source(source: str | os.PathLike) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a folder or URL, and the path in it.
 
@@ -643,6 +654,8 @@ def game_folders(filesystem: fsspec.AbstractFileSystem, path: str, games: list[s
     folders = {name: at for name, at in folders_in(filesystem, path).items() if not name.startswith(".")}
     absent = sorted(set(games or ()) - folders.keys())
     if absent:
+        for folder in folders.values():
+            _expect_no_source(filesystem, folder)
         raise ReplayError(f"{path}: no folder of {', '.join(absent)}; it has {', '.join(sorted(folders)) or 'none'}.")
     chosen = {name: folders[name] for name in sorted(games or folders)}
     if not chosen:
@@ -651,6 +664,7 @@ def game_folders(filesystem: fsspec.AbstractFileSystem, path: str, games: list[s
         try:
             action_names(name)
         except UnknownGame as error:
+            _expect_no_source(filesystem, folder)
             raise ReplayError(
                 f"{folder}: {error} A source holds one folder per game, named as the game; name the games to import "
                 "if there are others beside them."
