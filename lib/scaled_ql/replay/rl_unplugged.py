@@ -92,6 +92,8 @@ def import_rl_unplugged(
     """
     filesystem, root = importing.open_source(source)
     url, destination = filesystem.unstrip_protocol(root), Path(destination).resolve()
+    if filesystem.isfile(root) and FILE.match(root.rsplit("/", 1)[-1]):
+        importing.expect_level(root, "is a file", 2)
     if _list_files(filesystem, root):
         importing.expect_level(root, "is the folder of one game, with its files run_<run>-<number>-of-<files>", 1)
     folders = importing.game_folders(filesystem, root, games)
