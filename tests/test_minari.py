@@ -117,7 +117,7 @@ def test_actions_of_the_full_set(tmp_path):
     """By name; those that the game has not are left out, and cut the episode."""
     full = tuple(ale_py.Action.__members__)
     environment = preprocessed("ALE/Breakout-v5", full_action_space=True)
-    dataset, (played,) = play(environment, 1, 50, [0, 1, 3, 4, 3, 4, 1, 5, 17], **RAW)
+    dataset, (played,) = play(environment, 1, 50, [0, 1, 3, 4] * 6 + [5, 17], **RAW)
     names = [full[action] for action in played["action"]]
     report = import_minari(dataset, tmp_path / "store")
     pieces, begin = [], 0
@@ -171,8 +171,47 @@ def test_a_dataset_that_moved(tmp_path, root):
     import_minari(dataset, tmp_path / "store")
     before = mtimes(tmp_path / "store")
     (root / "atari").rename(tmp_path / "moved")
-    import_minari(tmp_path / "moved/breakout/test-v0", tmp_path / "store")
-    assert mtimes(tmp_path / "store") == before
+    moved = tmp_path / "moved/breakout/test-v0"
+    (tmp_path / "link").symlink_to(moved)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/data").symlink_to(moved / "data")
+    for place in (moved, moved / "data", moved.as_uri(), tmp_path / "link", tmp_path / "linked"):
+        import_minari(place, tmp_path / "sub/../store")
+        assert mtimes(tmp_path / "store") == before  # nothing was done twice
+
+
+def test_another_dataset_of_the_same_game_is_refused(tmp_path):
+    create(buffers([9, 5]))
+    import_minari(ID, tmp_path / "store")
+    before = contents(tmp_path / "store")
+    create(buffers([9, 6], seed=1), identifier="atari/breakout/other-v0")
+    with pytest.raises(ReplayError, match=r"Breakout/1: holds other data \(Minari atari/breakout/test-v0"):
+        import_minari("atari/breakout/other-v0", tmp_path / "store")
+    assert contents(tmp_path / "store") == before
+
+
+def test_folders_that_are_levels_off_are_named(tmp_path, root):
+    create(buffers([9, 5]))
+    for level in ("", "atari", "atari/breakout"):
+        with pytest.raises(ReplayError, match=rf"{level}: is a folder of datasets\. .*one: {root}/{ID}/data\."):
+            import_minari(root / level, tmp_path / "store")
+    with pytest.raises(ReplayError, match=rf"main_data.hdf5: is a file\. .*: {root}/{ID}/data\."):
+        import_minari(root / ID / "data/main_data.hdf5", tmp_path / "store")
+
+
+@pytest.mark.parametrize("bad", [5, 6])
+def test_more_invalid_steps_than_damage_explains_end_the_import(tmp_path, bad):
+    episodes = buffers([60])
+    for step in range(bad):
+        episodes[0].rewards[5 + 5 * step] = float("nan")
+    create(episodes)
+    if bad == 5:
+        assert len(import_minari(ID, tmp_path / "store").excluded) == 5
+        return
+    with pytest.raises(ReplayError, match=r"episode 0: 6 of 60 rows are invalid, more than 1%"):
+        import_minari(ID, tmp_path / "store")
+    report = import_minari(ID, tmp_path / "store", skip_bad=True)
+    assert (len(report.left_out), report.transitions) == (1, 0)
 
 
 def test_images_that_minari_kept_as_jpeg(tmp_path):

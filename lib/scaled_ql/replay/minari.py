@@ -95,7 +95,11 @@ def _open(dataset: "MinariDataset | str | os.PathLike") -> "MinariDataset":
         ) from error
     if isinstance(dataset, minari.MinariDataset):
         return dataset
+    if str(dataset).startswith("file://"):
+        dataset = importing.open_source(dataset)[1]
     folders = [folder for folder in (Path(dataset), Path(dataset) / "data") if (folder / "metadata.json").is_file()]
+    if not folders:
+        _expect_dataset(Path(dataset))
     try:
         return minari.MinariDataset(folders[0]) if folders else minari.load_dataset(str(dataset))
     except Exception as error:  # asserts, and what its storages and spaces raise
@@ -103,6 +107,18 @@ def _open(dataset: "MinariDataset | str | os.PathLike") -> "MinariDataset":
             f"{dataset}: no Minari dataset ({type(error).__name__}: {error}). Expected the id of one below "
             "$MINARI_DATASETS_PATH, or the folder of one, with a metadata.json in it or in its folder data."
         ) from error
+
+
+def _expect_dataset(path: Path) -> None:
+    """Refuse a folder of datasets, or a file in one; an id, or what is not there at all, passes."""
+    if path.is_file():
+        raise ReplayError(f"{path}: is a file. Expected the folder of a dataset: {path.parent}.")
+    below = sorted(file.parent for depth in range(2, 5) for file in path.glob("*/" * depth + "metadata.json"))
+    if below:
+        more = f", and {len(below) - 3} more" if len(below) > 3 else ""
+        raise ReplayError(
+            f"{path}: is a folder of datasets. Expected the folder of one: {', '.join(map(str, below[:3]))}{more}."
+        )
 
 
 @lru_cache(maxsize=1)
