@@ -16,6 +16,7 @@ from scaled_ql import environments as environments_module
 from scaled_ql.environments import (
     EnvironmentDied,
     UnknownAction,
+    compare_rules,
     differing_rules,
     make_environment,
     make_vector_environment,
@@ -250,6 +251,17 @@ def test_rules_that_differ():
         "mode: 4 in the data, default here",
     ]
     assert differing_rules([dict.fromkeys(RULES), {}], ours) == []  # nothing is known
+
+
+def test_rules_that_differ_in_a_sentence():
+    ours = rules(sticky_actions=0.0, max_steps=6_000)
+    data = ours | {"sticky_actions": 0.25}
+    assert compare_rules({"Pong": [ours], "Breakout": [ours]}, ours) == "Recorded under no other rules."
+    said = compare_rules({"Pong": [data], "Breakout": [data | {"life_loss_terminal": True, "mode": None}]}, ours)
+    assert said == (
+        "Recorded under other rules: sticky actions: 0.25 in the data, 0.0 here; end of an episode at a lost life: yes "
+        "in the data, no here (Breakout). Not known of the recordings: mode (Breakout)."
+    )
 
 
 def test_unknown_game():

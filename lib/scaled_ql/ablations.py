@@ -136,7 +136,8 @@ def score_matrix(
         GatherError: runs of different games.
     """
     rows = gathered.scores[gathered.scores["run"].isin(names) & ~gathered.scores["game"].isin(without)]
-    matrix = rows.pivot(index="run", columns="game", values=column).dropna(axis="columns", how="all").loc[list(names)]
+    matrix = rows.pivot(index="run", columns="game", values=column).dropna(axis="columns", how="all")
+    matrix = matrix.reindex(list(names))
     if matrix.isna().any(axis=None):
         raise GatherError(f"runs {', '.join(names)} were not measured in the same games.")
     return matrix

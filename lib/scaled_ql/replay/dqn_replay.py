@@ -596,9 +596,10 @@ def find_segments(
 def _bad_rows(dump: Dump, good: np.ndarray, indices: list[int], file: str) -> tuple[list[dict[str, Any]], np.ndarray]:
     """Rows that are no transitions: (a list of them with the reason, bool [N])."""
     allowed = np.flatnonzero(np.array(indices) >= 0)
+    known = f"0 to {len(indices) - 1}" if len(allowed) == len(indices) else ", ".join(map(str, allowed))
     tests = {
         "reward": (~np.isfinite(dump.reward), "expected a finite number"),
-        "action": (~np.isin(dump.action, allowed), f"the game has {', '.join(map(str, allowed))}"),
+        "action": (~np.isin(dump.action, allowed), f"the game has {known}"),
         "terminal": (dump.terminal > 1, "expected 0 or 1"),
     }
     excluded, bad = [], np.zeros(len(good), bool)
