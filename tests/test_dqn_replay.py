@@ -947,6 +947,26 @@ def test_destinations_above_the_working_folder(tmp_path, monkeypatch, up):
     check_holds(tmp_path / "back", log.episodes())
 
 
+def test_folders_named_by_url(tmp_path, monkeypatch):
+    """Also where a name has spaces, or what looks like a quoted one; nothing is written to a folder called file:."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("with space", "50%20 ü"):
+        log = write_log(tmp_path / name)
+        store, again = tmp_path / f"{name} store", tmp_path / f"{name} again"
+        import_dqn_replay((tmp_path / name).as_uri(), store.as_uri())
+        check_holds(store.as_uri(), log.episodes())
+        export_dqn_replay(store.as_uri(), again.as_uri(), rows_per_file=20)
+        assert (again / "Pong/1/replay_logs/add_count_ckpt.0.gz").exists()
+        with ReplayWriter(
+            tmp_path.as_uri() + "/own", "Pong", actions=action_names("Pong"), source="me", sticky_actions=0
+        ):
+            assert (tmp_path / "own/Pong/1").is_dir()
+    for command in (import_dqn_replay, export_dqn_replay):
+        with pytest.raises(ReplayError, match="gs://bucket/store: is on no local disk"):
+            command(tmp_path / (name if command is import_dqn_replay else f"{name} store"), "gs://bucket/store")
+    assert not (tmp_path / "file:").exists() and not (tmp_path / "gs:").exists()
+
+
 LEVELS = {
     "Pong": r"is the folder of one game, with the runs 1\. .*one folder per game: {source}\.",
     "Pong/1": r"is the folder of one run, with replay_logs in it\. .*one folder per game: {source}\.",

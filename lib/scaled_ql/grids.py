@@ -212,9 +212,13 @@ class Progress:
 
 
 def last_score(folder: Path) -> str:
-    """The IQM over games of a finished run's human-normalised scores, in percent; "" where there is none."""
+    """The IQM over games of a finished run's human-normalised scores, in percent; "" where there is none.
+
+    A game of mostly truncated episodes has none.
+    """
     games = runs.read_json(folder / "summary.json").get("games", {})
-    known = [row["human-normalised %"] for row in games.values() if "human-normalised %" in row] if games else []
+    scores = [row.get("human-normalised %") for row in games.values()]
+    known = [score for score in scores if score is not None]
     return f"{metrics.iqm(known):.1f}%" if known else ""
 
 

@@ -85,7 +85,7 @@ def import_dqn_replay(
         ReplayError: what is wrong with which file, and from which row on.
     """
     filesystem, root = importing.open_source(source)
-    url, destination = filesystem.unstrip_protocol(root), Path(destination).resolve()
+    url, destination = filesystem.unstrip_protocol(root), fmt.local_folder(destination)
     found = _find_runs(filesystem, root, games, runs)
 
     def plan(game: str, run: int) -> Plan:

@@ -25,6 +25,7 @@ import os
 import zlib
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -223,6 +224,20 @@ def read_manifest(content: bytes, where: str) -> dict[str, Any]:
     if missing:
         raise ReplayError(f"{where}: the manifest lacks {', '.join(missing)}. Restore the file from a copy.")
     return dict.fromkeys(RULES) | manifest
+
+
+def local_folder(path: str | os.PathLike) -> Path:
+    """The folder that a path or a ``file://`` URL names, absolute, without ``..`` and links.
+
+    Raises:
+        ReplayError: a URL of another kind.
+    """
+    parts = urlsplit(os.fspath(path))
+    if parts.scheme == "file":
+        return Path(unquote(parts.path)).resolve()
+    if "://" in os.fspath(path):
+        raise ReplayError(f"{path}: is on no local disk. Name a local folder; copy it to where it belongs afterwards.")
+    return Path(path).resolve()
 
 
 def empty_table() -> pa.Table:

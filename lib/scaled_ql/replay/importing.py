@@ -19,6 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import fsspec
 import numpy as np
@@ -486,7 +487,7 @@ def run_import(
     Raises:
         ReplayError: the first thing that went wrong; episodes before it are imported.
     """
-    destination = Path(destination).resolve()
+    destination = fmt.local_folder(destination)
     lock = lock_run(destination, 1)
     try:
         with _executor(workers, scheduler) as executor:
@@ -637,7 +638,10 @@ def open_source(source: str | os.PathLike) -> tuple[fsspec.AbstractFileSystem, s
         ReplayError: a kind of URL that nothing here reads.
     """
     try:
-        return fsspec.core.url_to_fs(str(source))
+        filesystem, path = fsspec.core.url_to_fs(str(source))
+        if str(source).startswith("file://") and not filesystem.exists(path):
+            path = unquote(path)  # fsspec takes a URL's %20 for part of the name
+        return filesystem, path
     except (ValueError, ImportError) as error:
         raise ReplayError(
             f"{source}: this kind of address cannot be read ({error}). For gs:// pip install -e 'lib[gcs]', for s3:// "

@@ -69,7 +69,7 @@ def import_minari(
         ReplayError: Minari is not installed, there is no such dataset, it is of no known game or of other spaces, or
             an episode cannot be read.
     """
-    opened, destination = _open(dataset), Path(destination).resolve()
+    opened, destination = _open(dataset), fmt.local_folder(destination)
     if game is None:
         game = game_of(opened.id, opened.env_spec)
     try:

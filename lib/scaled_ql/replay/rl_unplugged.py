@@ -91,7 +91,7 @@ def import_rl_unplugged(
         ReplayError: what is wrong with which file, and from which record on.
     """
     filesystem, root = importing.open_source(source)
-    url, destination = filesystem.unstrip_protocol(root), Path(destination).resolve()
+    url, destination = filesystem.unstrip_protocol(root), fmt.local_folder(destination)
     if filesystem.isfile(root) and FILE.match(root.rsplit("/", 1)[-1]):
         importing.expect_level(root, "is a file", 2)
     if _list_files(filesystem, root):

@@ -698,7 +698,7 @@ def open_replay(path: str | os.PathLike, view: View | str | os.PathLike | None =
             kvstore = ts.KvStore.open(url.rstrip("/") + "/").result()
             keys = [key.decode() for key in kvstore.list().result() if key.endswith(b"/manifest.json")]
         else:
-            folder = Path(unquote(parts.path) if parts.scheme == "file" else path).resolve()
+            folder = fmt.local_folder(path)
             if not folder.is_dir():
                 raise ReplayError(
                     f"{folder}: no such replay folder. Record one with notebooks/00_data_collection.ipynb."

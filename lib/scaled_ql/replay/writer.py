@@ -61,7 +61,7 @@ class ReplayWriter:
         Raises:
             ReplayError: a folder of something else, other settings than before, or another writer.
         """
-        self.folder = Path(path).resolve() / game / str(run)
+        self.folder = fmt.local_folder(path) / game / str(run)
         self.manifest = fmt.make_manifest(
             game,
             run,
