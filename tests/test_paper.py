@@ -126,7 +126,7 @@ def test_runs_that_differ_in_the_seed_are_one_system_and_others_are_told_apart()
 def test_seeds_count_together_and_only_games_that_all_of_them_have() -> None:
     runs = gathered(a={"seed": 0}, b={"seed": 1}, other={"view": ""})
     scores = scored(a=0.2, b=[0.4, 0.8, 1.2], other=9.0)
-    scores.loc[len(scores)] = ["a", "Pong", 3.0, 0.5, 10]  # not one of the paper's 40
+    scores.loc[len(scores)] = ["a", "Pong", 3.0, 0.5, 10, 0.25]  # not one of the paper's 40
     own = paper.own_scores(runs, scores, VIEW)
     assert set(own["game"]) == set(TRAINING_GAMES[:3]) and set(own["run"]) == {"a", "b"}
     first, second = paper.compare(paper.published("sub_optimal"), own)

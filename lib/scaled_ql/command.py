@@ -41,7 +41,7 @@ def run(
     with _reporting(parameters.ParameterError, runs.RunError):
         values = _overrides(overrides)
         if outputs:
-            values["outputs"] = str(Path(outputs).absolute())
+            values["outputs"] = str(Path(outputs).resolve())
         if target.endswith((".yaml", ".yml")):
             steps = runs.load_batch(target, values)
         else:

@@ -85,7 +85,7 @@ def workspace() -> Path:
 
 def outputs_folder(values: Parameters) -> Path:
     """The folder of all runs that a run belongs to."""
-    return Path(values.outputs).absolute() if values.outputs else workspace() / "outputs"
+    return Path(values.outputs).resolve() if values.outputs else workspace() / "outputs"
 
 
 def process_number(values: Parameters) -> int:
