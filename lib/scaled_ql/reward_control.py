@@ -17,6 +17,7 @@ ARM_PARAMETERS = ("method", "rewards")
 SCORE_COLUMNS = (
     "run", "method", "rewards", "seed", "game", "random_return", "constant_return", "dataset_return", "agent_return",
     "sampled_return", "agent_episodes", "truncated_share",
+    "dataset_truncated_percent",
 )  # fmt: skip
 
 
@@ -25,7 +26,7 @@ def scores(folder: Path, base: Parameters) -> pd.DataFrame:
 
     Returns:
         columns `SCORE_COLUMNS`; returns are raw means over episodes. `sampled_return` is that of a clone that draws its
-        actions from its policy, NaN of others.
+        actions from its policy, NaN of others; `dataset_return` is NaN where no whole game was recorded.
 
     Raises:
         GatherError: two runs of one arm and seed, or runs of different contents of the dataset.
@@ -51,7 +52,7 @@ def scores(folder: Path, base: Parameters) -> pd.DataFrame:
             f"runs {', '.join(identities)} were trained on different contents of the dataset {base.dataset!r}; compare "
             "runs of one recording."
         )
-    table = pd.DataFrame(rows, columns=list(SCORE_COLUMNS))
+    table = pd.DataFrame(rows, columns=list(SCORE_COLUMNS)).astype({"dataset_return": float})
     twice = table[table.duplicated([*ARM_PARAMETERS, "seed", "game"], keep=False)]
     if len(twice):
         raise GatherError(f"runs {', '.join(twice['run'].unique())} are equal in arm and seed; delete or move one.")
@@ -67,7 +68,8 @@ def players(table: pd.DataFrame, method: str, control: str = "zero") -> pd.DataF
         control: its control's `rewards`.
 
     Returns:
-        index game; columns random, best constant action, data, cloning, cloning (sampled), control, agent, seeds.
+        index game; columns random, best constant action, data, cloning, cloning (sampled), control, agent; truncated
+        (shares of the episodes behind those means); seeds.
     """
     rows = {}
     for game, here in table.groupby("game"):
@@ -81,6 +83,9 @@ def players(table: pd.DataFrame, method: str, control: str = "zero") -> pd.DataF
             f"{control} rewards": zero["agent_return"].mean(),
             "agent": agent["agent_return"].mean(),
             "truncated %": 100 * agent["truncated_share"].mean(),
+            f"truncated %, {control} rewards": 100 * zero["truncated_share"].mean(),
+            "truncated %, cloning": 100 * clone["truncated_share"].mean(),
+            "truncated %, data": here["dataset_truncated_percent"].iloc[0],
             "seeds": len(agent),
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("game")
@@ -112,7 +117,7 @@ def differences(table: pd.DataFrame, method: str, control: str = "zero") -> pd.D
         for name, other in others.items():
             measured_once = name in ("data", "best constant action")
             row = {"game": game, "better than": name, "difference": np.nan, "low": np.nan, "high": np.nan}
-            if len(mine) > 1 and (measured_once or len(other) > 1):
+            if len(mine) > 1 and (measured_once or len(other) > 1) and np.isfinite(other).all():
                 low, high = interval(mine, other)
                 row |= {"difference": mine.mean() - other.mean(), "low": low, "high": high}
                 row["verdict"] = "yes" if low > 0 else "no" if high < 0 else "inconclusive"
