@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaled_ql import evaluation, losses, networks, objectives, training
-from scaled_ql.environments import make_environment
+from scaled_ql.environments import UnknownAction, make_environment
 from scaled_ql.games import action_names
 
 
@@ -177,6 +177,12 @@ def test_an_action_that_the_game_does_not_have_is_refused() -> None:
     for action in (4, 17):
         with pytest.raises(ValueError, match=rf"Breakout has 4 actions, 0 to 3; the player chose action {action}\."):
             evaluation.evaluate(evaluation.constant_action(action), "Breakout", episodes=2, seed=0)
+
+
+def test_a_film_of_a_player_with_other_actions_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnknownAction, match=r"Breakout: actions \[17\] are outside the environment's set, 0 to 3"):
+        evaluation.record_video(always(17, 18), "Breakout", tmp_path / "play.mp4", seed=0, epsilon=0.0, num_steps=5)
+    assert not (tmp_path / "play.mp4").exists()
 
 
 def test_the_best_constant_action_is_the_largest_of_plain_loops() -> None:

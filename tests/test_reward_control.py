@@ -22,7 +22,9 @@ def write(outputs, name, agent, *, data="abc", sampled=None, truncated=25.0, **c
     (folder / "parameters.yaml").write_text(yaml.safe_dump(BASE.model_dump() | changes | {"run": name}))
     (folder / "status.json").write_text(json.dumps({"state": "finished"}))
     row = {"random_return": -20.7, "constant_return": -20.0, "dataset_return": -18.0, "agent_return": agent}
-    row |= {"agent_episodes": 8, "truncated_percent": truncated} | ({"sampled_return": sampled} if sampled else {})
+    row |= {"agent_episodes": 8, "truncated_percent": truncated, "dataset_truncated_percent": 50.0} | (
+        {"sampled_return": sampled} if sampled else {}
+    )
     summary = {"games": {"Pong": row}, "dataset": data, "parameters": 1, "steps": 5}
     (folder / "summary.json").write_text(json.dumps(summary))
 
@@ -44,7 +46,8 @@ def test_arms_are_told_apart_and_other_runs_stay_out(outputs):
     (row,) = reward_control.players(scores, "cql").to_dict("records")
     assert row == {
         "random": -20.7, "best constant action": -20.0, "data": -18.0, "cloning": 11.0, "cloning, sampled": -19.0,
-        "zero rewards": -19.5, "agent": 11.0, "truncated %": 25.0, "seeds": 3,
+        "zero rewards": -19.5, "agent": 11.0, "truncated %": 25.0, "truncated %, zero rewards": 25.0,
+        "truncated %, cloning": 25.0, "truncated %, data": 50.0, "seeds": 3,
     }  # fmt: skip
 
 

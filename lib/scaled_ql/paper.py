@@ -133,7 +133,8 @@ def describe(runs: pd.DataFrame, scores: pd.DataFrame, view: str) -> pd.DataFram
     rows = {}
     for system, table in systems(runs, view).groupby("system"):
         games = compared.loc[compared["system"] == system, "game"].unique()
-        others = set(scores.loc[scores["run"].isin(table.index), "game"]) - set(games)
+        measured = scores[scores["run"].isin(table.index)]
+        others = set(measured["game"]) - set(games)
         rows[system] = {
             "runs": ", ".join(map(str, table.index)),
             "seeds": ", ".join(map(str, sorted(table["seed"]))),
@@ -143,7 +144,8 @@ def describe(runs: pd.DataFrame, scores: pd.DataFrame, view: str) -> pd.DataFram
             "data": str(table["data_id"].iloc[0]),
             "games compared": f"{len(games)} of {len(TRAINING_GAMES)}",
             "its other games": ", ".join(sorted(others)) or "–",
-            "episodes a game": scores.loc[scores["run"].isin(table.index), "episodes"].min(),
+            "episodes a game": measured["episodes"].min(),
+            "truncated, %": 100 * measured["truncated"].mean(),
             "ε": f"{table['eval_epsilon'].iloc[0]:g}",
             "steps an episode, at most": table["eval_max_steps"].iloc[0],
         }

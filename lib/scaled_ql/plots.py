@@ -450,7 +450,8 @@ def ablation(compared: pd.DataFrame, label: str = "human-normalised IQM") -> Fig
     """Bars of variants with their 95% intervals, side by side for each value of the other parameter.
 
     Args:
-        compared: from `ablations.compare`; a variant without runs has a gap and the word missing.
+        compared: from `ablations.compare`; a variant without runs has a gap and the word missing, one without a score
+            the word none.
         label: what the score is.
     """
     axis_name = next((name for name in compared.columns[1:2] if name != "runs"), None)
@@ -464,8 +465,9 @@ def ablation(compared: pd.DataFrame, label: str = "human-normalised IQM") -> Fig
         errors = np.abs(rows[["low", "high"]].to_numpy().T - rows["score"].to_numpy())
         look = {"color": VARIANTS.get(variant, "#666666"), "edgecolor": "black", "linewidth": 0.5}
         axis.bar(at, rows["score"], 0.92 * width, yerr=errors, capsize=3, label=variant, **look)
-        for place in at[rows["score"].isna()]:
-            axis.annotate("missing", (place, 0), rotation=90, ha="center", va="bottom", fontsize="x-small")
+        for place, runs in zip(at[rows["score"].isna()], rows.loc[rows["score"].isna(), "runs"]):
+            said = "none" if runs else "missing"
+            axis.annotate(said, (place, 0), rotation=90, ha="center", va="bottom", fontsize="x-small")
     axis.axhline(0, color="black", lw=0.8)
     axis.set_xticks(range(len(groups)), groups)
     axis.set(xlabel=axis_name or "", ylabel=label, xlim=(-0.5, len(groups) - 0.5))

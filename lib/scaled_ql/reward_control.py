@@ -12,16 +12,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from scaled_ql import parameters, runs
+from scaled_ql import metrics, parameters, runs
 from scaled_ql.ablations import NOTEBOOK, PROTOCOL, GatherError
 from scaled_ql.environments import MAX_STEPS
 from scaled_ql.parameters import INCIDENTAL, Parameters
 
 ARM_PARAMETERS = ("method", "rewards")
-MOSTLY = 0.5  # of the episodes; where more were truncated below the paper's limit, their mean is no score of the game
 SCORE_COLUMNS = (
     "run", "method", "rewards", "seed", "game", "random_return", "constant_return", "dataset_return", "agent_return",
-    "sampled_return", "agent_episodes", "truncated_share", "cut",
+    "sampled_return", "agent_episodes", "truncated_share", "cut", "dataset_truncated_percent",
 )  # fmt: skip
 
 
@@ -30,7 +29,8 @@ def scores(folder: Path, base: Parameters) -> pd.DataFrame:
 
     Returns:
         columns `SCORE_COLUMNS`; returns are raw means over episodes. `sampled_return` is that of a clone that draws its
-        actions from its policy, NaN of others. `cut`: whether most episodes were truncated below the paper's limit.
+        actions from its policy, NaN of others; `dataset_return` is NaN where no whole game was recorded. `cut`: whether
+        most episodes were truncated below the paper's limit.
 
     Raises:
         GatherError: two runs of one arm and seed, or runs of different contents of the dataset.
@@ -44,14 +44,14 @@ def scores(folder: Path, base: Parameters) -> pd.DataFrame:
         about = {"run": place.name} | {name: values[name] for name in (*ARM_PARAMETERS, "seed")}
         for game, row in summary["games"].items():
             share = row["truncated_percent"] / 100
-            cut = share > MOSTLY and values["eval_max_steps"] < MAX_STEPS
+            cut = share > metrics.MOSTLY and values["eval_max_steps"] < MAX_STEPS
             rows.append(about | {"game": game, "truncated_share": share, "cut": cut} | row)
     if len(set(map(str, identities.values()))) > 1:
         raise GatherError(
             f"runs {', '.join(identities)} were trained on different contents of the dataset {base.dataset!r}; compare "
             "runs of one recording."
         )
-    table = pd.DataFrame(rows, columns=list(SCORE_COLUMNS))
+    table = pd.DataFrame(rows, columns=list(SCORE_COLUMNS)).astype({"dataset_return": float})
     twice = table[table.duplicated([*ARM_PARAMETERS, "seed", "game"], keep=False)]
     if len(twice):
         raise GatherError(f"runs {', '.join(twice['run'].unique())} are equal in arm and seed; delete or move one.")
@@ -95,7 +95,8 @@ def players(table: pd.DataFrame, method: str, control: str = "zero") -> pd.DataF
         control: its control's `rewards`.
 
     Returns:
-        index game; columns random, best constant action, data, cloning, cloning (sampled), control, agent, seeds.
+        index game; columns random, best constant action, data, cloning, cloning (sampled), control, agent; truncated
+        (shares of the episodes behind those means); seeds.
     """
     rows = {}
     for game, here in table.groupby("game"):
@@ -109,6 +110,9 @@ def players(table: pd.DataFrame, method: str, control: str = "zero") -> pd.DataF
             f"{control} rewards": zero["agent_return"].mean(),
             "agent": agent["agent_return"].mean(),
             "truncated %": 100 * agent["truncated_share"].mean(),
+            f"truncated %, {control} rewards": 100 * zero["truncated_share"].mean(),
+            "truncated %, cloning": 100 * clone["truncated_share"].mean(),
+            "truncated %, data": here["dataset_truncated_percent"].iloc[0],
             "seeds": len(agent),
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("game")
@@ -151,7 +155,7 @@ def differences(
             row["refused"] = "; ".join(why)
             if why:
                 row["verdict"] = "refused"
-            elif len(mine) > 1 and (measured_once or len(other) > 1):
+            elif len(mine) > 1 and (measured_once or len(other) > 1) and np.isfinite(other).all():
                 low, high = interval(mine, other)
                 row |= {"difference": mine.mean() - other.mean(), "low": low, "high": high}
                 row["verdict"] = "yes" if low > 0 else "no" if high < 0 else "inconclusive"

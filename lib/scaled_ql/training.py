@@ -528,7 +528,7 @@ class Checkpoints:
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
         )
-        self.folder, self.about, self.window = Path(folder).absolute(), about, []
+        self.folder, self.about, self.window = Path(folder).resolve(), about, []
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "about"))
         except OSError as error:
