@@ -24,6 +24,8 @@ PROTOCOL = frozenset((
     "eval_episodes", "eval_min_steps", "eval_epsilon", "eval_sticky_actions", "eval_max_steps", "eval_seed",
 ))  # fmt: skip
 SCORE_COLUMNS = ("run", "game", "agent_return", "human_normalized", "episodes", "truncated", "cut")
+# Rows of every comparison of Q-learning: what either reaches was not learned from reward.
+CONTROLS = {"zero rewards": {"rewards": "zero"}, "cloning": {"method": "bc"}}
 VERDICT_COLUMNS = ("claim", "difference", "low", "high", "improvement", "verdict", "refused")
 
 
@@ -361,6 +363,15 @@ def per_game(gathered: Gathered, compared: pd.DataFrame) -> pd.DataFrame:
             share = score_matrix(gathered, row["names"], "truncated").mean()
             means[f"{row['variant']}, truncated %"] = 100 * share
     return pd.DataFrame(means).rename_axis("game")
+
+
+def points(differences: pd.DataFrame) -> pd.DataFrame:
+    """The table of `difference` for people: in points, as scores are in percent; without a column that is all empty."""
+    table = differences.copy()
+    scores = ["difference", "low", "high"]
+    table[scores] = 100 * table[scores].astype(float)
+    table["improvement"] = [f"{share:.2f}" if share == share else "" for share in table["improvement"].astype(float)]
+    return table if table["refused"].any() else table.drop(columns="refused")
 
 
 def verdicts(differences: pd.DataFrame) -> list[str]:

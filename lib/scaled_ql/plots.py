@@ -440,7 +440,7 @@ def improvements(table: pd.DataFrame, colors: Mapping[str, str] = SYSTEMS) -> Fi
 # A variant always has the same colour; the base, Scaled QL, that of agents everywhere.
 VARIANTS = {
     "Scaled QL": PLAYERS["agent"], "C51": PLAYERS["agent"], "with": PLAYERS["agent"], "CQL": PLAYERS["agent"],
-    "without": "#999999", "MSE": "#009e73", "BCQ": "#e69f00", "behaviour cloning": "#cc79a7",
+    "without": "#999999", "MSE": "#009e73", "BCQ": "#e69f00", "cloning": "#cc79a7", "zero rewards": "black",
     "return-conditioned cloning": "#56b4e9", "HL-Gauss": "#f0e442", "two-hot": "#332288", "DR3 besides": "#661100",
     "random shift": "#44aa99",
 }  # fmt: skip
