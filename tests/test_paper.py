@@ -140,6 +140,7 @@ def test_seeds_count_together_and_only_games_that_all_of_them_have() -> None:
     about = paper.describe(runs, scores, VIEW).loc["Scaled QL, resnet101, here"]
     assert about["games compared"] == "3 of 40" and "Pong" in about["its other games"] and about["seeds"] == "0, 1"
     assert about["truncated, %"] == 25
+    assert (about["parameters, millions"], about["in all, millions"]) == (80.3, 122.1), "as the paper counts, and all"
 
 
 def test_systems_of_fewer_games_never_stand_among_those_of_forty() -> None:

@@ -416,14 +416,14 @@ def test_a_run_interrupted_anywhere_has_lost_no_step_and_no_row(tmp_path, kind):
         ])  # fmt: skip
 
 
-def resumed_run(folder, yields=None):
+def resumed_run(folder, yields=None, begin=None):
     """`training.resume` of a table for 11 steps, left after some yields; its steps at the yields, log and state."""
     checkpoints = Checkpoints(folder / "checkpoints", ABOUT)
     shardings = devices.state_shardings(table_state(), devices.make_mesh(1))
     where = {"checkpoints": checkpoints, "log_file": folder / "policy" / "metrics.jsonl", "shardings": shardings}
     batches_from = lambda step: stream(step + 1, 11)  # noqa: E731
     run = training.resume(
-        table_state(), table_step(), batches_from, GAMES, log_every=4, checkpoint_every=5, **where
+        begin or table_state(), table_step(), batches_from, GAMES, log_every=4, checkpoint_every=5, **where
     )  # fmt: skip
     seen = []
     with contextlib.closing(run):
@@ -447,6 +447,16 @@ def test_a_run_left_at_any_yield_resumes_to_the_same_rows_and_state(tmp_path):
         assert left[0] == steps[yields - 1], "closed, it left a checkpoint of the step it had yielded"
         assert after == rows and [row["step"] for row in after] == [4, 8, 11]
         assert_same(resumed, state)
+
+
+def test_the_state_to_begin_with_is_not_taken(tmp_path):
+    """So that a notebook's cell can be executed again, with and without a checkpoint."""
+    begin = table_state()
+    first = resumed_run(tmp_path / "one", 2, begin)
+    assert_same(begin, table_state())
+    assert not same(first[2].params, begin.params)
+    whole, again = (resumed_run(tmp_path / name, None, begin) for name in ("one", "other"))
+    assert_same(whole[2], again[2])
 
 
 def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_state(tmp_path):
