@@ -18,7 +18,7 @@ ORDER = (
     "networks.encoders", "networks.q_network", "networks", "losses", "objectives", "devices", "training", "evaluation",
     "online",
     "benchmarks", "torch_step", "performance",
-    "parameters", "paper", "runs", "ablations", "reward_control", "grids", "explore", "command",
+    "parameters", "paper", "recorder", "runs", "ablations", "reward_control", "grids", "explore", "command",
 )  # fmt: skip
 WITHOUT_JAX = ("documents", "games", "environments", "replay", "collect", "metrics", "plots", "parameters", "runs")
 

@@ -337,15 +337,20 @@ def from_notebook(notebook: str, namespace: dict[str, Any]) -> Parameters:
         ParameterError: see `check`.
     """
     known = set(NOTEBOOKS[notebook].model_fields)
-    names = {name for source in namespace["In"] for name in _assigned(source, known)}
+    names = {name for source in namespace["In"] for name in assigned(source, known)}
     values = {name: namespace[name] for name in names if name in namespace}
     for name in values.keys() - known:
         del namespace[name]
     return check(notebook, values, f"{notebook}.ipynb")
 
 
-def _assigned(source: str, known: set[str]) -> set[str]:
-    """The names that a cell assigns if it is a parameters cell, else none."""
+def assigned(source: str, known: set[str]) -> set[str]:
+    """The names that a cell assigns if it is a parameters cell, else none.
+
+    Args:
+        source: the cell's.
+        known: parameters of its notebook.
+    """
     try:
         body = ast.parse(source).body
     except SyntaxError:  # a magic

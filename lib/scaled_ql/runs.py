@@ -6,7 +6,7 @@
       parameters.yaml   all of them, as checked
       provenance.json   git commit, package versions, devices, command
       status.json       state (running, finished, failed, interrupted), progress, error
-      run.ipynb, run.html
+      run.ipynb, run.html  as executed, whatever executed it
       summary.json      what a report needs; written when the run finishes
       ...               what the notebook itself writes
 """
@@ -35,7 +35,7 @@ import pandas as pd
 import pydantic
 from tqdm import tqdm
 
-from scaled_ql import documents, parameters
+from scaled_ql import documents, parameters, recorder
 from scaled_ql.parameters import ParameterError, Parameters
 from scaled_ql.replay import Replay, open_replay
 
@@ -273,20 +273,71 @@ class Run:
             self._lock.release(force=True)
             raise LeftToFirstProcess("evaluation and report are left to the first process")
 
-    def _watch_cells(self) -> None:
-        """In a notebook: mark the run failed or interrupted when a cell raises, whoever executes it."""
+    def _watch_cells(self, namespace: dict[str, Any]) -> None:
+        """In a kernel: keep the notebook as executed, and mark the run failed or interrupted when a cell raises."""
         ipython = sys.modules.get("IPython")
         shell = ipython.get_ipython() if ipython else None
         if shell is None:
             return
+        _watching.close()
+        save = self._notebook_saver(shell.kernel, namespace) if hasattr(shell, "kernel") else None
 
         def after_cell(result: Any) -> None:
             error = result.error_in_exec or result.error_before_exec
             if error is not None and not isinstance(error, LeftToFirstProcess) and self._lock.is_locked:
                 state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
                 self._status(state, error="".join(traceback.format_exception_only(error)).strip())
+            if save:
+                save()
+            if not self._lock.is_locked:
+                _watching.close()
 
         shell.events.register("post_run_cell", after_cell)
+        _watching.callback(shell.events.unregister, "post_run_cell", after_cell)
+
+    def _notebook_saver(self, kernel: Any, namespace: dict[str, Any]) -> Callable[[], None] | None:
+        """What writes `run.ipynb`, and `run.html` once the run is finished; None where a runner does it."""
+        if _has_runner(self.own):
+            return None
+        known = set(type(self.parameters).model_fields)
+        before = namespace["In"][1:-1][::-1]
+        earlier = list(itertools.takewhile(lambda source: parameters.assigned(source, known), before))[::-1]
+        recorded = recorder.Recorder(kernel, earlier)
+        _watching.callback(recorded.close)
+        original, file = workspace() / "notebooks" / f"{self.notebook}.ipynb", self.own / "run.ipynb"
+        document = recorder.document(self.notebook, original, namespace)
+        if document.name == file.name and document != file:
+            print(f"{document} stays the notebook of another run. This run keeps its own: {file}")
+
+        def save() -> None:
+            import nbformat
+
+            sys.stdout.flush()
+            sys.stderr.flush()
+            try:
+                content = nbformat.read(document, as_version=4)
+                book = recorder.merge(content, recorded.cells, lambda source: parameters.assigned(source, known))
+                _write_text(file, nbformat.writes(book) + "\n")
+                if not self._lock.is_locked and self.own == self.folder:
+                    publish(file)
+            except (OSError, ValueError, RunError) as error:
+                print(f"{file}: the notebook could not be kept ({error}).", file=sys.stderr)
+
+        return save
+
+
+_watching = contextlib.ExitStack()  # what to undo before this kernel follows another run
+
+
+def _has_runner(folder: Path) -> bool:
+    """Whether `execute` waits for this run in another process."""
+    try:
+        with filelock.FileLock(folder / ".runner.lock", timeout=0):
+            return False
+    except filelock.Timeout:
+        return True
+    except (OSError, NotImplementedError):
+        return False
 
 
 def make_folder(folder: Path) -> None:
@@ -330,7 +381,7 @@ def start(notebook: str, namespace: dict[str, Any]) -> Run:
         _write_text(file, documents.dump(values.model_dump()))
     write_json(run.own / "provenance.json", provenance())
     run._status("running")
-    run._watch_cells()
+    run._watch_cells(namespace)
     return run
 
 
@@ -405,7 +456,7 @@ def execute(notebook: str, values: Parameters) -> Path:
         with filelock.FileLock(folder / ".runner.lock", timeout=LOCK_SECONDS), _progress_bar(folder, title):
             _papermill(notebook, values, folder)
             if folder == run_folder(notebook, values):
-                render(folder / "run.ipynb")
+                publish(folder / "run.ipynb")
     except filelock.Timeout:
         raise RunError(f"{folder}: another scaled-ql run is executing this run; wait for it or stop it.") from None
     except (OSError, NotImplementedError) as error:
@@ -436,6 +487,7 @@ def _papermill(notebook: str, values: Parameters, folder: Path) -> None:
                 break
             except papermill.PapermillExecutionError as error:
                 partial.replace(folder / "run.ipynb")
+                recorder.sign(folder / "run.ipynb")
                 if error.ename == LeftToFirstProcess.__name__:
                     return
                 failed = RunError(
@@ -496,6 +548,16 @@ def _progress_bar(folder: Path, title: str) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+def publish(notebook: Path) -> None:
+    """Sign and render the notebook of a finished run, and make it read-only.
+
+    Whoever opens it, changes `run` and executes it makes another run, whose notebook would be saved over this one.
+    """
+    recorder.sign(notebook)
+    render(notebook)
+    notebook.chmod(0o444)
 
 
 def render(notebook: Path) -> Path:
