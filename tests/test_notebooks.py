@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import orbax.checkpoint as ocp
 import papermill
 import pytest
 import yaml
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 from scaled_ql import parameters, runs
 
@@ -71,7 +74,8 @@ def test_every_notebook_runs_and_leaves_its_report(outputs: Path, notebook: str)
     for word in ('src="http', 'href="http', "@import", "url(http"):
         assert word not in html
     assert html.count(str(outputs)) == 1, "a path of this machine, beside the parameter that asked for it"
-    assert html.count("data:video/mp4;base64") == (2 if notebook == "02_scaled_training" else 0)
+    films = 2 if notebook == "02_scaled_training" else 0
+    assert html.count("data:video/mp4;base64") == html.count('poster="data:image/jpeg;base64') == films
 
 
 def test_the_summary_compares_agent_dataset_and_random_player(outputs: Path) -> None:
@@ -188,3 +192,36 @@ def test_a_run_stopped_in_three_ways_resumes_bit_identically(outputs: Path) -> N
     assert metrics(stopped) == metrics(undisturbed)
     for left, right in zip(final_state(stopped), final_state(undisturbed), strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+def test_the_training_cell_goes_on_after_an_interrupt(recording: Path, tmp_path: Path) -> None:
+    """As in JupyterLab: the cell is interrupted, and executed again in the same kernel."""
+    values = parameters.load(runs.workspace() / TINY["02_scaled_training"])
+    values |= {"dataset": str(recording), "outputs": str(tmp_path), "num_steps": 400, "log_every": 1, "run": "again"}
+    book = nbformat.read(runs.workspace() / "notebooks" / "02_scaled_training.ipynb", as_version=4)
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    (training,) = (number for number, cell in enumerate(code) if "training.train(" in cell.source)
+    given = nbformat.v4.new_code_cell("\n".join(f"{name} = {value!r}" for name, value in values.items()))
+    book.cells = [code[0], given, *code[1 : training + 1]]
+    client = NotebookClient(book, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
+    log = tmp_path / "02_scaled_training" / "again" / "metrics.jsonl"
+    with client.setup_kernel():
+        for number, cell in enumerate(book.cells[:-1]):
+            client.execute_cell(cell, number)
+
+        def interrupt() -> None:
+            while rows_of(log) < 3:
+                time.sleep(0.01)
+            os.kill(kernel_of(log.parent), signal.SIGINT)
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(CellExecutionError, match="KeyboardInterrupt"):
+            client.execute_cell(book.cells[-1], len(book.cells) - 1)
+        thread.join()
+        assert json.loads((log.parent / "status.json").read_text())["state"] == "interrupted"
+        done = rows_of(log)
+        client.execute_cell(book.cells[-1], len(book.cells) - 1)
+    assert 3 <= done < 400, "it was interrupted in the middle"
+    assert [row["step"] for row in metrics(log.parent)] == list(range(1, 401))
+    assert len(final_state(log.parent)) > 0
