@@ -10,8 +10,10 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 
-from scaled_ql import runs
+from scaled_ql import documents, runs
+from scaled_ql.command import main
 from scaled_ql.parameters import ParameterError
 
 
@@ -110,23 +112,55 @@ def test_the_command_lists_all_mistakes_and_runs_nothing(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failing_notebook_says_why_and_can_be_read(tmp_path: Path) -> None:
-    done = command("run", "01_data_exploration", "-p", "dataset", "nowhere", "-p", "run", "x", "--outputs", tmp_path)
+def test_a_failing_notebook_says_why_and_can_be_read(recording: Path, tmp_path: Path) -> None:
+    values = ["-p", "dataset", recording, "-p", "episode", "99999", "-p", "run", "x"]
+    done = command("run", "01_data_exploration", *values, "--outputs", tmp_path)
     folder = tmp_path / "01_data_exploration" / "x"
     assert done.returncode == 1
-    assert "no such replay folder" in done.stderr
+    assert "IndexError" in done.stderr
     assert str(folder / "run.ipynb") in done.stderr
     status = json.loads((folder / "status.json").read_text())
     assert status["state"] == "failed"
-    assert "ReplayError" in status["error"]
+    assert "IndexError" in status["error"]
     assert nbformat.read(folder / "run.ipynb", as_version=4).cells
 
 
-def test_unknown_game_fails_with_near_names_before_recording(tmp_path: Path) -> None:
-    done = command("run", "00_data_collection", "-p", "games", "[Pong, Breakuot]", "--outputs", tmp_path)
-    assert done.returncode == 1
-    assert "Breakout" in done.stderr
-    assert not (tmp_path / "00_data_collection" / "default" / "replay").exists()
+@pytest.mark.parametrize(
+    ("notebook", "values", "said"),
+    [
+        (
+            "00_data_collection",
+            {"games": "[Pong, Breakuot]"},
+            "run default: ALE does not know the game 'Breakuot'. Did",
+        ),
+        ("00_data_collection", {"games": "[Warlords]"}, "run default: Warlords needs two players"),
+        ("01_data_exploration", {"dataset": "nowhere"}, "nowhere: no such replay folder."),
+        ("01_data_exploration", {"dataset": "n" * 300}, "n: no such replay folder."),
+        ("02_scaled_training", {"dataset": "RECORDING", "view": "pong_one_percnt"}, "Did you mean pong_one_percent?"),
+        ("02_scaled_training", {"dataset": "RECORDING", "view": "pong_one_percent"}, "the view asks for Pong; it has"),
+        ("02_scaled_training", {"dataset": "RECORDING", "view": "/nowhere.yaml"}, "/nowhere.yaml: cannot be read"),
+        ("01_data_exploration", {"dataset": "RECORDING", "game": "Pong"}, "game 'Pong' is not in"),
+    ],
+)
+def test_what_a_run_names_is_checked_before_a_kernel_starts(
+    recording: Path, tmp_path: Path, notebook: str, values: dict, said: str
+) -> None:
+    given = [
+        part for name, value in values.items() for part in ("-p", name, value.replace("RECORDING", str(recording)))
+    ]
+    done = CliRunner().invoke(main, ["run", notebook, *given, "--outputs", str(tmp_path)])
+    assert done.exit_code == 1
+    assert done.output.startswith("error: run default: ") and said in done.output and done.output.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_is_checked_before_its_first_step(tmp_path: Path) -> None:
+    steps = [{"notebook": name, "parameters": "tiny.yaml"} for name in ("00_data_collection", "02_scaled_training")]
+    steps[1]["grid"] = [{"view": ["", "nothing_like_it"]}]
+    (tmp_path / "batch.yaml").write_text(documents.dump({"steps": steps}))
+    done = CliRunner().invoke(main, ["run", str(tmp_path / "batch.yaml"), "--outputs", str(tmp_path / "outputs")])
+    assert done.exit_code == 1 and "view 'nothing_like_it'" in done.output
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_a_run_name_cannot_leave_its_folder(tmp_path: Path) -> None:

@@ -290,7 +290,9 @@ def check(notebook: str, values: Mapping[str, Any], source: str = "parameters") 
         ParameterError: unknown names (with the nearest valid one), wrong types, values out of range: all of them.
     """
     if notebook not in NOTEBOOKS:
-        raise ParameterError(f"unknown notebook {notebook!r}; there are {', '.join(NOTEBOOKS)}.")
+        near = difflib.get_close_matches(notebook, NOTEBOOKS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(NOTEBOOKS)}."
+        raise ParameterError(f"{source}: unknown notebook {notebook!r}; {hint}")
     schema = NOTEBOOKS[notebook]
     try:
         return schema(**values)

@@ -12,6 +12,7 @@
 """
 
 import contextlib
+import difflib
 import itertools
 import json
 import math
@@ -36,8 +37,10 @@ import pydantic
 from tqdm import tqdm
 
 from scaled_ql import documents, parameters, recorder
+from scaled_ql.games import UnknownGame, rom_name
 from scaled_ql.parameters import ParameterError, Parameters
-from scaled_ql.replay import Replay, open_replay
+from scaled_ql.replay import Replay, ReplayError, View, open_replay
+from scaled_ql.replay.views import load_view
 
 PACKAGES = (
     "scaled-ql", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "pandas",
@@ -118,10 +121,52 @@ def open_dataset(values: Any) -> Replay:
         ReplayError: not there, damaged, or a view that asks for what is not there.
     """
     path = values.dataset if "://" in values.dataset else str(outputs_folder(values) / values.dataset)
-    view = Path(values.view)
-    if values.view and view.suffix not in (".yaml", ".yml", ".json"):
-        view = workspace() / "params" / "views" / f"{values.view}.yaml"
-    return open_replay(path, view if values.view else None)
+    return open_replay(path, _open_view(values.view))
+
+
+def _open_view(name: str) -> View | None:
+    file = Path(name)
+    if not name:
+        return None
+    if file.suffix in (".yaml", ".yml", ".json"):
+        return load_view(file)
+    known = {path.stem: path for path in (workspace() / "params" / "views").glob("*.yaml")}
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(sorted(known))}."
+        raise ReplayError(f"view {name!r}: no such file in params/views. {hint}")
+    return load_view(known[name])
+
+
+def check_names(values: Parameters) -> None:
+    """Check the games and the view that a run names, which need nothing that another run makes.
+
+    Raises:
+        RunError: one is unknown; the message says which are near.
+    """
+    try:
+        for game in getattr(values, "games", ()):
+            rom_name(game)
+        _open_view(getattr(values, "view", ""))
+    except (UnknownGame, ReplayError) as error:
+        raise RunError(f"run {values.run}: {error}") from error
+
+
+def check_inputs(values: Parameters) -> None:
+    """Check what a run names before a kernel is started for it: games, view, dataset.
+
+    Raises:
+        RunError: one is unknown, or cannot be read.
+    """
+    check_names(values)
+    if hasattr(values, "dataset"):
+        try:
+            dataset = open_dataset(values)
+        except (ReplayError, OSError) as error:
+            raise RunError(f"run {values.run}: {error}") from error
+        game = getattr(values, "game", "")
+        if game and game not in dataset.games:
+            raise RunError(f"run {values.run}: game {game!r} is not in {values.dataset}: {', '.join(dataset.games)}.")
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -443,13 +488,15 @@ def execute(notebook: str, values: Parameters) -> Path:
         the run's folder.
 
     Raises:
-        RunError: the notebook failed (the message ends with its error), or its folder is in use.
+        RunError: it names what is not there, the notebook failed (the message ends with its error), or its folder is in
+            use.
     """
     folder = own_folder(notebook, values)
     title = f"{notebook} / {folder.relative_to(outputs_folder(values) / notebook)}"
     if finished(notebook, values):
         print(f"{title}: finished before, left as it is: {folder / 'run.html'}")
         return folder
+    check_inputs(values)
     make_folder(folder)
     began = time.perf_counter()
     try:
@@ -628,14 +675,38 @@ def expand(base: Parameters, grid: list[dict[str, list[Any]]], notebook: str, so
 
 
 def _meant(file: Path, content: Mapping[str, Any]) -> str:
-    """The command that was probably meant, where a file of parameters was given as a batch."""
+    """The command that was probably meant, where a file of parameters was given as a batch; else an empty string."""
     named = [file.absolute().parent.name] if file.absolute().parent.name in parameters.NOTEBOOKS else []
     fitting = named or [
         name
         for name, schema in parameters.NOTEBOOKS.items()
         if content and content.keys() <= schema.model_fields.keys()
     ]
-    return f"These are parameters of a notebook: scaled-ql run {fitting[0]} {file}" if fitting else ""
+    return f"scaled-ql run {fitting[0]} {file}" if fitting else ""
+
+
+def near_command(target: str, file: str = "") -> str:
+    """The command that was probably meant by ``scaled-ql run TARGET FILE``, or an empty string where none is near.
+
+    Args:
+        target: a notebook, or a batch.
+        file: of parameters; "" for none.
+    """
+    home = workspace()
+    files = {os.path.relpath(path): path for path in (home / "params").rglob("*.yaml")}
+    batches = {path.stem: name for name, path in files.items() if path.parent.name == "batches"}
+    known = {name: name for name in (*parameters.NOTEBOOKS, *files)} | batches
+    known |= {f"{stem}.yaml": name for stem, name in batches.items()}
+    near = difflib.get_close_matches(target, known, n=1)
+    if not near:
+        return ""
+    if not file:
+        return f"scaled-ql run {known[near[0]]}"
+    of_notebook = {name: name for name, path in files.items() if path.parent.name == near[0]}
+    of_notebook |= {Path(name).name: name for name in of_notebook}
+    there = os.path.isfile(file)  # noqa: PTH113 - of pathlib, a name that is too long is an error
+    files_near = [file] if there else difflib.get_close_matches(file, of_notebook, n=1)
+    return f"scaled-ql run {near[0]} {of_notebook.get(files_near[0], files_near[0])}" if files_near else ""
 
 
 def load_batch(file: str | Path, overrides: Mapping[str, Any]) -> list[Step]:
@@ -648,17 +719,21 @@ def load_batch(file: str | Path, overrides: Mapping[str, Any]) -> list[Step]:
     try:
         batch = _Batch.model_validate(content)
     except pydantic.ValidationError as error:
+        meant = _meant(Path(file), content)
+        if meant:
+            raise ParameterError(f"{file}: parameters of a notebook, not a batch. Did you mean: {meant}") from None
         mistakes = "; ".join(
             f"{'.'.join(map(str, mistake['loc']))}: {mistake['msg']}, got {mistake['input']!r}"
             for mistake in error.errors()
         )
         raise ParameterError(
-            f"{file}: not a batch, a list of steps with notebook, parameters and grid ({mistakes}). "
-            f"{_meant(Path(file), content)}"
+            f"{file}: not a batch, a list of steps with notebook, parameters and grid ({mistakes})."
         ) from None
     steps = []
     for step in batch.steps:
         source = workspace() / "params" / step.notebook / step.parameters
+        if step.notebook not in parameters.NOTEBOOKS:
+            parameters.check(step.notebook, {}, str(file))
         base = parameters.check(step.notebook, {**parameters.load(source), **overrides}, str(source))
         cells = expand(base, step.grid, step.notebook, f"{file}: {step.parameters}")
         steps.append(Step(step.notebook, cells, step.retries))

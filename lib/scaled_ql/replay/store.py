@@ -695,7 +695,7 @@ def open_replay(path: str | os.PathLike, view: View | str | os.PathLike | None =
             keys = [key.decode() for key in kvstore.list().result() if key.endswith(b"/manifest.json")]
         else:
             folder = Path(path).absolute()
-            if not folder.is_dir():
+            if not os.path.isdir(folder):  # noqa: PTH112 - pathlib's raises where a name is too long
                 raise ReplayError(
                     f"{folder}: no such replay folder. Record one with notebooks/00_data_collection.ipynb."
                 )
