@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -98,10 +99,11 @@ def test_a_report_needs_no_network_and_shows_no_widget(tmp_path: Path) -> None:
         assert word not in html
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess:
+def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "scaled_ql.command", *map(str, arguments)], capture_output=True, text=True, timeout=300
-    )
+        [sys.executable, "-m", "scaled_ql.command", *map(str, arguments)], capture_output=True, text=True, timeout=300,
+        env={**os.environ, **environment},
+    )  # fmt: skip
 
 
 def test_the_command_lists_all_mistakes_and_runs_nothing(tmp_path: Path) -> None:
@@ -235,3 +237,23 @@ def test_parameters_that_are_given_as_a_batch_name_the_command(workspace: Path) 
     with pytest.raises(ParameterError, match=r"scaled-ql run 02_scaled_training .*quickstart\.yaml") as error:
         runs.load_batch(file, {})
     assert "\n" not in str(error.value)
+
+
+ASCII = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def test_a_locale_of_ascii_changes_nothing(recording: Path, tmp_path: Path) -> None:
+    given = ("-p", "dataset", recording, "--outputs", tmp_path)
+    done = command("run", "01_data_exploration", *given, **ASCII)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "01_data_exploration" / "default"
+    assert "84 × 84" in (folder / "run.html").read_text(encoding="utf-8")
+    assert "84 × 84" in (folder / "run.ipynb").read_text(encoding="utf-8")
+    again = command("run", "01_data_exploration", *given, **ASCII)
+    assert again.returncode == 0 and "finished before" in again.stdout
+
+
+def test_a_path_that_the_locale_does_not_know_is_one_line(tmp_path: Path) -> None:
+    done = command("run", "00_data_collection", "--outputs", tmp_path / "é", **ASCII)
+    assert done.returncode == 1 and "Set PYTHONUTF8=1" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "é").exists()

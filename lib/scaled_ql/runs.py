@@ -392,7 +392,13 @@ def make_folder(folder: Path) -> None:
         RunError: it cannot be made.
     """
     try:
+        str(folder).encode()
         folder.mkdir(parents=True, exist_ok=True)
+    except UnicodeEncodeError as error:
+        raise RunError(
+            f"{os.fsencode(folder)!r}: not a path in this locale ({error.reason}). Set PYTHONUTF8=1, or outputs to "
+            "another folder."
+        ) from error
     except OSError as error:
         raise RunError(f"{folder}: cannot be made ({error}). Set outputs to a folder that can be written.") from error
 

@@ -490,9 +490,12 @@ def _finished(plan: Plan) -> dict[str, Any] | None:
     file = Path(plan.parts[0].folder) / "import.json"
     if not file.exists():
         return None
-    report = json.loads(file.read_text())
-    same = report["files"] == [part.file for part in plan.parts]
-    whole = report["complete"] and not report["left_out"]
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        same = report["files"] == [part.file for part in plan.parts]
+        whole = report["complete"] and not report["left_out"]
+    except (ValueError, KeyError, TypeError):
+        return None  # it is made again
     return report if whole and same and all(_read_part(part) for part in plan.parts) else None
 
 
