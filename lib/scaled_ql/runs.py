@@ -736,11 +736,14 @@ def load_batch(file: str | Path, overrides: Mapping[str, Any]) -> list[Step]:
             f"{file}: not a batch, a list of steps with notebook, parameters and grid ({mistakes})."
         ) from None
     steps = []
-    for step in batch.steps:
+    for number, step in enumerate(batch.steps, 1):
         source = workspace() / "params" / step.notebook / step.parameters
-        if step.notebook not in parameters.NOTEBOOKS:
-            parameters.check(step.notebook, {}, str(file))
-        base = parameters.check(step.notebook, {**parameters.load(source), **overrides}, str(source))
-        cells = expand(base, step.grid, step.notebook, f"{file}: {step.parameters}")
+        try:
+            if step.notebook not in parameters.NOTEBOOKS:
+                parameters.check(step.notebook, {}, "notebook")
+            base = parameters.check(step.notebook, {**parameters.load(source), **overrides}, str(source))
+            cells = expand(base, step.grid, step.notebook, step.parameters)
+        except ParameterError as error:
+            raise ParameterError(f"{file}, step {number}: {error}") from error
         steps.append(Step(step.notebook, cells, step.retries))
     return steps

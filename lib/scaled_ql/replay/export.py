@@ -50,7 +50,7 @@ def export_dqn_replay(
                 if any(folder.iterdir()):
                     raise ReplayError(f"{folder}: is not empty. Choose another destination, or delete it.")
                 _export_run(replay, game, manifest["run"], folder, rows_per_file)
-                (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+                (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
             except OSError as error:
                 raise ReplayError(f"{folder}: cannot be written ({error}). Make room, or choose another.") from error
 
