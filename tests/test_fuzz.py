@@ -23,6 +23,7 @@ from dopamine_log import DopamineLog
 from test_rl_unplugged import three_files, write_run
 
 from scaled_ql import documents, parameters, runs, training
+from scaled_ql.games import action_names
 from scaled_ql.parameters import ParameterError
 from scaled_ql.replay import (
     ReplayError,
@@ -206,11 +207,12 @@ def test_rl_unplugged_records(tmp_path: Path) -> None:
 def test_stores(small_blocks: None, tmp_path: Path) -> None:
     """Manifests and journals, half of the inputs, and all other files."""
     rng = np.random.default_rng(0)
-    with ReplayWriter(tmp_path, "Pong", 1, source="test") as writer:
+    settings = {"source": "test", "sticky_actions": 0.25, "actions": list(action_names("Pong"))}
+    with ReplayWriter(tmp_path, "Pong", 1, **settings) as writer:
         for length in (7, 5, 9, 6):
             frames = rng.integers(0, 256, (length + 1, 84, 84), dtype=np.uint8)
             columns = rng.integers(0, 6, length), rng.integers(-1, 2, length).astype(np.float32)
-            writer.append(frames, *columns, terminal=length != 9)
+            writer.append(frames[:-1], *columns, terminal=length != 9, final_observation=frames[-1])
 
     def content() -> list:
         replay = open_replay(tmp_path)
@@ -226,7 +228,12 @@ def test_stores(small_blocks: None, tmp_path: Path) -> None:
     expected = content()
 
     def read() -> None:
-        assert content() == expected, "read as something else"
+        found = content()
+        episodes = len(found[1]["start"])
+        # A line that the journal's end cuts off was never committed: the episodes before it are all there is.
+        assert found == expected or found[:2] == [
+            expected[0], {name: values[:episodes] for name, values in expected[1].items()}
+        ], "read as something else"  # fmt: skip
 
     folder = tmp_path / "Pong" / "1"
     texts = [folder / "manifest.json", folder / "episodes.jsonl"]

@@ -340,7 +340,7 @@ def _commit(
     if not manifest["rewards"]:  # logs do not say it
         clipped = max(episode["largest"] for episode in episodes) <= 1
         manifest = manifest | {"rewards": "clipped" if clipped else "raw"}
-    fmt.write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
+    fmt.write_file(folder / "manifest.json", fmt.encode_manifest(manifest))
 
 
 class _Here(Executor):
