@@ -6,10 +6,12 @@ checksum, and may say something else than before: it is accepted as exactly what
 
 import collections
 import gzip
+import os
 import re
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -149,6 +151,16 @@ def campaign(
 
 
 @pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    """In memory where there is such a folder: an import waits for the disk a dozen times."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, size in {"INNER_CHUNK": 4, "FRAME_SHARD": 16, "SCALAR_CHUNK": 4, "SCALAR_SHARD": 16}.items():
         monkeypatch.setattr(fmt, name, size)
@@ -161,10 +173,8 @@ def same_import(run_import: Callable, source: Path, folder: Path) -> Callable[[]
 
     def identity() -> str:
         shutil.rmtree(folder, ignore_errors=True)
-        run_import(source, folder)
-        replay = open_replay(folder)
-        assert replay.validate() == []
-        return replay.identity()
+        run_import(source, folder)  # which reads everything back, and compares it with the rows' checksums
+        return open_replay(folder).identity()
 
     expected = identity()
 
@@ -194,14 +204,14 @@ def test_dqn_replay_logs(small_blocks: None, tmp_path: Path) -> None:
     files = sorted(file for file in log.folder.iterdir() if not file.name.startswith("invalid_range"))
     read = same_import(import_dqn_replay, tmp_path / "source", tmp_path / "store")
     # Dopamine's rows have no checksum of their own: below gzip's only the header is damaged.
-    campaign(files, 2_000, in_gzip(slice(0, 128)), read, ReplayError, lambda file: file.name)
+    campaign(files, 1_000, in_gzip(slice(0, 128)), read, ReplayError, lambda file: file.name)
 
 
 def test_rl_unplugged_records(tmp_path: Path) -> None:
     write_run(tmp_path / "source", three_files())
     files = sorted((tmp_path / "source" / "Pong").iterdir())
     read = same_import(import_rl_unplugged, tmp_path / "source", tmp_path / "store")
-    campaign(files, 2_000, in_gzip(slice(None)), read, ReplayError, lambda file: file.name)
+    campaign(files, 1_000, in_gzip(slice(None)), read, ReplayError, lambda file: file.name)
 
 
 def test_stores(small_blocks: None, tmp_path: Path) -> None:
@@ -238,12 +248,12 @@ def test_stores(small_blocks: None, tmp_path: Path) -> None:
     folder = tmp_path / "Pong" / "1"
     texts = [folder / "manifest.json", folder / "episodes.jsonl"]
     others = sorted(file for file in folder.rglob("*") if file.is_file() and file not in texts and file.stat().st_size)
-    campaign(texts, 1_000, edited, read, ReplayError, lambda file: file.name)
+    campaign(texts, 2_000, edited, read, ReplayError, lambda file: file.name)
 
     def names(file: Path) -> str:
         return file.name if file.parent == folder else file.parent.name
 
-    campaign(others, 1_000, damaged, read, ReplayError, names)
+    campaign(others, 2_000, damaged, read, ReplayError, names)
 
 
 def scalars(node: yaml.Node) -> object:
@@ -333,7 +343,7 @@ def test_batches(tmp_path: Path) -> None:
             assert [step.notebook for step in steps] == [step["notebook"] for step in values["steps"]]
             assert [step.retries for step in steps] == [step.get("retries", 2) for step in values["steps"]]
 
-        share = 700 * (number + 1) // len(files) - 700 * number // len(files)
+        share = 1_000 * (number + 1) // len(files) - 1_000 * number // len(files)
         campaign([file], share, edited, read, ParameterError)
 
 
@@ -356,4 +366,4 @@ def test_checkpoints(tmp_path: Path) -> None:
         assert [row["loss"] for row in checkpoints.window] == [np.float32(0.5)]
 
     files = sorted(file for file in tmp_path.rglob("*") if file.is_file() and file.stat().st_size)
-    campaign(files, 800, damaged, read, training.CheckpointError, lambda file: str(tmp_path / "7"))
+    campaign(files, 500, damaged, read, training.CheckpointError, lambda file: str(tmp_path / "7"))
