@@ -4,12 +4,13 @@ import json
 import shlex
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
-from scaled_ql import ablations, metrics, parameters
+from scaled_ql import ablations, metrics, parameters, plots
 from scaled_ql.games import reference_score
 
 BASE = parameters.check("02_scaled_training", {"run": "base", "encoder": "nature", "alpha": 1.0})
@@ -32,7 +33,13 @@ def write(outputs, name, scores, *, state="finished", data="abc", **changes):
                 reference_score(game, who) if game in GAMES else who == "human" for who in ("random", "human")
             )
             returns[game] = {"agent_return": random + score * (human - random), "agent_episodes": 3}
-        summary = {"games": returns, "dataset": data, "parameters": 1_000, "steps": 5}
+        summary = {
+            "games": returns,
+            "dataset": data,
+            "parameters": 72_600_000,
+            "steps": 5,
+            "paper_parameters": 30_700_000,
+        }
         (folder / "summary.json").write_text(json.dumps(summary))
 
 
@@ -147,6 +154,84 @@ def test_runs_of_another_protocol_are_another_comparison(outputs: Path) -> None:
     write(outputs, "view", scores_of(1, 1, 1), seed=9, view="half")
     table = ablations.compare(ablations.gather(outputs), BASE, VARIANTS, **FEW)
     assert list(table["runs"]) == [2, 3]
+
+
+def test_a_claim_whose_runs_were_evaluated_otherwise_is_refused_and_names_them(outputs: Path) -> None:
+    write(outputs, "other-0", scores_of(1, 1, 1), encoder="impala_x1", eval_max_steps=5)
+    for seed in (0, 1):
+        write(outputs, f"aside-{seed}", scores_of(1, 1, 1), seed=seed, eval_epsilon=0.5)
+        write(outputs, f"impala-{seed}", scores_of(0, 0, 0), seed=seed, encoder="impala_x1", head="mse")
+    gathered = ablations.gather(outputs)
+    table = ablations.compare(gathered, BASE, VARIANTS, {"encoder": ["nature", "impala_x1"]}, **FEW)
+    differences = ablations.difference(gathered, table, "C51", "MSE", **FEW)
+    assert list(differences["verdict"]) == ["yes", "refused"], "with seeds enough, others are another comparison"
+    said = ablations.verdicts(differences)
+    assert said[1] == (
+        "**C51 > MSE** (impala_x1): no verdict, these runs were evaluated otherwise: "
+        "other-0 (eval_max_steps 5, not 27000)."
+    )
+    assert "aside" not in said[0]
+
+
+def test_sizes_are_the_papers_count_with_the_total_beside(outputs: Path) -> None:
+    folder = outputs / "02_scaled_training" / "base.encoder"
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["paper_parameters"]  # as in runs before it was recorded
+    (folder / "summary.json").write_text(json.dumps(summary))
+    encoders = {"encoder": ["nature", "resnet_narrow", "impala_x1"]}
+    table = ablations.compare(ablations.gather(outputs), BASE, {"C51": {}}, encoders, **FEW)
+    shown = ablations.shown(table)
+    assert list(shown["parameters, millions"]) == ["30.7", "", ""]
+    assert list(shown["in all, millions"]) == ["72.6", "72.6", ""]
+
+
+def cut_short(outputs: Path, run: str, game: str, percent: float) -> None:
+    """As a run whose episodes in a game were truncated says it."""
+    file = outputs / "02_scaled_training" / run / "summary.json"
+    summary = json.loads(file.read_text())
+    summary["games"][game]["truncated_percent"] = percent
+    file.write_text(json.dumps(summary))
+
+
+def test_a_game_of_mostly_truncated_episodes_counts_in_no_score(outputs: Path) -> None:
+    short = {"eval_max_steps": 600}
+    for seed, values in enumerate([(0.1, 0.2, 0.9), (0.3, 0.4, 0.9)]):
+        write(outputs, f"short.c51.seed-{seed}", scores_of(*values), seed=seed, **short)
+        write(outputs, f"short.mse.seed-{seed}", scores_of(0.0, 0.1, 0.9), seed=seed, head="mse", **short)
+    cut_short(outputs, "short.mse.seed-1", "Pong", 60.0)
+    cut_short(outputs, "short.c51.seed-0", "Freeway", 50.0)
+    base = BASE.model_copy(update=short)
+    gathered = ablations.gather(outputs)
+    table = ablations.compare(gathered, base, VARIANTS, statistic=metrics.mean, **FEW).set_index("variant")
+    assert table["score"].to_dict() == pytest.approx({"MSE": 0.05, "C51": 0.25}), "of Breakout and Freeway"
+    assert table["truncated"].to_dict() == pytest.approx({"MSE": 0.1, "C51": 0.5 / 6})
+    shown = ablations.shown(table.reset_index())
+    assert list(shown["truncated, %"]) == ["10", "8"] and list(shown["without, as cut short"]) == ["Pong", "Pong"]
+    (row,) = ablations.difference(gathered, table.reset_index(), "C51", "MSE", statistic=metrics.mean, **FEW).to_dict(
+        "records"
+    )
+    assert row["difference"] == pytest.approx(0.2)
+    raw = ablations.per_game(gathered, table.reset_index())
+    assert raw["MSE, truncated %"].to_dict() == {"Breakout": 0, "Freeway": 0, "Pong": 30}
+
+
+def test_nothing_follows_where_every_game_was_cut_short(outputs: Path) -> None:
+    for seed in range(2):
+        for head in ("c51", "mse"):
+            name = f"short.{head}.seed-{seed}"
+            write(outputs, name, scores_of(0.1, 0.2, 0.9), seed=seed, head=head, eval_max_steps=600)
+            for game in GAMES:
+                cut_short(outputs, name, game, 100.0)
+    gathered, base = ablations.gather(outputs), BASE.model_copy(update={"eval_max_steps": 600})
+    compared = ablations.compare(gathered, base, VARIANTS, **FEW)
+    shown = ablations.shown(compared)
+    assert list(shown["score, %"]) == ["none", "none"] and list(shown["of"]) == ["2 runs", "2 runs"]
+    found = ablations.difference(gathered, compared, "C51", "MSE", **FEW)
+    assert list(found["verdict"]) == ["no score"]
+    runs = ", ".join(f"short.{head}.seed-{seed}" for head in ("c51", "mse") for seed in range(2))
+    assert ablations.verdicts(found) == [f"**C51 > MSE**: no verdict, most episodes were cut short in {runs}."]
+    plots.ablation(compared)
+    plt.close("all")
 
 
 def test_a_game_without_reference_scores_is_left_out_of_normalised_scores(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from scaled_ql.collect import SCRIPTED_PLAYERS, epsilon_at, play_episode, record, record_game
-from scaled_ql.environments import make_environment
-from scaled_ql.games import UnknownGame, action_names, rom_md5
+from scaled_ql.environments import make_environment, rules
+from scaled_ql.games import RULES, UnknownGame, action_names, rom_md5
 from scaled_ql.replay import ReplayError, open_replay
 
 SHORT = {"seed": 4, "max_steps": 60}  # every episode is cut after 60 steps
@@ -92,6 +92,7 @@ def test_what_a_recording_says_about_itself(recording):
     assert manifest["rom_md5"] == rom_md5("Breakout")
     assert manifest["sticky_actions"] == 0.25
     assert manifest["rewards"] == "raw"
+    assert {name: manifest[name] for name in RULES} == rules(sticky_actions=0.25, max_steps=60)
     assert set(replay.actions("Breakout")) == {0, 1, 2, 3}
     epsilon = replay.episodes("Breakout")["epsilon"]
     np.testing.assert_allclose(epsilon, [1, 0.7, 0.4, 0.1, 0.1, 0.1])

@@ -15,7 +15,7 @@ from dopamine_log import DopamineLog, column_file, load, read_log, save, unique_
 from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
-from scaled_ql.games import action_names
+from scaled_ql.games import FULL_ACTIONS, action_names
 from scaled_ql.replay import (
     ReplayError,
     ReplayWriter,
@@ -818,6 +818,191 @@ def test_pickle_is_refused_and_never_loaded(tmp_path, name):
         assert not trap.exists() and report is not None
         shutil.rmtree(tmp_path / "rest")
         shutil.rmtree(tmp_path / "store")
+
+
+# Actions of another set
+
+
+def log_of_actions(source, actions, game="Breakout", bad=None):
+    """An episode of frames told apart, with these actions; `bad` maps a step to what is stored in its place."""
+    log = DopamineLog(source, game=game, capacity=len(actions) + 50)
+    for step, action in enumerate(actions):
+        log.add(unique_frame(step), action, 0.0, step == len(actions) - 1, (bad or {}).get(step))
+    log.finish()
+    return log
+
+
+def test_a_log_of_the_full_set_is_refused_and_can_be_mapped(tmp_path):
+    """Read as the game's own, RIGHT would be LEFT and most of the rest left out."""
+    names = ["NOOP", "FIRE", "RIGHT", "LEFT"] * 15
+    log_of_actions(tmp_path / "source", [FULL_ACTIONS.index(name) for name in names])
+    with pytest.raises(ReplayError, match=r"observation.*15 of 63 rows are invalid.* 0 to 4.*full set.*--actions full"):
+        import_dqn_replay(tmp_path / "source", tmp_path / "store")
+    assert not (tmp_path / "store/Breakout/1/manifest.json").exists()
+    report = import_dqn_replay(tmp_path / "source", tmp_path / "mapped", actions="full")
+    replay = open_replay(tmp_path / "mapped")
+    assert (report.excluded, replay.validate()) == ([], [])
+    assert [replay.action_names("Breakout")[action] for action in replay.actions("Breakout")] == names
+    assert replay.manifests("Breakout")[0]["action_set"] == "full"
+
+
+def test_a_log_of_the_games_own_set_is_not_mapped(tmp_path):
+    log_of_actions(tmp_path / "source", [0, 1, 2, 3] * 15)
+    with pytest.raises(ReplayError, match=r"15 of 63 rows are invalid.*read as the full set.*Breakout lacks UP"):
+        import_dqn_replay(tmp_path / "source", tmp_path / "store", actions="full")
+    with pytest.raises(ReplayError, match=r"actions is 'all'; expected 'minimal' or 'full'"):
+        import_dqn_replay(tmp_path / "source", tmp_path / "store", actions="all")
+
+
+@pytest.mark.parametrize("rows, bad, stops", [(60, 5, False), (60, 6, True), (3000, 30, False), (3000, 31, True)])
+@pytest.mark.parametrize("kind", [{"action": 99}, {"reward": np.float32(np.nan)}])
+def test_more_invalid_rows_than_damage_explains_end_the_import(tmp_path, rows, bad, stops, kind):
+    log_of_actions(tmp_path / "source", [1] * rows, bad={2 + 3 * step: kind for step in range(bad)})
+    if not stops:
+        assert len(import_dqn_replay(tmp_path / "source", tmp_path / "store").excluded) == bad
+        return
+    with pytest.raises(
+        ReplayError, match=rf"{bad} of {rows + 3:,} rows are invalid, more than 1%.*damaged or of another"
+    ):
+        import_dqn_replay(tmp_path / "source", tmp_path / "store")
+    skipped = import_dqn_replay(tmp_path / "source", tmp_path / "store", skip_bad=True)
+    assert len(skipped.left_out) == 1 and skipped.transitions == 0
+
+
+# Where a source lies
+
+
+def linked(link, target):
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(target)
+
+
+@pytest.mark.parametrize("kind", ["source", "game", "run", "replay_logs", "files"])
+def test_symbolic_links_are_followed(tmp_path, kind):
+    log = write_log(tmp_path / "real")
+    source, at = (
+        tmp_path / "source",
+        {"source": "", "game": "Pong", "run": "Pong/1", "replay_logs": "Pong/1/replay_logs"},
+    )
+    if kind == "files":
+        for file in log.folder.iterdir():
+            linked(source / "Pong/1/replay_logs" / file.name, file)
+    else:
+        linked(source / at[kind], tmp_path / "real" / at[kind])
+    for name, address in (("by path", source), ("by URL", source.as_uri())):
+        import_dqn_replay(address, tmp_path / name)
+        check_holds(tmp_path / name, log.episodes())
+
+
+def test_a_source_that_moved_or_is_named_otherwise(tmp_path, monkeypatch):
+    log = write_log(tmp_path / "source")
+    import_dqn_replay(tmp_path / "source", tmp_path / "store")
+    before = mtimes(tmp_path / "store")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "source").rename(tmp_path / "elsewhere/moved")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for address in (
+        (tmp_path / "elsewhere/moved"),
+        (tmp_path / "elsewhere/moved").as_uri(),
+        "moved",
+        "../elsewhere/moved",
+    ):
+        report = import_dqn_replay(address, "../store")
+        assert report.transitions == sum(len(episode["indices"]) for episode in log.episodes())
+        assert mtimes(tmp_path / "store") == before  # nothing was done twice
+
+
+def test_a_source_that_moved_and_grew(tmp_path):
+    log = DopamineLog(tmp_path / "source")
+    log.add_episode(30, terminal=False)
+    import_dqn_replay(tmp_path / "source", tmp_path / "store")
+    (tmp_path / "source").rename(tmp_path / "moved")
+    log.folder = tmp_path / "moved/Pong/1/replay_logs"
+    log.add_episode(30)
+    log.finish()
+    import_dqn_replay((tmp_path / "moved").as_uri(), tmp_path / "store")
+    check_holds(tmp_path / "store", log.episodes())
+
+
+def test_another_log_of_the_same_game_is_refused(tmp_path):
+    write_log(tmp_path / "source")
+    import_dqn_replay(tmp_path / "source", tmp_path / "store")
+    before = contents(tmp_path / "store")
+    write_log(tmp_path / "other", (11, 3, 30), seed=5)
+    with pytest.raises(ReplayError, match=r"Pong/1: holds other data \(DQN-Replay, from file://.*source\)"):
+        import_dqn_replay(tmp_path / "other", tmp_path / "store")
+    assert contents(tmp_path / "store") == before
+
+
+@pytest.mark.parametrize("up", ["..", "sub/../..", "../up/../other"])
+def test_destinations_above_the_working_folder(tmp_path, monkeypatch, up):
+    log = write_log(tmp_path / "source")
+    (tmp_path / "here/sub").mkdir(parents=True)
+    (tmp_path / "up").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    import_dqn_replay("../source", f"{up}/store", workers=1)
+    check_holds(f"{up}/store", log.episodes())
+    export_dqn_replay(open_replay(f"{up}/store"), f"{up}/again", rows_per_file=20)
+    import_dqn_replay(f"{up}/again", tmp_path / "back")
+    check_holds(tmp_path / "back", log.episodes())
+
+
+def test_folders_named_by_url(tmp_path, monkeypatch):
+    """Also where a name has spaces, or what looks like a quoted one; nothing is written to a folder called file:."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("with space", "50%20 ü"):
+        log = write_log(tmp_path / name)
+        store, again = tmp_path / f"{name} store", tmp_path / f"{name} again"
+        import_dqn_replay((tmp_path / name).as_uri(), store.as_uri())
+        check_holds(store.as_uri(), log.episodes())
+        export_dqn_replay(store.as_uri(), again.as_uri(), rows_per_file=20)
+        assert (again / "Pong/1/replay_logs/add_count_ckpt.0.gz").exists()
+        with ReplayWriter(
+            tmp_path.as_uri() + "/own", "Pong", actions=action_names("Pong"), source="me", sticky_actions=0
+        ):
+            assert (tmp_path / "own/Pong/1").is_dir()
+    for command in (import_dqn_replay, export_dqn_replay):
+        with pytest.raises(ReplayError, match="gs://bucket/store: is on no local disk"):
+            command(tmp_path / (name if command is import_dqn_replay else f"{name} store"), "gs://bucket/store")
+    assert not (tmp_path / "file:").exists() and not (tmp_path / "gs:").exists()
+
+
+LEVELS = {
+    "Pong": r"is the folder of one game, with the runs 1\. .*one folder per game: {source}\.",
+    "Pong/1": r"is the folder of one run, with replay_logs in it\. .*one folder per game: {source}\.",
+    "Pong/1/replay_logs": r"is a folder of Dopamine's files, .*one folder per game: {source}\.",
+}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_source_that_is_levels_off_is_named(tmp_path, level):
+    write_log(tmp_path / "source")
+    for address in (tmp_path / "source" / level, (tmp_path / "source" / level).as_uri()):
+        with pytest.raises(ReplayError, match=f"{level}: " + LEVELS[level].format(source=tmp_path / "source")):
+            import_dqn_replay(address, tmp_path / "store")
+
+
+def test_files_without_their_folder_are_named(tmp_path):
+    log = write_log(tmp_path / "source")
+    log.folder.rename(tmp_path / "logs")
+    for file in (tmp_path / "logs").iterdir():
+        file.rename(log.folder.parent / file.name)
+    with pytest.raises(
+        ReplayError, match=r"Pong/1: has Dopamine's files, but no folder replay_logs\. Expected .*Pong/1/re"
+    ):
+        import_dqn_replay(tmp_path / "source", tmp_path / "store")
+    log.folder.parent.rename(tmp_path / "1")
+    for file in (tmp_path / "1").iterdir():
+        file.rename(tmp_path / "source/Pong" / file.name)
+    with pytest.raises(ReplayError, match=r"Pong: .*Dopamine's files.*Expected .*Pong/<run>/replay_logs/"):
+        import_dqn_replay(tmp_path / "source", tmp_path / "store")
+    (tmp_path / "above/source").mkdir(parents=True)
+    write_log(tmp_path / "above/source")
+    for games in (None, ["Pong"]):
+        with pytest.raises(
+            ReplayError, match=r"above: holds no game's folder, but .*above/source does .*: .*above/source\."
+        ):
+            import_dqn_replay(tmp_path / "above", tmp_path / "store", games)
 
 
 # Bad folders

@@ -1,13 +1,28 @@
 """Both kinds of environment show the same frames, and these are the paper's preprocessing of ALE's screens."""
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import ale_py
 import cv2
 import numpy as np
 import pytest
 from ale_py import roms
 
-from scaled_ql.environments import make_environment, make_vector_environment
-from scaled_ql.games import UnknownGame, UnknownVariant, action_names, rom_name
+from scaled_ql import environments as environments_module
+from scaled_ql.environments import (
+    EnvironmentDied,
+    UnknownAction,
+    compare_rules,
+    differing_rules,
+    make_environment,
+    make_vector_environment,
+    rules,
+)
+from scaled_ql.games import RULES, UnknownGame, UnknownVariant, action_names, rom_name
 
 
 def naive_frames(game, actions, sticky_actions, seed):
@@ -171,6 +186,84 @@ def test_a_variant_that_the_game_has_not_is_named_with_those_it_has():
         make_environment("Breakout", mode=5)
     with pytest.raises(UnknownVariant, match=r"difficult.* 7.* 0, 1"):
         make_vector_environment("Breakout", 2, difficulty=7)
+
+
+@pytest.mark.parametrize("wrong", [4, -1, 17])
+def test_actions_outside_the_set_are_never_sent(wrong):
+    """ALE's threads never answer them, and its single environment takes -1 for the last action."""
+    single = make_environment("Breakout")
+    single.reset(seed=0)
+    with pytest.raises(UnknownAction, match=rf"Breakout: actions \[{wrong}\] .* 0 to 3"):
+        single.step(wrong)
+    (mode, *_), _ = variants("Breakout")
+    for variant in ({}, {"mode": mode}):
+        environments = make_vector_environment("Breakout", 2, **variant)
+        environments.reset(seed=0)
+        for send in (environments.send, environments.step):
+            with pytest.raises(UnknownAction, match=rf"Breakout: actions \[{wrong}\] .* 0 to 3"):
+                send(np.array([0, wrong]))
+        environments.step(np.array([0, 3]))  # it still plays
+        environments.close()
+
+
+def test_nothing_waits_without_a_limit(monkeypatch):
+    """Whatever keeps environments from answering: here no step was begun, and a process was stopped."""
+    threads = make_vector_environment("Breakout", 2)
+    threads.reset(seed=0)
+    monkeypatch.setattr(environments_module, "STEP_SECONDS", 1.0)
+    with pytest.raises(EnvironmentDied, match=r"Breakout: no answer .* within 1 s"):
+        threads.recv()
+    (mode, *_), _ = variants("Breakout")
+    monkeypatch.setattr(environments_module, "STEP_SECONDS", 60.0)
+    processes = make_vector_environment("Breakout", 2, mode=mode)
+    processes.reset(seed=0)
+    monkeypatch.setattr(environments_module, "STEP_SECONDS", 1.0)
+    os.kill(processes.processes[1].pid, signal.SIGSTOP)
+    with pytest.raises(EnvironmentDied, match="Breakout: an environment does not answer"):
+        processes.reset(seed=0)
+    assert not any(process.is_alive() for process in processes.processes)
+
+
+SCRIPTS = {
+    "environments": "from scaled_ql.environments import *; make_vector_environment('Breakout', 2, mode=0)",
+    "players": "from scaled_ql.collect import *; list(record(sys.argv[1], ['Breakout'], 50, seed=0, max_steps=30))",
+    "grids": "from scaled_ql import grids, parameters; grids.run_grid([('00_data_collection', "
+    "parameters.check('00_data_collection', {'outputs': sys.argv[1]}))], workers=1)",
+    "imports": "from scaled_ql.replay import *; import_dqn_replay(sys.argv[2], sys.argv[1], workers=1)",
+}
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_a_script_without_a_main_guard_is_named(tmp_path, kind):
+    script, logs = tmp_path / "script.py", Path(__file__).parent / "data" / "dqn_replay"
+    script.write_text(f"import sys; {SCRIPTS[kind]}\n")
+    command = [sys.executable, str(script), str(tmp_path / "store"), str(logs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert f"{script} starts processes without a main guard" in done.stderr.strip().splitlines()[-1]
+
+
+def test_rules_that_differ():
+    ours = rules(sticky_actions=0.0)
+    assert set(ours) == set(RULES) and None not in ours.values()
+    recorded = [ours | {"frame_skip": [2, 5], "mode": 4}, ours | {"sticky_actions": 0.25, "mode": None}]
+    assert differing_rules(recorded, ours) == [
+        "frame skip: 2 to 5 in the data, 4 here",
+        "sticky actions: 0.25 in the data, 0.0 here",
+        "mode: 4 in the data, default here",
+    ]
+    assert differing_rules([dict.fromkeys(RULES), {}], ours) == []  # nothing is known
+
+
+def test_rules_that_differ_in_a_sentence():
+    ours = rules(sticky_actions=0.0, max_steps=6_000)
+    data = ours | {"sticky_actions": 0.25}
+    assert compare_rules({"Pong": [ours], "Breakout": [ours]}, ours) == "Recorded under no other rules."
+    said = compare_rules({"Pong": [data], "Breakout": [data | {"life_loss_terminal": True, "mode": None}]}, ours)
+    assert said == (
+        "Recorded under other rules: sticky actions: 0.25 in the data, 0.0 here; end of an episode at a lost life: yes "
+        "in the data, no here (Breakout). Not known of the recordings: mode (Breakout)."
+    )
 
 
 def test_unknown_game():

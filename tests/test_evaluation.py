@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaled_ql import evaluation, losses, networks, objectives, training
-from scaled_ql.environments import make_environment
+from scaled_ql.environments import UnknownAction, make_environment
 from scaled_ql.games import action_names
 
 
@@ -179,6 +179,12 @@ def test_an_action_that_the_game_does_not_have_is_refused() -> None:
             evaluation.evaluate(evaluation.constant_action(action), "Breakout", episodes=2, seed=0)
 
 
+def test_a_film_of_a_player_with_other_actions_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnknownAction, match=r"Breakout: actions \[17\] are outside the environment's set, 0 to 3"):
+        evaluation.record_video(always(17, 18), "Breakout", tmp_path / "play.mp4", seed=0, epsilon=0.0, num_steps=5)
+    assert not (tmp_path / "play.mp4").exists()
+
+
 def test_the_best_constant_action_is_the_largest_of_plain_loops() -> None:
     """Each action alone in one environment without sticky actions: the same returns."""
     table = evaluation.best_constant_action("Freeway", episodes=2, seed=0, epsilon=0.0, max_steps=120)
@@ -218,6 +224,17 @@ def test_the_interval_covers_the_mean_and_shrinks_with_the_data() -> None:
     low, high = evaluation.mean_interval(returns)
     assert low < returns.mean() < high
     assert high - low == pytest.approx(2 * 1.96 * returns.std() / 20, rel=0.1)
+
+
+def test_the_score_curve_is_in_order_of_steps_and_knows_complete_plain_evaluations_only(tmp_path: Path) -> None:
+    for step, game, returns in ((1000, "Pong", [1, 3]), (200, "Pong", [0]), (200, "Breakout", [2, 2, 8])):
+        (tmp_path / f"step-{step}").mkdir(exist_ok=True)
+        pd.DataFrame({"episode_return": returns}).to_csv(tmp_path / f"step-{step}" / f"{game}.csv")
+    for other in ("Pong_sampled.csv", ".Qbert.csv.7.partial"):
+        (tmp_path / "step-200" / other).write_text("episode_return\n9\n")
+    rows = [("Breakout", 200, 4.0, 3), ("Pong", 200, 0.0, 1), ("Pong", 1000, 2.0, 2)]
+    assert list(evaluation.score_curve(tmp_path).itertuples(index=False, name=None)) == rows
+    assert evaluation.score_curve(tmp_path / "nothing").empty
 
 
 def test_a_video_plays_and_has_the_frames_asked_for(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from IPython.utils.capture import capture_output
 from PIL import Image
 
 from scaled_ql import evaluation, explore, plots, runs
-from scaled_ql.games import reference_score
+from scaled_ql.environments import rules
+from scaled_ql.games import action_names, reference_score
 from scaled_ql.metrics import human_normalized
 from scaled_ql.replay import ReplayWriter, View, import_dqn_replay, open_replay
 from scaled_ql.replay.store import Replay
@@ -280,6 +281,43 @@ def test_parts_compared_by_hand() -> None:
     assert rows[0]["game"] == "Breakout"
 
 
+def test_beginnings_of_games_have_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of three parts of the recording are mostly of episodes that a step limit ended."""
+    random, human = reference_score("Pong", "random"), reference_score("Pong", "human")
+    cut = [False, True, True, True, False, False]
+    pong = tidy("Pong", 1, [human] * 6, truncated=cut)
+    episodes = pd.concat([pong, tidy("Breakout", 1, [random] * 6, truncated=[True] * 6)], ignore_index=True)
+    quality = explore.quality_over_time(episodes, bins=3)
+    assert quality["human_normalized"].isna().tolist() == [False, True, False, True, True, True]
+    early = episodes["start"] < 40
+    compared = explore.compare_parts(episodes, {"all": episodes["length"] > 0, "early": early})
+    assert compared.loc[("Pong", 1), ("all", "truncated, %")] == 50
+    assert compared.loc[("Pong", 1), ("all", "score, %")] == pytest.approx(100)
+    assert compared.loc[("Pong", 1), ("early", "truncated, %")] == 75
+    assert compared.loc[("Pong", 1), ("early", "mean return")] == human
+    assert np.isnan(compared.loc[("Pong", 1), ("early", "score, %")])
+    assert compared.iloc[-1][("all", "score, %")] == pytest.approx(100), "of Pong alone"
+    assert np.isnan(compared.iloc[-1][("early", "score, %")])
+    shown: list[str] = []
+    monkeypatch.setattr(explore, "display", lambda html: shown.append(html.data))
+    explore.table(compared, none=[("all", "score, %"), ("early", "score, %")])
+    assert shown[0].count(">none<") == 4  # Breakout twice, Pong's early part, and its IQM
+
+
+def test_lives_are_no_games(tmp_path: Path) -> None:
+    about = {"actions": action_names("Pong"), "source": "a test", **rules(sticky_actions=0.25)}
+    for run, by_life in ((1, False), (2, True), (3, None)):
+        with ReplayWriter(tmp_path, "Pong", run, **about | {"life_loss_terminal": by_life, "mode": by_life}) as writer:
+            writer.append(np.ones((3, 84, 84), np.uint8), np.zeros(3, int), np.ones(3), terminal=True)
+    data = open_replay(tmp_path)
+    recorded = explore.recorded_episodes(data)
+    assert recorded["incomplete"].tolist() == [False, True, False]
+    assert explore.overview(data, recorded)["return mean"].tolist() == [3]
+    said = explore.recorded_rules(data)
+    assert said["end of an episode at a lost life"].tolist() == ["no", "yes", "not known"]
+    assert said.loc[("Pong", 1), "sticky actions"] == "0.25" and said.loc[("Pong", 1), "step limit"] == "27000"
+
+
 def test_a_part_may_lack_a_game(imported: Replay) -> None:
     recorded = explore.recorded_episodes(imported)
     compared = explore.compare_parts(recorded, {"all": recorded["length"] > 0, "one": recorded["game"] == "Pong"})
@@ -290,7 +328,8 @@ def test_a_part_may_lack_a_game(imported: Replay) -> None:
 
 
 def test_a_store_of_any_game_is_understood(tmp_path: Path) -> None:
-    with ReplayWriter(tmp_path, "Tetris", actions=["NOOP"], source="nobody", sticky_actions=0, rom_md5="0") as writer:
+    about = {"actions": action_names("Tetris"), "source": "nobody", "sticky_actions": 0, "rom_md5": "0"}
+    with ReplayWriter(tmp_path, "Tetris", **about) as writer:
         writer.append(np.zeros((3, 84, 84), np.uint8), np.zeros(3, int), np.ones(3), terminal=True)
     data = open_replay(tmp_path)
     recorded = explore.recorded_episodes(data)

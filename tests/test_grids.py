@@ -97,7 +97,8 @@ def test_the_table_shows_where_runs_are(tmp_path: Path) -> None:
     (folder / "metrics.jsonl").write_text(line + "\n" + '{"step": 550, "lo')
     done = tmp_path / "00_data_collection" / "ended"
     done.mkdir()
-    scores = {game: {"human-normalised %": score} for game, score in zip("abcd", (0.0, 10.0, 20.0, 90.0))}
+    scores = {game: {"human-normalised %": score} for game, score in zip("abcde", (0.0, 10.0, 20.0, 90.0, None))}
+    scores["f"] = {}  # no reference scores
     (done / "summary.json").write_text(json.dumps({"games": scores}))
     outcomes = {
         run: grids.Outcome(*one, state, 0, "") for run, state, one in

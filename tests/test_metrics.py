@@ -26,6 +26,19 @@ RECORDED_TASKS_HIGH = (1.4615136392545551, 1.8320350255718099, 1.614975153590948
 RECORDED_PROFILE = (1.0, 25 / 30, 22 / 30, 17 / 30, 13 / 30, 7 / 30, 4 / 30)
 
 
+def test_no_score_follows_from_beginnings_of_games() -> None:
+    """Pong: random -20.7, human 14.6. Cut off after 600 steps at 0 : 0 it would be 58.6%."""
+    played = pd.DataFrame({"episode_return": [0.0, 0.0, -20.7, 14.6], "length": 600, "truncated": False})
+    assert metrics.human_normalized_mean("Pong", played) == pytest.approx((-6.1 / 4 + 20.7) / 35.3)
+    for cut, known in ((1, True), (2, True), (3, False), (4, False)):
+        episodes = played.assign(truncated=[number < cut for number in range(4)])
+        assert metrics.cut_short(episodes) == cut / 4
+        assert np.isfinite(metrics.human_normalized_mean("Pong", episodes)) == known
+    limit = played.assign(truncated=True, length=27_000)  # the published scores' own
+    assert metrics.cut_short(limit) == 0 and np.isfinite(metrics.human_normalized_mean("Pong", limit))
+    assert np.isnan(metrics.human_normalized_mean("Pong", played.head(0)))
+
+
 def test_aggregates_are_rliables() -> None:
     assert [aggregate(SCORES) for aggregate in AGGREGATES] == pytest.approx(RECORDED, rel=1e-12)
     assert [aggregate(SCORES[0]) for aggregate in AGGREGATES] == pytest.approx(RECORDED_ONE_RUN, rel=1e-12)

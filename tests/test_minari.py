@@ -11,9 +11,10 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.spaces import Box, Discrete, MultiBinary
-from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
+from gymnasium.wrappers import AtariPreprocessing, ClipReward, FrameStackObservation
 from test_rl_unplugged import check_episodes, contents, mtimes
 
+from scaled_ql.environments import differing_rules, rules
 from scaled_ql.games import action_names
 from scaled_ql.replay import ReplayError, open_replay
 from scaled_ql.replay.minari import import_minari
@@ -46,8 +47,11 @@ def preprocessed(environment, full_action_space=False, **options):
     return AtariPreprocessing(emulator, noop_max=0, **options)
 
 
-def play(environment, episodes=2, steps=60, **options):
-    """A dataset of random play, and what was played: ALE's own grey screen, resized, where it is not preprocessed."""
+def play(environment, episodes=2, steps=60, choice=None, **options):
+    """A dataset of random play, and what was played: ALE's own grey screen, resized, where it is not preprocessed.
+
+    A `choice` of actions is drawn from instead of all.
+    """
     collector = minari.DataCollector(environment, **options)
     rng, played = np.random.default_rng(3), []
 
@@ -63,7 +67,7 @@ def play(environment, episodes=2, steps=60, **options):
         observation, _ = collector.reset(seed=None if number else 3, options={"minari_autoseed": False})
         frames, actions, rewards, terminal = [look(observation)], [], [], False
         while not terminal and len(actions) < steps:
-            chosen = int(rng.integers(environment.action_space.n))
+            chosen = int(rng.choice(choice or environment.action_space.n))
             observation, reward, terminal, _, _ = collector.step(chosen)
             frames.append(look(observation))
             actions.append(chosen)
@@ -113,7 +117,7 @@ def test_actions_of_the_full_set(tmp_path):
     """By name; those that the game has not are left out, and cut the episode."""
     full = tuple(ale_py.Action.__members__)
     environment = preprocessed("ALE/Breakout-v5", full_action_space=True)
-    dataset, (played,) = play(environment, 1, 50, **RAW)
+    dataset, (played,) = play(environment, 1, 50, [0, 1, 3, 4] * 6 + [5, 17], **RAW)
     names = [full[action] for action in played["action"]]
     report = import_minari(dataset, tmp_path / "store")
     pieces, begin = [], 0
@@ -130,6 +134,84 @@ def test_actions_of_the_full_set(tmp_path):
     left_out = [step for step, name in enumerate(names) if name not in action_names("Breakout")]
     assert left_out and [entry["reason"].split(":")[0] for entry in report.excluded] == [f"step {n}" for n in left_out]
     assert f"its action is {played['action'][left_out[0]]}, the game has 0, 1, 3, 4" in report.excluded[0]["reason"]
+
+
+def test_episodes_of_actions_that_the_game_lacks_end_the_import(tmp_path):
+    dataset, _ = play(preprocessed("ALE/Breakout-v5", full_action_space=True), 1, 50, **RAW)
+    with pytest.raises(ReplayError, match=r"episode 0: \d+ of 50 rows are invalid.*Breakout has NOOP.*lacks DOWN"):
+        import_minari(dataset, tmp_path / "store")
+    assert import_minari(dataset, tmp_path / "store", skip_bad=True).left_out
+
+
+RULES = {
+    "as ours": (lambda: preprocessed("ALE/Breakout-v5"), {"frame_skip": 4, "mode": "default", "max_steps": 27_000}),
+    "lives": (lambda: preprocessed("ALE/Breakout-v5", terminal_on_life_loss=True), {"life_loss_terminal": True}),
+    "every frame": (lambda: make("ALE/Breakout-v5", frameskip=1), {"frame_skip": 1, "observation": "colour 210 x 160"}),
+    "drawn": (lambda: make("ALE/Breakout-v5", frameskip=(2, 5)), {"frame_skip": [2, 5], "life_loss_terminal": False}),
+    "variant": (lambda: make("ALE/Breakout-v5", mode=4, difficulty=1), {"mode": 4, "difficulty": 1}),
+    "full": (lambda: make("ALE/Alien-v5", full_action_space=True), {"action_set": "minimal"}),  # Alien has all 18
+    "clipped": (lambda: ClipReward(make("ALE/Breakout-v5"), -1.0, 1.0), {"rewards": "clipped"}),
+}
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_rules_of_the_recording(tmp_path, kind):
+    build, expected = RULES[kind]
+    dataset, _ = play(build(), 1, 30)
+    import_minari(dataset, tmp_path / "store")
+    replay = open_replay(tmp_path / "store")
+    (manifest,) = replay.manifests(replay.games[0])
+    assert {name: manifest[name] for name in expected} == expected
+    differing = differing_rules([manifest | {"rewards": None}], rules(sticky_actions=0.25))  # too short to tell
+    assert bool(differing) == (kind != "as ours"), differing
+
+
+def test_a_dataset_that_moved(tmp_path, root):
+    dataset, _ = play(preprocessed("ALE/Breakout-v5"), **RAW)
+    import_minari(dataset, tmp_path / "store")
+    before = mtimes(tmp_path / "store")
+    (root / "atari").rename(tmp_path / "moved")
+    moved = tmp_path / "moved/breakout/test-v0"
+    (tmp_path / "link").symlink_to(moved)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/data").symlink_to(moved / "data")
+    for place in (moved, moved / "data", moved.as_uri(), tmp_path / "link", tmp_path / "linked"):
+        import_minari(place, tmp_path / "sub/../store")
+        assert mtimes(tmp_path / "store") == before  # nothing was done twice
+
+
+def test_another_dataset_of_the_same_game_is_refused(tmp_path):
+    create(buffers([9, 5]))
+    import_minari(ID, tmp_path / "store")
+    before = contents(tmp_path / "store")
+    create(buffers([9, 6], seed=1), identifier="atari/breakout/other-v0")
+    with pytest.raises(ReplayError, match=r"Breakout/1: holds other data \(Minari atari/breakout/test-v0"):
+        import_minari("atari/breakout/other-v0", tmp_path / "store")
+    assert contents(tmp_path / "store") == before
+
+
+def test_folders_that_are_levels_off_are_named(tmp_path, root):
+    create(buffers([9, 5]))
+    for level in ("", "atari", "atari/breakout"):
+        with pytest.raises(ReplayError, match=rf"{level}: is a folder of datasets\. .*one: {root}/{ID}/data\."):
+            import_minari(root / level, tmp_path / "store")
+    with pytest.raises(ReplayError, match=rf"main_data.hdf5: is a file\. .*: {root}/{ID}/data\."):
+        import_minari(root / ID / "data/main_data.hdf5", tmp_path / "store")
+
+
+@pytest.mark.parametrize("bad", [5, 6])
+def test_more_invalid_steps_than_damage_explains_end_the_import(tmp_path, bad):
+    episodes = buffers([60])
+    for step in range(bad):
+        episodes[0].rewards[5 + 5 * step] = float("nan")
+    create(episodes)
+    if bad == 5:
+        assert len(import_minari(ID, tmp_path / "store").excluded) == 5
+        return
+    with pytest.raises(ReplayError, match=r"episode 0: 6 of 60 rows are invalid, more than 1%"):
+        import_minari(ID, tmp_path / "store")
+    report = import_minari(ID, tmp_path / "store", skip_bad=True)
+    assert (len(report.left_out), report.transitions) == (1, 0)
 
 
 def test_images_that_minari_kept_as_jpeg(tmp_path):
@@ -232,7 +314,7 @@ def test_the_game(tmp_path):
         import_minari("mine-v0", tmp_path / "store")
     import_minari("mine-v0", tmp_path / "store", game="Breakout")
     manifest = check_holds(tmp_path / "store", [naive(episodes[0])]).manifests("Breakout")[0]
-    assert (manifest["sticky_actions"], manifest["frame_skip"]) == (0.25, 4)
+    assert (manifest["sticky_actions"], manifest["frame_skip"]) == (None, None)  # nobody says it
     with pytest.raises(ReplayError, match=r"Brakeout.*Did you mean Breakout.*argument game"):
         import_minari("mine-v0", tmp_path / "store", game="Brakeout")
     create(episodes, env="CartPole-v1", identifier="pole-v0")

@@ -19,8 +19,8 @@ from catch import make_catch
 
 from scaled_ql import losses, networks, online, training
 from scaled_ql.devices import OutOfMemory
-from scaled_ql.environments import EnvironmentDied, make_environment, make_vector_environment
-from scaled_ql.games import UnknownGame, UnknownVariant
+from scaled_ql.environments import EnvironmentDied, make_environment, make_vector_environment, rules
+from scaled_ql.games import RULES, UnknownGame, UnknownVariant
 from scaled_ql.replay import ReplayError, open_replay
 from scaled_ql.replay.ring import Ring
 from scaled_ql.replay.store import Batch
@@ -221,6 +221,10 @@ def test_everything_logged_was_played(tmp_path, sticky, more):
     *_, (state, report) = play(tmp_path, ["Breakout"], make_learner([4]), **(settings | more))
     replay = open_replay(tmp_path / "replay")
     assert replay.validate() == []
+    variant = {name: more[name] for name in ("mode", "difficulty") if name in more}
+    (manifest,) = replay.manifests("Breakout")
+    played = rules(sticky_actions=sticky, max_steps=more["max_steps"], **variant)
+    assert {name: manifest[name] for name in RULES} == played
     (recorded,) = made
     expected = sorted((end, e, *rest) for e in range(3) for end, *rest in naive_episodes(recorded, e))
     table = replay.episodes("Breakout")
@@ -241,7 +245,6 @@ def test_everything_logged_was_played(tmp_path, sticky, more):
     assert int(state.step) == report["updates"] > 0
 
     if not sticky:  # a fresh emulator, stepped one by one, shows the same
-        variant = {name: more[name] for name in ("mode", "difficulty") if name in more}
         fresh = make_environment("Breakout", sticky_actions=0.0, max_steps=more["max_steps"], **variant)
         for number in range(len(table)):
             episode, (frame, _) = replay.episode("Breakout", number), fresh.reset(seed=0)

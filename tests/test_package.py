@@ -10,7 +10,7 @@ import pytest
 
 # From the bottom up; a module imports only what stands before it.
 ORDER = (
-    "documents", "games", "environments", "metrics", "plots",
+    "documents", "games", "processes", "environments", "metrics", "plots",
     "replay.format", "replay.views", "replay.chunks", "replay.shared", "replay.store",
     "replay.writer", "replay.sampling", "replay.workers", "replay.ring",
     "replay.returns", "replay.importing", "replay.dqn_replay", "replay.export", "replay.rl_unplugged", "replay.minari",
@@ -20,7 +20,9 @@ ORDER = (
     "benchmarks", "torch_step", "performance",
     "parameters", "paper", "recorder", "runs", "ablations", "reward_control", "grids", "explore", "command",
 )  # fmt: skip
-WITHOUT_JAX = ("documents", "games", "environments", "replay", "collect", "metrics", "plots", "parameters", "runs")
+WITHOUT_JAX = (
+    "documents", "games", "processes", "environments", "replay", "collect", "metrics", "plots", "parameters", "runs",
+)  # fmt: skip
 
 
 def test_the_top_level_is_the_designs(workspace: Path) -> None:

@@ -15,7 +15,7 @@ VIEW = "forty_games_suboptimal"
 DEFAULTS = {
     "method": "cql", "encoder": "resnet101", "head": "c51", "hidden_sizes": [2048, 1024], "alpha": -1.0, "seed": 0,
     "view": VIEW, "dataset": "dqn_replay", "num_steps": 10_000, "log_every": 100, "data_id": "0123456789ab",
-    "num_parameters": 80_300_000, "eval_epsilon": 0.001, "eval_max_steps": 27_000,
+    "num_parameters": 122_100_000, "paper_parameters": 80_300_000, "eval_epsilon": 0.001, "eval_max_steps": 27_000,
 }  # fmt: skip
 NO_RUNS, NO_SCORES = pd.DataFrame(), pd.DataFrame(columns=["run", "game", "agent_return", "human_normalized"])
 
@@ -37,8 +37,8 @@ def scored(**levels: float | Sequence[float]) -> pd.DataFrame:
     for run, level in levels.items():
         for game, value in zip(TRAINING_GAMES, level if isinstance(level, list) else [level] * 40):
             random, human = reference_score(game, "random"), reference_score(game, "human")
-            rows.append((run, game, random + value * (human - random), value, 10))
-    return pd.DataFrame(rows, columns=["run", "game", "agent_return", "human_normalized", "episodes"])
+            rows.append((run, game, random + value * (human - random), value, 10, 0.25))
+    return pd.DataFrame(rows, columns=["run", "game", "agent_return", "human_normalized", "episodes", "truncated"])
 
 
 def rows_of(table: pd.DataFrame, system: str, column: str = "system") -> pd.DataFrame:
@@ -126,7 +126,7 @@ def test_runs_that_differ_in_the_seed_are_one_system_and_others_are_told_apart()
 def test_seeds_count_together_and_only_games_that_all_of_them_have() -> None:
     runs = gathered(a={"seed": 0}, b={"seed": 1}, other={"view": ""})
     scores = scored(a=0.2, b=[0.4, 0.8, 1.2], other=9.0)
-    scores.loc[len(scores)] = ["a", "Pong", 3.0, 0.5, 10]  # not one of the paper's 40
+    scores.loc[len(scores)] = ["a", "Pong", 3.0, 0.5, 10, 0.25]  # not one of the paper's 40
     own = paper.own_scores(runs, scores, VIEW)
     assert set(own["game"]) == set(TRAINING_GAMES[:3]) and set(own["run"]) == {"a", "b"}
     first, second = paper.compare(paper.published("sub_optimal"), own)
@@ -139,6 +139,7 @@ def test_seeds_count_together_and_only_games_that_all_of_them_have() -> None:
     assert ours.loc["IQM", "value"] == pytest.approx((0.2 + 0.2 + 0.4 + 0.8) / 4)
     about = paper.describe(runs, scores, VIEW).loc["Scaled QL, resnet101, here"]
     assert about["games compared"] == "3 of 40" and "Pong" in about["its other games"] and about["seeds"] == "0, 1"
+    assert about["truncated, %"] == 25
 
 
 def test_systems_of_fewer_games_never_stand_among_those_of_forty() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scaled_ql.games import action_names
+from scaled_ql.games import FULL_ACTIONS, action_names
 from scaled_ql.replay import ReplayError, importing, open_replay, rl_unplugged
 from scaled_ql.replay.rl_unplugged import import_rl_unplugged
 
@@ -399,6 +399,75 @@ def test_repaired_file_is_read_again(copied, whole, tmp_path):
     assert check_holds(tmp_path / "store", EVERY).identity() == open_replay(whole).identity()
 
 
+# Where a source lies, and what its actions index
+
+
+@pytest.mark.parametrize("kind", ["source", "game", "files"])
+def test_symbolic_links_are_followed(source, whole, tmp_path, kind):
+    if kind == "source":
+        (tmp_path / "source").symlink_to(source)
+    elif kind == "game":
+        (tmp_path / "source").mkdir()
+        (tmp_path / "source/Pong").symlink_to(source / "Pong")
+    else:
+        (tmp_path / "source/Pong").mkdir(parents=True)
+        for file in (source / "Pong").iterdir():
+            (tmp_path / "source/Pong" / file.name).symlink_to(file)
+    for name, address in (("by path", tmp_path / "source"), ("by URL", (tmp_path / "source").as_uri())):
+        import_rl_unplugged(address, tmp_path / name)
+        assert check_holds(tmp_path / name, EVERY).identity() == open_replay(whole).identity()
+
+
+def test_a_source_that_moved_or_is_named_otherwise(copied, tmp_path, monkeypatch):
+    import_rl_unplugged(copied, tmp_path / "store")
+    before = mtimes(tmp_path / "store")
+    (tmp_path / "sub").mkdir()
+    copied.rename(tmp_path / "sub/moved")
+    monkeypatch.chdir(tmp_path / "sub")
+    for address in (tmp_path / "sub/moved", (tmp_path / "sub/moved").as_uri(), "moved", "../sub/moved"):
+        assert import_rl_unplugged(address, "../store").transitions == 32
+        assert mtimes(tmp_path / "store") == before  # nothing was done twice
+
+
+def test_other_files_of_the_same_game_are_refused(copied, tmp_path):
+    import_rl_unplugged(copied, tmp_path / "store")
+    before = contents(tmp_path / "store")
+    write_run(tmp_path / "other", three_files(seed=1)[:2])
+    with pytest.raises(ReplayError, match=r"Pong/1: holds other data \(RL Unplugged, from file://.*source\)"):
+        import_rl_unplugged(tmp_path / "other", tmp_path / "store")
+    assert contents(tmp_path / "store") == before
+
+
+def test_records_of_the_full_set_are_refused_and_can_be_mapped(tmp_path):
+    names = ["NOOP", "FIRE", "RIGHT", "LEFT", "RIGHTFIRE", "LEFTFIRE"]  # of Pong
+    episode = make_episode(0, 0, 24, terminal=False)
+    own = episode | {"actions": [0, 1, 2, 3, 4, 5] * 4}
+    episode["actions"] = [FULL_ACTIONS.index(names[action]) for action in own["actions"]]
+    write_run(tmp_path / "source", [[episode]])
+    with pytest.raises(ReplayError, match=r"of-00001: 8 of 24 rows are invalid.*0 to 12.*full set.*--actions full"):
+        import_rl_unplugged(tmp_path / "source", tmp_path / "store")
+    import_rl_unplugged(tmp_path / "source", tmp_path / "mapped", actions="full")
+    assert check_holds(tmp_path / "mapped", [naive(own)]).manifests("Pong")[0]["action_set"] == "full"
+    write_run(tmp_path / "own", [[own]])
+    with pytest.raises(ReplayError, match=r"8 of 24 rows are invalid.*read as the full set.*Pong lacks DOWN, UP"):
+        import_rl_unplugged(tmp_path / "own", tmp_path / "store", actions="full")
+
+
+@pytest.mark.parametrize("bad", [5, 6])
+def test_more_invalid_steps_than_damage_explains_end_the_import(tmp_path, bad):
+    episode = make_episode(0, 0, 60, terminal=False)
+    for step in range(bad):
+        episode["unclipped_rewards"][5 + 5 * step] = float("nan")
+    write_run(tmp_path / "source", [[episode]])
+    if bad == 5:
+        assert len(import_rl_unplugged(tmp_path / "source", tmp_path / "store").excluded) == 5
+        return
+    with pytest.raises(ReplayError, match=r"6 of 60 rows are invalid, more than 1%.*damaged or of another game"):
+        import_rl_unplugged(tmp_path / "source", tmp_path / "store")
+    report = import_rl_unplugged(tmp_path / "source", tmp_path / "store", skip_bad=True)
+    assert (len(report.left_out), report.transitions) == (1, 0)
+
+
 # Bad steps
 
 
@@ -626,7 +695,18 @@ def test_number_beyond_the_files(copied, tmp_path):
 
 
 def test_source_without_a_run(copied, tmp_path):
-    for wrong, named in ((tmp_path / "absent", "absent"), (copied / "Pong", "no folders")):
+    for wrong, named in (
+        (tmp_path / "absent", "absent"),
+        (copied / "Pong", rf"is the folder of one game.*: {copied}\."),
+    ):
+        with pytest.raises(ReplayError, match=named):
+            import_rl_unplugged(wrong, tmp_path / "store")
+    (tmp_path / "above").mkdir()
+    (tmp_path / "above/source").symlink_to(copied)
+    for wrong, named in (
+        (tmp_path / "above", rf"holds no game's folder, but .* does .*: {tmp_path}/above/source\."),
+        (address(copied, 0, 3), rf"run_1-00000-of-00003: is a file\. .*one folder per game: {copied}\."),
+    ):
         with pytest.raises(ReplayError, match=named):
             import_rl_unplugged(wrong, tmp_path / "store")
     (copied / "Breakout").mkdir()

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from scaled_ql.games import action_names
 from scaled_ql.replay import (
     ReplayError,
     ReplayWriter,
@@ -41,7 +42,7 @@ EPISODES = {
 
 def write_episodes(path, game, episodes, run=1):
     rng = np.random.default_rng(0)
-    with ReplayWriter(path, game, actions=["NOOP", "FIRE"], source="a test", sticky_actions=0.0, run=run) as writer:
+    with ReplayWriter(path, game, actions=action_names(game), source="a test", sticky_actions=0.0, run=run) as writer:
         for length, terminal in episodes:
             frames = rng.integers(256, size=(length, 84, 84), dtype=np.uint8)
             writer.append(frames, rng.integers(2, size=length), rng.normal(size=length), terminal=terminal)
@@ -257,7 +258,7 @@ def test_nothing_is_started_for_no_batches(replay):
 
 def test_an_error_in_a_process_comes_at_its_batch(tmp_path):
     rng = np.random.default_rng(0)
-    with ReplayWriter(tmp_path, "Pong", actions=["NOOP", "FIRE"], source="a test", sticky_actions=0.0) as writer:
+    with ReplayWriter(tmp_path, "Pong", actions=action_names("Pong"), source="a test", sticky_actions=0.0) as writer:
         writer.append(
             rng.integers(256, size=(1000, 84, 84), dtype=np.uint8), np.zeros(1000, int), np.zeros(1000), terminal=True
         )

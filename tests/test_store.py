@@ -16,13 +16,14 @@ import tensorstore as ts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scaled_ql.games import FULL_ACTIONS, RULES, action_names
 from scaled_ql.replay import ReplayError, ReplayWriter, format, open_replay
 
-ACTIONS = ("NOOP", "FIRE", "UP")
+ACTIONS = action_names("Pong")
 
 
 def open_writer(path, game="Pong", run=1, **changed):
-    arguments = {"actions": ACTIONS, "source": "a test", "sticky_actions": 0.25, "lock_timeout": 0.1}
+    arguments = {"actions": action_names(game), "source": "a test", "sticky_actions": 0.25, "lock_timeout": 0.1}
     return ReplayWriter(path, game, run, **(arguments | changed))
 
 
@@ -221,7 +222,86 @@ def test_any_folder_name(tmp_path, name):
 
 def test_open_by_url(tmp_path):
     write(tmp_path, range(2))
-    assert open_replay(tmp_path.as_uri()).identity() == open_replay(str(tmp_path) + "/").identity()
+    by_url, by_path = open_replay(tmp_path.as_uri()), open_replay(str(tmp_path) + "/")
+    assert by_url.identity() == by_path.identity()
+    sizes = [file.stat().st_size for file in (tmp_path / "Pong").rglob("*") if file.is_file()]
+    assert by_url.stored_bytes("Pong") == by_path.stored_bytes("Pong") == sum(sizes) > 0
+
+
+@pytest.mark.parametrize("link", ["", "Pong", "Pong/1"])
+def test_symbolic_links_are_followed(tmp_path, link):
+    write(tmp_path / "real", range(2))
+    (tmp_path / "store" / link).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "store" / link).symlink_to(tmp_path / "real" / link)
+    real = open_replay(tmp_path / "real")
+    for address in (tmp_path / "store", (tmp_path / "store").as_uri()):
+        replay = open_replay(address)
+        assert (replay.identity(), replay.validate()) == (real.identity(), [])
+        assert replay.stored_bytes("Pong") == real.stored_bytes("Pong") > 0
+    write(tmp_path / "store", range(2, 4))
+    assert open_replay(tmp_path / "real").num_transitions("Pong") > real.num_transitions("Pong")
+
+
+def test_relative_paths_above_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write("../store", range(2))
+    check_holds_first("../store", 2)
+    check_holds_first(tmp_path / "store", 2)
+
+
+@pytest.mark.parametrize("level, what", [("Pong", "the folder of one game"), ("Pong/1", "the folder of one recording")])
+def test_a_folder_that_is_levels_off_is_named(tmp_path, level, what):
+    write(tmp_path / "store", range(2))
+    for address in (tmp_path / "store" / level, (tmp_path / "store" / level).as_uri()):
+        with pytest.raises(ReplayError, match=rf"{level}: is {what}\. .*: {tmp_path}/store\."):
+            open_replay(address)
+
+
+def change_actions(path, actions, game="Pong", run=1):
+    """As a recorder of another list would have written it."""
+    file = path / game / str(run) / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"actions": list(actions)}))
+
+
+@pytest.mark.parametrize("actions", [FULL_ACTIONS, ACTIONS[::-1], ACTIONS[:3]], ids=["full", "reversed", "fewer"])
+def test_actions_that_are_not_the_games_are_refused(tmp_path, actions):
+    with pytest.raises(ReplayError, match=rf"Pong/1: its {len(actions)} actions are .*but Pong has 6: NOOP, FIRE"):
+        open_writer(tmp_path, actions=actions)
+    write(tmp_path, range(2))
+    change_actions(tmp_path, actions)
+    with pytest.raises(ReplayError, match=rf"Pong/1/manifest.json: its {len(actions)} actions are .*--actions full"):
+        open_replay(tmp_path)
+
+
+def test_recordings_of_one_game_index_one_list(tmp_path):
+    """Also of a game that nobody knows, whose own list cannot be asked for."""
+    for run, actions in ((1, ["LEFT", "RIGHT"]), (2, ["LEFT", "RIGHT"])):
+        with ReplayWriter(tmp_path, "Unheard", run, actions=actions, source="a test", sticky_actions=0.25) as writer:
+            writer.append(FRAMES, [0, 1, 1], [0, 0, 0], terminal=True)
+    assert open_replay(tmp_path).action_names("Unheard") == ["LEFT", "RIGHT"]
+    change_actions(tmp_path, ["RIGHT", "LEFT"], "Unheard", 2)
+    with pytest.raises(
+        ReplayError, match=r"Unheard/2/manifest.json: its actions are RIGHT, LEFT, those of .*/1/ are LEFT"
+    ):
+        open_replay(tmp_path)
+
+
+def test_rules_are_known_where_they_were_recorded(tmp_path):
+    write(tmp_path, [0])
+    (manifest,) = open_replay(tmp_path).manifests("Pong")
+    assert {name for name in RULES if manifest[name] is None} == set(RULES) - {
+        "sticky_actions",
+        "frame_skip",
+        "rewards",
+    }
+    with open_writer(tmp_path, run=2, mode=1, life_loss_terminal=True) as writer:
+        writer.append(**make_episode(0))
+    assert open_replay(tmp_path).manifests("Pong")[1]["life_loss_terminal"] is True
+    with pytest.raises(TypeError, match="no modes; its rules are rewards"):
+        open_writer(tmp_path, run=3, modes=1)
+    with pytest.raises(ReplayError, match="mode: 1 there, 2 asked for"):
+        open_writer(tmp_path, run=2, mode=2, life_loss_terminal=True)
 
 
 @pytest.mark.parametrize(
@@ -387,9 +467,9 @@ FRAMES = np.ones((3, 84, 84), np.uint8)
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"action": [0, 1, 3]}, "from 0 to 2"),
-        ({"action": [0, -1, 1]}, "from 0 to 2"),
-        ({"action": [0, 1, 2**40]}, "from 0 to 2"),
+        ({"action": [0, 1, 6]}, "from 0 to 5"),
+        ({"action": [0, -1, 1]}, "from 0 to 5"),
+        ({"action": [0, 1, 2**40]}, "from 0 to 5"),
         ({"action": [0.0, 1.0, 2.0]}, "integers"),
         ({"action": [[0], [1], [2]]}, "integers"),
         ({"action": 1}, "integers"),

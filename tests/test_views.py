@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from scaled_ql import collect
+from scaled_ql.games import action_names
 from scaled_ql.replay import (
     ReplayError,
     ReplayWriter,
@@ -32,7 +33,7 @@ def write(path: Path, lengths=LENGTHS, games=("Breakout", "Pong"), runs=(1, 2), 
     for game in games:
         for run in runs:
             rng = np.random.default_rng([run, *game.encode()])
-            with ReplayWriter(path, game, run, actions=["NOOP", "FIRE"], source="test", sticky_actions=0.0) as writer:
+            with ReplayWriter(path, game, run, actions=action_names(game), source="test", sticky_actions=0.0) as writer:
                 for number, length in enumerate(lengths):
                     frames = rng.integers(1, 256, (length + 1, 84, 84), dtype=np.uint8)
                     frames[:, 0, 0], frames[:, 0, 1] = number, run

@@ -14,11 +14,19 @@ import numpy as np
 import pandas as pd
 
 from scaled_ql import metrics, parameters, runs
+from scaled_ql.environments import MAX_STEPS
 from scaled_ql.games import UnknownGame
 from scaled_ql.parameters import INCIDENTAL, ParameterError, Parameters
 
 NOTEBOOK = "02_scaled_training"
-VERDICT_COLUMNS = ("claim", "difference", "low", "high", "improvement", "verdict")
+# What makes scores comparable: runs that differ in one of these stand in no table together.
+PROTOCOL = frozenset((
+    "eval_episodes", "eval_min_steps", "eval_epsilon", "eval_sticky_actions", "eval_max_steps", "eval_seed",
+))  # fmt: skip
+SCORE_COLUMNS = ("run", "game", "agent_return", "human_normalized", "episodes", "truncated", "cut")
+# Rows of every comparison of Q-learning: what either reaches was not learned from reward.
+CONTROLS = {"zero rewards": {"rewards": "zero"}, "cloning": {"method": "bc"}}
+VERDICT_COLUMNS = ("claim", "difference", "low", "high", "improvement", "verdict", "refused")
 
 
 class GatherError(ValueError):
@@ -29,8 +37,10 @@ class Gathered(NamedTuple):
     """Runs of an outputs folder.
 
     Attributes:
-        runs: index name of the run; all parameters, `data_id`, `num_parameters`.
-        scores: columns run, game, agent_return (raw), human_normalized (a fraction, NaN where not known), episodes.
+        runs: index name of the run; all parameters, `data_id`, `num_parameters` (in all), `paper_parameters` (as the
+            paper counts, encoder and first dense layer; NaN of a run that did not record it).
+        scores: columns run, game, agent_return (raw), human_normalized (a fraction, NaN where not known or cut),
+            episodes, truncated (share of them), cut (whether most were truncated before the protocol's limit).
         left_out: columns run, why: unfinished, failed or unreadable runs.
     """
 
@@ -61,13 +71,17 @@ def gather(folder: Path) -> Gathered:
             left_out.append({"run": name, "why": f"made by another version: {error}"})
             continue
         summary = runs.read_json(place.parent / "summary.json")
-        found[name] = values | {"data_id": summary["dataset"], "num_parameters": summary["parameters"]}
+        sizes = {"num_parameters": summary["parameters"], "paper_parameters": summary.get("paper_parameters", np.nan)}
+        found[name] = values | {"data_id": summary["dataset"]} | sizes
         for game, row in summary["games"].items():
             score = {"run": name, "game": game, "agent_return": row["agent_return"], "episodes": row["agent_episodes"]}
-            scores.append(score | {"human_normalized": _normalized(game, row["agent_return"])})
+            truncated = row.get("truncated_percent", 0) / 100
+            cut = truncated > metrics.MOSTLY and values["eval_max_steps"] < MAX_STEPS
+            normalized = float("nan") if cut else _normalized(game, row["agent_return"])
+            scores.append(score | {"human_normalized": normalized, "truncated": truncated, "cut": cut})
     return Gathered(
         pd.DataFrame.from_dict(found, orient="index"),
-        pd.DataFrame(scores, columns=["run", "game", "agent_return", "human_normalized", "episodes"]),
+        pd.DataFrame(scores, columns=list(SCORE_COLUMNS)),
         pd.DataFrame(left_out, columns=["run", "why"]),
     )
 
@@ -99,6 +113,17 @@ def select(gathered: Gathered, base: Parameters, changes: Mapping[str, Any]) -> 
     return chosen.sort_values("seed")
 
 
+def otherwise_evaluated(gathered: Gathered, base: Parameters, changes: Mapping[str, Any]) -> list[str]:
+    """Runs that `select` would take but for how they were evaluated, in words: "name (eval_episodes 3, not 10)"."""
+    wanted, found = base.model_dump() | dict(changes), []
+    for name, run in gathered.runs.iterrows():
+        differ = [field for field in wanted.keys() - INCIDENTAL if run[field] != wanted[field]]
+        if differ and set(differ) <= PROTOCOL:
+            how = ", ".join(f"{field} {run[field]}, not {wanted[field]}" for field in sorted(differ))
+            found.append(f"{name} ({how})")
+    return found
+
+
 def _same_data(chosen: pd.DataFrame) -> None:
     contents = chosen.groupby("data_id").groups
     if len(contents) > 1:
@@ -109,14 +134,29 @@ def _same_data(chosen: pd.DataFrame) -> None:
         )
 
 
-def score_matrix(gathered: Gathered, names: Sequence[str], column: str = "human_normalized") -> pd.DataFrame:
+def cut_games(gathered: Gathered, names: Sequence[str]) -> list[str]:
+    """Games in which one of these runs has no score, as most of its episodes were cut short."""
+    scores = gathered.scores
+    return sorted(scores.loc[scores["run"].isin(names) & scores["cut"].astype(bool), "game"].unique())
+
+
+def score_matrix(
+    gathered: Gathered, names: Sequence[str], column: str = "human_normalized", without: Sequence[str] = ()
+) -> pd.DataFrame:
     """Scores [runs, games] of some runs; games without reference scores have no human-normalised one and are left out.
+
+    Args:
+        gathered: all runs.
+        names: of the runs.
+        column: of `Gathered.scores`.
+        without: games to leave out, as `cut_games`.
 
     Raises:
         GatherError: runs of different games.
     """
-    rows = gathered.scores[gathered.scores["run"].isin(names)]
-    matrix = rows.pivot(index="run", columns="game", values=column).dropna(axis="columns", how="all").loc[list(names)]
+    rows = gathered.scores[gathered.scores["run"].isin(names) & ~gathered.scores["game"].isin(without)]
+    matrix = rows.pivot(index="run", columns="game", values=column).dropna(axis="columns", how="all")
+    matrix = matrix.reindex(list(names))
     if matrix.isna().any(axis=None):
         raise GatherError(f"runs {', '.join(names)} were not measured in the same games.")
     return matrix
@@ -145,25 +185,38 @@ def compare(
 
     Returns:
         columns variant, the parameter of `across`, runs (how many), seeds, score, low, high, over (``runs``, or
-        ``tasks`` where there is one run), names (of the runs), num_parameters. Without runs: score and interval NaN.
+        ``tasks`` where there is one run), names (of the runs), truncated (mean share of their episodes),
+        without (games left out of all scores, see `cut_games`), paper_parameters, num_parameters (see `Gathered`),
+        otherwise (see `otherwise_evaluated`). Without runs, or without a game: score and interval NaN.
 
     Raises:
         GatherError: see `select` and `score_matrix`.
     """
     ((axis, values),) = across.items() if across else (("", [None]),)
+    found = [
+        ({"variant": label} | given, select(gathered, base, dict(changes) | given))
+        for value, (label, changes) in product(values, variants.items())
+        for given in [{axis: value} if axis else {}]
+    ]
+    without = cut_games(gathered, [name for _, chosen in found for name in chosen.index])
     rows, everyone = [], []
-    for value, (label, changes) in product(values, variants.items()):
-        chosen = select(gathered, base, dict(changes) | ({axis: value} if axis else {}))
-        row = {"variant": label} | ({axis: value} if axis else {})
+    for row, chosen in found:
         row |= {"runs": len(chosen), "seeds": ", ".join(map(str, chosen["seed"])) if len(chosen) else ""}
         row |= {"score": np.nan, "low": np.nan, "high": np.nan, "over": "", "names": list(chosen.index)}
+        row |= {"truncated": np.nan, "without": ", ".join(without)}
+        row |= {"paper_parameters": np.nan, "num_parameters": np.nan}
+        row["otherwise"] = otherwise_evaluated(
+            gathered, base, variants[row["variant"]] | ({axis: row[axis]} if axis else {})
+        )
         if len(chosen):
             everyone.append(chosen)
-            scores = score_matrix(gathered, chosen.index).to_numpy()
+            scores = score_matrix(gathered, chosen.index, without=without).to_numpy()
+            row |= chosen[["paper_parameters", "num_parameters"]].iloc[0].to_dict()
+            row["truncated"] = score_matrix(gathered, chosen.index, "truncated").to_numpy().mean()
+        if len(chosen) and scores.size:
             over = "runs" if len(scores) > 1 else "tasks"
             low, high = metrics.interval(scores, statistic, replicates, seed=seed, over=over)
             row |= {"score": float(statistic(scores)), "low": float(low), "high": float(high), "over": over}
-            row["num_parameters"] = int(chosen["num_parameters"].iloc[0])
         rows.append(row)
     if everyone:
         _same_data(pd.concat(everyone))
@@ -171,7 +224,11 @@ def compare(
 
 
 def shown(compared: pd.DataFrame, paper: pd.DataFrame | None = None) -> pd.DataFrame:
-    """The table of `compare` for people: percent, interval, number of runs; "missing" where there is no run.
+    """The table of `compare` for people: percent, interval, number of runs, truncated episodes.
+
+    A score is "missing" where there is no run, "none" where most episodes were cut short in every game.
+
+    Parameters are counted as the paper counts them, encoder and first dense layer, and in all.
 
     Args:
         compared: from `compare`.
@@ -179,11 +236,19 @@ def shown(compared: pd.DataFrame, paper: pd.DataFrame | None = None) -> pd.DataF
     """
     percent = 100 * compared[["score", "low", "high"]]
     table = compared[[name for name in compared.columns[:2] if name != "runs"]].copy()
-    table["score, %"] = [f"{score:.1f}" if score == score else "missing" for score in percent["score"]]
+    absent = ["none" if runs else "missing" for runs in compared["runs"]]
+    table["score, %"] = [f"{score:.1f}" if score == score else no for score, no in zip(percent["score"], absent)]
     limits = zip(percent["low"], percent["high"])
     table["95% interval"] = [f"{low:.1f} to {high:.1f}" if low == low else "" for low, high in limits]
     counts = zip(compared["runs"], compared["over"])
-    table["of"] = [f"{n} run{'s' if n > 1 else ''}, over {over}" if n else "" for n, over in counts]
+    table["of"] = [
+        f"{n} run{'s' if n > 1 else ''}{f', over {over}' if over else ''}" if n else "" for n, over in counts
+    ]
+    for name, title in {"paper_parameters": "parameters, millions", "num_parameters": "in all, millions"}.items():
+        table[title] = [f"{size / 1e6:.1f}" if size == size else "" for size in compared[name]]
+    table["truncated, %"] = [f"{100 * share:.0f}" if share == share else "" for share in compared["truncated"]]
+    if compared["without"].any():
+        table["without, as cut short"] = compared["without"]
     if paper is not None:
         keys = [name for name in paper if name in table]
         others = paper[~paper.set_index(keys).index.isin(table.set_index(keys).index)]  # that were not tried here
@@ -221,18 +286,27 @@ def difference(
     Returns:
         a row for each value of the other parameter (one row without): difference, low, high, improvement (probability
         that a run of the first beats one of the second in a game), verdict: ``yes`` (the first is better: the interval
-        lies above 0), ``no`` (below 0), ``cannot tell``, or ``missing``.
+        lies above 0), ``no`` (below 0), ``cannot tell``, ``missing``, ``refused`` (the missing ones were evaluated
+        otherwise) or ``no score`` (most episodes were cut short), and refused (the runs of the last two, in words).
     """
     axis = [name for name in compared.columns[1:2] if name != "runs"]
-    rows = []
+    rows, without = [], cut_games(gathered, [name for names in compared["names"] for name in names])
     for value in compared[axis[0]].unique() if axis else [None]:
         here = compared[compared[axis[0]] == value] if axis else compared
         one, other = (here.loc[here["variant"] == label, "names"].iloc[0] for label in (first, second))
-        row = dict(zip(axis, [value])) | {"claim": f"{first} > {second}", "verdict": "missing"}
+        row = dict(zip(axis, [value])) | {"claim": f"{first} > {second}", "verdict": "missing", "refused": ""}
+        lacking = [label for label, names in ((first, one), (second, other)) if len(names) < 2]
+        refused = sorted({run for runs in here.loc[here["variant"].isin(lacking), "otherwise"] for run in runs})
+        if refused:
+            row |= {"verdict": "refused", "refused": "; ".join(refused)}
         if len(one) > 1 and len(other) > 1:
-            pair = [score_matrix(gathered, names) for names in (one, other)]
+            pair = [score_matrix(gathered, names, without=without) for names in (one, other)]
             if list(pair[0].columns) != list(pair[1].columns):
                 raise GatherError(f"{first} and {second} were not measured in the same games.")
+            if pair[0].empty:
+                cut = [name for name in (*one, *other) if cut_games(gathered, [name])]
+                rows.append(row | {"verdict": "no score", "refused": ", ".join(cut)})
+                continue
             scores, others = (matrix.to_numpy() for matrix in pair)
             low, high = metrics.difference_interval(scores, others, statistic, replicates, seed=seed)
             row |= {"difference": float(statistic(scores) - statistic(others)), "low": float(low), "high": float(high)}
@@ -277,13 +351,27 @@ def base(source: str) -> Parameters:
 
 
 def per_game(gathered: Gathered, compared: pd.DataFrame) -> pd.DataFrame:
-    """Mean raw return per game (rows) of each variant of `compare` that has runs (columns)."""
-    means = {
-        row["variant"]: score_matrix(gathered, row["names"], "agent_return").mean()
-        for row in compared.to_dict("records")
-        if row["names"]
-    }
+    """Mean raw return per game (rows) of each variant of `compare` that has runs (columns).
+
+    Where episodes were truncated, each variant has one more column, their share in percent.
+    """
+    means, cut = {}, bool((compared["truncated"] > 0).any())
+    for row in compared.to_dict("records"):
+        if row["names"]:
+            means[row["variant"]] = score_matrix(gathered, row["names"], "agent_return").mean()
+        if row["names"] and cut:
+            share = score_matrix(gathered, row["names"], "truncated").mean()
+            means[f"{row['variant']}, truncated %"] = 100 * share
     return pd.DataFrame(means).rename_axis("game")
+
+
+def points(differences: pd.DataFrame) -> pd.DataFrame:
+    """The table of `difference` for people: in points, as scores are in percent; without a column that is all empty."""
+    table = differences.copy()
+    scores = ["difference", "low", "high"]
+    table[scores] = 100 * table[scores].astype(float)
+    table["improvement"] = [f"{share:.2f}" if share == share else "" for share in table["improvement"].astype(float)]
+    return table if table["refused"].any() else table.drop(columns="refused")
 
 
 def verdicts(differences: pd.DataFrame) -> list[str]:
@@ -293,12 +381,14 @@ def verdicts(differences: pd.DataFrame) -> list[str]:
         "no": "contradicted here",
         "cannot tell": "cannot be told from these runs",
         "missing": "not tried here, runs are missing",
+        "refused": "no verdict, these runs were evaluated otherwise: ",
+        "no score": "no verdict, most episodes were cut short in ",
     }
     sentences = []
     for row in differences.to_dict("records"):
         where = next((f" ({row[name]})" for name in row if name not in VERDICT_COLUMNS), "")
-        sentence = f"**{row['claim']}**{where}: {words[row['verdict']]}"
-        if row["verdict"] != "missing":
+        sentence = f"**{row['claim']}**{where}: {words[row['verdict']]}{row['refused']}"
+        if row["verdict"] not in ("missing", "refused", "no score"):
             low, value, high = (100 * row[name] for name in ("low", "difference", "high"))
             sentence += f"; difference {value:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}"
         sentences.append(sentence + ".")

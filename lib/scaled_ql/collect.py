@@ -4,6 +4,7 @@ import json
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import gymnasium
 import numpy as np
 import pyarrow as pa
 
-from scaled_ql.environments import MAX_STEPS, make_environment
+from scaled_ql.environments import MAX_STEPS, EnvironmentDied, make_environment, rules
 from scaled_ql.games import action_names, rom_md5
+from scaled_ql.processes import main_guard_hint
 from scaled_ql.replay.format import read_table
 from scaled_ql.replay.writer import ReplayWriter
 
@@ -142,7 +144,13 @@ def record_game(
     source = f"{how}, seed {seed}, episodes of at most {max_steps} steps"
     environment = make_environment(game, sticky_actions=sticky_actions, max_steps=max_steps)
     with ReplayWriter(
-        path, game, run, actions=actions, source=source, sticky_actions=sticky_actions, rom_md5=rom_md5(game)
+        path,
+        game,
+        run,
+        actions=actions,
+        source=source,
+        rom_md5=rom_md5(game),
+        **rules(sticky_actions=sticky_actions, max_steps=max_steps),
     ) as writer:
         while writer.num_transitions < num_transitions and not _stopped():
             before = writer.num_transitions
@@ -175,6 +183,7 @@ def record(
         transitions on disk per game, about every `poll_seconds`, and once when all is done.
 
     Raises:
+        EnvironmentDied: a process ended.
         UnknownGame: before anything is recorded.
         ReplayError: the first failure of a recording; the others stop at the end of their episode.
     """
@@ -190,6 +199,9 @@ def record(
                 for future in done:
                     future.result()
                 yield {game: _committed(Path(path) / game) for game in games}
+        except BrokenProcessPool as error:
+            remedy = main_guard_hint() or "Run again to resume; -9 in a system's log means that memory ran out."
+            raise EnvironmentDied(f"a process that records ended ({error}). {remedy}") from error
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)

@@ -42,7 +42,7 @@ def run(
     with _reporting(parameters.ParameterError, runs.RunError):
         values = _overrides(overrides)
         if outputs:
-            values["outputs"] = str(Path(outputs).absolute())
+            values["outputs"] = str(Path(outputs).resolve())
         steps = _steps(target, params, values)
         for cell in (cell for step in steps for cell in step.cells):
             runs.check_names(cell)
@@ -126,6 +126,10 @@ def _import_options(command: Callable) -> Callable:
 
 
 _games = click.option("--game", "games", multiple=True, help="Import this game (repeatable); all by default.")
+_actions = click.option(
+    "--actions", default="minimal", show_default=True, type=click.Choice(["minimal", "full"]),
+    help="The set that the source's actions index; full: all 18, mapped onto the game's set by name.",
+)  # fmt: skip
 _runs = click.option("--run", "numbers", multiple=True, type=int, help="Import this run (repeatable); all by default.")
 
 
@@ -134,6 +138,7 @@ _runs = click.option("--run", "numbers", multiple=True, type=int, help="Import t
 @click.argument("destination")
 @_games
 @_runs
+@_actions
 @_import_options
 def import_dqn_replay(source: str, destination: str, games: tuple, numbers: tuple, **options: Any) -> None:
     """Import DQN-Replay logs from SOURCE, the folder or URL that holds the game folders."""
@@ -145,6 +150,7 @@ def import_dqn_replay(source: str, destination: str, games: tuple, numbers: tupl
 @click.argument("destination")
 @_games
 @_runs
+@_actions
 @_import_options
 def import_rl_unplugged(source: str, destination: str, games: tuple, numbers: tuple, **options: Any) -> None:
     """Import RL Unplugged records from SOURCE, the folder or URL that holds the game folders."""

@@ -4,27 +4,149 @@ Grey frames, maximum over the last two of 4 emulator frames, area resize to 84 x
 reset, game over (not a lost life) ends an episode, 27,000 agent steps (108,000 frames) truncate it.
 """
 
+import multiprocessing
 import multiprocessing.connection
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import ale_py
 import ale_py.vector_env
 import gymnasium
 import numpy as np
 
-from scaled_ql.games import check_variant, rom_name
+from scaled_ql.games import RULES, check_variant, rom_name
+from scaled_ql.processes import main_guard_hint
+
+T = TypeVar("T")
 
 FRAME_SKIP = 4
 STACK_SIZE = 4
 MAX_STEPS = 27_000  # agent steps, Table B.1: 108K frames
-STEP_SECONDS = 120.0  # a process that takes longer for one step will not come back
+STEP_SECONDS = 120.0  # environments that take longer for one step will not come back
+NO_ANSWER = (EOFError, OSError, TimeoutError, multiprocessing.TimeoutError)  # the last is no TimeoutError
+OBSERVATION = "grey 84 x 84, maximum over 2 frames"
 
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
 
 
 class EnvironmentDied(RuntimeError):
-    """A process that plays ended, or does not answer."""
+    """A process or thread that plays ended, or does not answer."""
+
+
+class UnknownAction(ValueError):
+    """An action outside the environment's set; ALE's threads would never answer it."""
+
+
+def check_actions_sent(game: str, actions: np.ndarray, num_actions: int) -> None:
+    """Check actions before an environment gets them.
+
+    Args:
+        game: its name, for the message.
+        actions: integers, of any shape.
+        num_actions: size of the environment's set.
+
+    Raises:
+        UnknownAction: one is below 0, or not below `num_actions`.
+    """
+    actions = np.asarray(actions)
+    wrong = actions[(actions < 0) | (actions >= num_actions)]
+    if not np.issubdtype(actions.dtype, np.integer) or wrong.size:
+        sent = np.unique(wrong if wrong.size else actions).tolist()
+        raise UnknownAction(
+            f"{game}: actions {sent} are outside the environment's set, 0 to {num_actions - 1}. Was the agent trained "
+            "on a recording with other actions? Compare its manifest's list of actions with games.action_names."
+        )
+
+
+def rules(
+    *, sticky_actions: float, max_steps: int = MAX_STEPS, mode: int | None = None, difficulty: int | None = None
+) -> dict[str, Any]:
+    """Under which rules the environments of this module play, by the names of `games.RULES`; for manifests and reports.
+
+    Args:
+        sticky_actions, max_steps, mode, difficulty: as of `make_environment`.
+    """
+    return {
+        "rewards": "raw",
+        "life_loss_terminal": False,
+        "frame_skip": FRAME_SKIP,
+        "sticky_actions": sticky_actions,
+        "mode": "default" if mode is None else mode,
+        "difficulty": "default" if difficulty is None else difficulty,
+        "action_set": "minimal",
+        "observation": OBSERVATION,
+        "max_steps": max_steps,
+    }
+
+
+def differing_rules(manifests: Iterable[Mapping[str, Any]], played: Mapping[str, Any]) -> list[str]:
+    """Where recordings were made under other rules than a game is played under, one phrase for each difference.
+
+    Args:
+        manifests: of a game's recordings; a rule that is None there is not known, and no difference.
+        played: from `rules`.
+
+    Returns:
+        phrases such as ``"frame skip: 1 in the data, 4 here"``; none where all that is known agrees.
+    """
+    manifests, found = list(manifests), []
+    for name, words in RULES.items():
+        values = [manifest[name] for manifest in manifests if manifest.get(name) not in (None, "", played[name])]
+        distinct = sorted({in_words(value) for value in values})
+        if distinct:
+            found.append(f"{words}: {', '.join(distinct)} in the data, {in_words(played[name])} here")
+    return found
+
+
+def compare_rules(manifests: Mapping[str, Iterable[Mapping[str, Any]]], played: Mapping[str, Any]) -> str:
+    """Whether games were recorded under the rules that they are played under, in a sentence or two for a caption.
+
+    Args:
+        manifests: of each game's recordings.
+        played: from `rules`.
+    """
+    games: dict[str, list[str]] = {}
+    unknown: dict[str, list[str]] = {}
+    for game, recordings in manifests.items():
+        recordings = list(recordings)
+        for phrase in differing_rules(recordings, played):
+            games.setdefault(phrase, []).append(game)
+        for name, words in RULES.items():
+            if any(recording.get(name) in (None, "") for recording in recordings):
+                unknown.setdefault(words, []).append(game)
+
+    def listed(found: dict[str, list[str]]) -> str:
+        return "; ".join(
+            phrase if len(of) == len(manifests) else f"{phrase} ({', '.join(of)})" for phrase, of in found.items()
+        )
+
+    differing = f"Recorded under other rules: {listed(games)}." if games else "Recorded under no other rules."
+    return f"{differing} Not known of the recordings: {listed(unknown)}." if unknown else differing
+
+
+def in_words(value: Any) -> str:
+    """The value of a rule as a report says it."""
+    if value in (None, ""):
+        return "not known"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return " to ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+class _Preprocessing(gymnasium.wrappers.AtariPreprocessing):
+    """As its base, but an action of -1 is refused, not taken for the last one."""
+
+    def __init__(self, game: str, environment: gymnasium.Env):
+        super().__init__(environment, noop_max=0, frame_skip=FRAME_SKIP)
+        self._game = game
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        check_actions_sent(self._game, action, self.action_space.n)
+        return super().step(action)
 
 
 def make_environment(
@@ -44,6 +166,8 @@ def make_environment(
         mode: game mode of ALE (None: the default).
         difficulty: game difficulty of ALE (None: the default).
 
+    Its `step` raises `UnknownAction`.
+
     Raises:
         UnknownGame: ALE does not have it.
         UnknownVariant: the game does not have that mode or difficulty.
@@ -57,7 +181,7 @@ def make_environment(
         repeat_action_probability=sticky_actions,
         max_num_frames_per_episode=FRAME_SKIP * max_steps,
     )
-    return gymnasium.wrappers.AtariPreprocessing(environment, noop_max=0, frame_skip=FRAME_SKIP)
+    return _Preprocessing(game, environment)
 
 
 class ProcessVectorEnv(gymnasium.vector.AsyncVectorEnv):
@@ -66,7 +190,8 @@ class ProcessVectorEnv(gymnasium.vector.AsyncVectorEnv):
     `send` begins a step of all environments, `recv` returns what it led to.
 
     Raises:
-        EnvironmentDied: from `recv`.
+        EnvironmentDied: from whatever waits for a process, and from here.
+        UnknownAction: from `send` and `step`.
     """
 
     def __init__(self, game: str, num_environments: int, **options: Any):
@@ -74,8 +199,44 @@ class ProcessVectorEnv(gymnasium.vector.AsyncVectorEnv):
         make = partial(_make_stacked, game, options)
         super().__init__([make] * num_environments, context="forkserver")  # a fork of a program with threads may hang
 
+    def _check_spaces(self) -> None:
+        """The first answers of the processes."""
+        calls, results = _serve_calls()
+        try:
+            _within_limit(calls, results, super()._check_spaces)
+        except NO_ANSWER as error:
+            raise self._died(error) from error
+        finally:
+            calls.put(None)
+
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """(stacks, info) after a reset of all environments."""
+        try:
+            self.reset_async(seed=seed, options=options)
+            return self.reset_wait(STEP_SECONDS)
+        except NO_ANSWER as error:
+            raise self._died(error) from error
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """`send` and `recv`."""
+        self.send(actions)
+        return self.recv()
+
+    def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
+        """End the processes at once: they hold nothing that must be saved, and one that hangs hears nothing else."""
+        for process in self.processes:
+            process.kill()
+        for pipe in self.parent_pipes:
+            if pipe is not None:
+                pipe.close()
+        for process in self.processes:
+            process.join()
+
     def send(self, actions: np.ndarray) -> None:
         """Begin a step with integer actions [N]."""
+        check_actions_sent(self._game, actions, self.single_action_space.n)
         try:
             self.step_async(actions)
         except OSError as error:
@@ -85,18 +246,19 @@ class ProcessVectorEnv(gymnasium.vector.AsyncVectorEnv):
         """(stacks, rewards, terminated, truncated, info) of the step that `send` began."""
         try:
             return self.step_wait(STEP_SECONDS)
-        except (EOFError, OSError, TimeoutError) as error:
+        except NO_ANSWER as error:
             raise self._died(error) from error
 
     def _died(self, error: Exception) -> EnvironmentDied:
-        if not isinstance(error, TimeoutError):
+        if isinstance(error, (EOFError, OSError)) and not isinstance(error, TimeoutError):
             multiprocessing.connection.wait(
                 [process.sentinel for process in self.processes], timeout=5
             )  # a pipe ends first
         dead = [str(number) for number, process in enumerate(self.processes) if not process.is_alive()]
         what = f"environment {', '.join(dead)} of {self.num_envs} ended" if dead else "an environment does not answer"
-        self.close(terminate=True)
-        return EnvironmentDied(f"{self._game}: {what} ({type(error).__name__}: {error}). Run again to go on.")
+        self.close()
+        remedy = main_guard_hint() or "Run again to resume."
+        return EnvironmentDied(f"{self._game}: {what} ({type(error).__name__}: {error}). {remedy}")
 
 
 def _make_stacked(game: str, options: dict[str, Any]) -> gymnasium.Env:
@@ -104,7 +266,83 @@ def _make_stacked(game: str, options: dict[str, Any]) -> gymnasium.Env:
     return gymnasium.wrappers.FrameStackObservation(environment, STACK_SIZE, padding_type="zero")
 
 
-VectorEnvironment = ale_py.vector_env.AtariVectorEnv | ProcessVectorEnv
+class ThreadVectorEnv(ale_py.vector_env.AtariVectorEnv):
+    """ALE's environments on C++ threads, which refuse actions that they lack and do not wait without a limit.
+
+    Raises:
+        EnvironmentDied: from whatever waits for the threads.
+        UnknownAction: from `send` and `step`.
+    """
+
+    def __init__(self, game: str, num_environments: int, **options: Any):
+        super().__init__(rom_name(game), num_environments, **options)
+        self._game = game
+        self._serve()
+
+    def _serve(self) -> None:
+        self._calls, self._results = _serve_calls()
+        weakref.finalize(self, self._calls.put, None)
+
+    def _wait(self, call: Callable[[], T]) -> T:
+        try:
+            return _within_limit(self._calls, self._results, call)
+        except TimeoutError as error:
+            self._serve()  # what comes too late is no answer to a later call
+            raise EnvironmentDied(f"{self._game}: {error} Run again to resume.") from error
+
+    def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        """As of the base class."""
+        return self._wait(partial(super().reset, **options))
+
+    def send(self, actions: np.ndarray) -> None:
+        """Begin a step with integer actions [N]."""
+        check_actions_sent(self._game, actions, self.single_action_space.n)
+        super().send(actions)
+
+    def recv(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """(stacks, rewards, terminated, truncated, info) of the step that `send` began."""
+        return self._wait(super().recv)
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """`send` and `recv`."""
+        self.send(actions)
+        return self.recv()
+
+
+def _serve_calls() -> tuple[queue.SimpleQueue, queue.SimpleQueue]:
+    """A thread that makes calls for one that must not wait without a limit: (calls, results); None ends it."""
+    calls, results = queue.SimpleQueue(), queue.SimpleQueue()
+
+    def serve() -> None:
+        while call := calls.get():
+            try:
+                result = call(), None
+            except Exception as error:
+                result = None, error
+            del call  # it holds the environment
+            results.put(result)
+
+    threading.Thread(target=serve, daemon=True, name="environment").start()  # one that hangs keeps no program alive
+    return calls, results
+
+
+def _within_limit(calls: queue.SimpleQueue, results: queue.SimpleQueue, call: Callable[[], T]) -> T:
+    """The result of a call, made by the thread of `_serve_calls`.
+
+    Raises:
+        TimeoutError: it took longer than `STEP_SECONDS`.
+    """
+    calls.put(call)
+    try:
+        result, error = results.get(timeout=STEP_SECONDS)
+    except queue.Empty as late:
+        raise TimeoutError(f"no answer from the environments within {STEP_SECONDS:g} s.") from late
+    if error is not None:
+        raise error
+    return result
+
+
+VectorEnvironment = ThreadVectorEnv | ProcessVectorEnv
 
 
 def make_vector_environment(
@@ -136,6 +374,8 @@ def make_vector_environment(
         difficulty: as in `make_environment`.
 
     Raises:
+        EnvironmentDied: they do not answer; so from whatever waits for them.
+        UnknownAction: from `send` and `step`, an action outside the game's set.
         UnknownGame: ALE does not have it.
         UnknownVariant: the game does not have that mode or difficulty.
     """
@@ -143,8 +383,8 @@ def make_vector_environment(
         check_variant(game, mode, difficulty)
         options = {"sticky_actions": sticky_actions, "max_steps": max_steps, "mode": mode, "difficulty": difficulty}
         return ProcessVectorEnv(game, num_environments, **options)
-    return ale_py.vector_env.AtariVectorEnv(
-        rom_name(game),
+    return ThreadVectorEnv(
+        game,
         num_environments,
         num_threads=num_threads,
         max_num_frames_per_episode=FRAME_SKIP * max_steps,

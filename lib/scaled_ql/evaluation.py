@@ -167,6 +167,25 @@ def mean_interval(returns: np.ndarray, seed: int = 0, confidence: float = 0.95) 
     return float(low), float(high)
 
 
+def score_curve(folder: Path) -> pd.DataFrame:
+    """Mean raw returns over the course of a training run.
+
+    Args:
+        folder: holds ``step-<gradient steps>/<game>.csv``, each a table of `evaluate`; other files are ignored.
+
+    Returns:
+        columns game, step, agent_return, episodes; sorted by game and step.
+    """
+    rows = []
+    for file in folder.glob("step-*/*.csv"):
+        if file.stem.isalnum():  # no partial file and no other kind of play
+            returns = pd.read_csv(file)["episode_return"]
+            step = int(file.parent.name.removeprefix("step-"))
+            rows.append({"game": file.stem, "step": step, "agent_return": returns.mean(), "episodes": len(returns)})
+    columns = ["game", "step", "agent_return", "episodes"]
+    return pd.DataFrame(rows, columns=columns).sort_values(["game", "step"], ignore_index=True)
+
+
 def record_video(
     q_function: QFunction,
     game: str,

@@ -4,9 +4,8 @@ import base64
 import io
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import av
 import ipywidgets as widgets
@@ -17,13 +16,12 @@ from IPython.display import HTML, DisplayHandle, Image, Video, display
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from scaled_ql.games import PUBLISHED_SOURCES, UnknownGame, rom_badge
-from scaled_ql.metrics import human_normalized, iqm
+from scaled_ql.environments import in_words
+from scaled_ql.games import PUBLISHED_SOURCES, RULES, UnknownGame, rom_badge
+from scaled_ql.metrics import human_normalized_mean, iqm
 from scaled_ql.replay import Replay
 from scaled_ql.replay.views import View
 from scaled_ql.runs import Run
-
-T = TypeVar("T", float, pd.Series)
 
 
 def to_png(figure: Figure) -> bytes:
@@ -141,14 +139,23 @@ def episode_browser(replay: Replay) -> widgets.Widget:
     return widgets.VBox([widgets.HBox([game, episode]), widgets.HBox([play, step]), picture])
 
 
-def table(data: pd.DataFrame, decimals: int = 1, caption: str = "") -> None:
-    """Show a table, numbers rounded, readable in a report; a long or wide one scrolls."""
+def table(data: pd.DataFrame, decimals: int = 1, caption: str = "", none: Sequence[Hashable] = ()) -> None:
+    """Show a table, numbers rounded, readable in a report; a long or wide one scrolls.
+
+    Args:
+        data: what to show; missing values are dashes.
+        decimals: of numbers.
+        caption: above it.
+        none: columns whose missing values are no gap in the table, but a finding: there, the word "none" is shown.
+    """
     floats = data.select_dtypes("float").columns
     data = data.copy()
     data[floats] = data[floats].round(decimals) + 0.0  # no -0.0
     style = data.style.format(precision=decimals, thousands=",", na_rep="–", escape="html").set_caption(caption)
+    if len(none):
+        style = style.format(precision=decimals, thousands=",", na_rep="none", escape="html", subset=list(none))
     words = [i for i, column in enumerate(data.columns) if not pd.api.types.is_numeric_dtype(data[column])]
-    looks = {"caption": "text-align: left; white-space: nowrap"} | {f".col{i}": "text-align: left" for i in words}
+    looks = {"caption": "text-align: left; white-space: pre"} | {f".col{i}": "text-align: left" for i in words}
     style = style.set_table_styles([{"selector": key, "props": value} for key, value in looks.items()])
     if isinstance(data.index, pd.RangeIndex):
         style = style.hide(axis="index")
@@ -185,6 +192,20 @@ def sources(replay: Replay) -> pd.DataFrame:
             )  # fmt: skip
     counts = dict.fromkeys(("gaps", "gap rows", "excluded", "left out"), "Int64")
     return pd.DataFrame(rows).astype(counts).set_index(["game", "run"])
+
+
+def recorded_rules(replay: Replay) -> pd.DataFrame:
+    """Under which rules each recording was played, in words; "not known" where its manifest does not say.
+
+    Returns:
+        index game, run; a column for each of `games.RULES`, named as there in words.
+    """
+    rows = {
+        (game, manifest["run"]): {words: in_words(manifest[name]) for name, words in RULES.items()}
+        for game in replay.games
+        for manifest in replay.manifests(game)
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["game", "run"])
 
 
 def _counts(report: dict) -> dict[str, object]:
@@ -237,9 +258,10 @@ def recorded_episodes(replay: Replay) -> pd.DataFrame:
         columns game, run, start (transitions before it in its run), length, fraction (of its run, in [0, 1)),
         episode_return, terminal, truncated, continued, incomplete, clipped, in_view.
 
-        An episode is incomplete, and its return too small or too large, where its beginning was lost; where the
-        next one says that its beginning was lost; and, in a DQN-Replay log, where it does not end: that is the end of
-        the log or of what could be read. Other truncated episodes reached a time limit: their return counts.
+        An episode is incomplete, and its return no game's, where its beginning was lost; where the next one says that
+        its beginning was lost; where the recording ends episodes at a lost life; and, in a DQN-Replay log, where it
+        does not end: that is the end of the log or of what could be read. Other truncated episodes reached a time
+        limit: their return counts, but `metrics.human_normalized_mean` knows of no score where most were cut short.
     """
     tables = []
     for game in replay.games:
@@ -247,7 +269,8 @@ def recorded_episodes(replay: Replay) -> pd.DataFrame:
             names = ["start", "length", "episode_return", "terminal", "truncated", "continued"]
             episodes = run.table.select(names).to_pandas()
             broken = np.append(episodes["continued"].to_numpy()[1:], False) | (run.manifest["source"] == "DQN-Replay")
-            episodes["incomplete"] = episodes["continued"] | (episodes["truncated"] & broken)
+            by_life = run.manifest["life_loss_terminal"] is True
+            episodes["incomplete"] = episodes["continued"] | (episodes["truncated"] & broken) | by_life
             episodes["fraction"] = run.starts / run.num_transitions
             episodes["clipped"] = run.manifest["rewards"] == "clipped"
             episodes["in_view"] = np.isin(run.table["row"].to_numpy(), replay.rows_in_use(game, number)[0])
@@ -273,7 +296,10 @@ def overview(replay: Replay, episodes: pd.DataFrame) -> pd.DataFrame:
         held = {game: sum(run.num_transitions for run in replay.runs(game)) for game in replay.games}
         stored = pd.Series({game: replay.stored_bytes(game) / held[game] for game in replay.games})
         columns["bytes per transition"] = stored.replace(0, np.nan)
-    columns["sticky actions, %"] = [100 * replay.manifests(game)[0]["sticky_actions"] for game in columns.index]
+    columns["sticky actions, %"] = [
+        np.nan if (sticky := replay.manifests(game)[0]["sticky_actions"]) is None else 100 * sticky
+        for game in columns.index
+    ]
     columns["ROM"] = [rom_badge(game, replay.manifests(game)) for game in columns.index]
     return columns
 
@@ -329,7 +355,7 @@ def quality_over_time(episodes: pd.DataFrame, bins: int = 20) -> pd.DataFrame:
     """Human-normalised score of each game's player in equal parts of its runs.
 
     That is of the mean return of the episodes, of all runs together, that begin in a part. Where none begins, the
-    part before goes on. Incomplete episodes do not count.
+    part before goes on. Incomplete episodes do not count; where most of the others were cut short, there is no score.
 
     Args:
         episodes: as `recorded_episodes` returns them.
@@ -342,10 +368,11 @@ def quality_over_time(episodes: pd.DataFrame, bins: int = 20) -> pd.DataFrame:
     tables = []
     for game, table in episodes.groupby("game", sort=False):
         whole = table[~table["incomplete"]]
-        part = (whole["fraction"] * bins).astype(int)
-        returns = whole["episode_return"].groupby(part).mean().reindex(range(bins)).ffill()
+        parts = whole.groupby((whole["fraction"] * bins).astype(int))
+        scores = pd.Series({number: _normalized(game, part) for number, part in parts}, dtype=float)
+        scores = scores.reindex(np.arange(bins), method="ffill")  # a part without a score keeps none
         quality = {"game": game, "fraction": (np.arange(bins) + 0.5) / bins, "clipped": bool(table["clipped"].any())}
-        tables.append(pd.DataFrame(quality | {"human_normalized": _normalized(game, returns).to_numpy()}))
+        tables.append(pd.DataFrame(quality | {"human_normalized": scores.to_numpy()}))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -357,18 +384,20 @@ def compare_parts(episodes: pd.DataFrame, parts: Mapping[str, pd.Series]) -> pd.
         parts: by name, which episodes they hold, bool [episodes].
 
     Returns:
-        index game, run; for each part the columns transitions, episodes, mean return (of its whole episodes; NaN where
-        it has none) and score (that return normalised by human play, in %). The last row holds sums, and the IQM over
-        games of the scores.
+        index game, run; for each part the columns transitions, episodes, truncated (share of its episodes, in %), mean
+        return (of those that are not incomplete; NaN where it has none) and score (that return normalised by human
+        play, in %; NaN where most of them were cut short). The last row holds sums, and the IQM over games of the
+        scores.
     """
     columns = {}
     for name, mask in parts.items():
         part = episodes[mask]
         runs, whole = part.groupby(["game", "run"]), part[~part["incomplete"]]
-        returns = whole.groupby(["game", "run"])["episode_return"].mean()
+        recordings = whole.groupby(["game", "run"])
         table = runs.agg(transitions=("length", "sum"), episodes=("length", "size"))
-        table["mean return"] = returns
-        scores = {key: 100 * float(_normalized(key[0], value)) for key, value in returns.items()}
+        table["truncated, %"] = 100 * runs["truncated"].mean()
+        table["mean return"] = recordings["episode_return"].mean()
+        scores = {key: 100 * _normalized(key[0], recording) for key, recording in recordings}
         table["score, %"] = pd.Series(scores, dtype=float)
         columns[name] = table
     compared = pd.concat(columns, axis=1)
@@ -381,17 +410,16 @@ def compare_parts(episodes: pd.DataFrame, parts: Mapping[str, pd.Series]) -> pd.
 
 
 def iqm_over_games(episodes: pd.DataFrame) -> float:
-    """IQM over games of the human-normalised mean return; NaN where no game has a whole episode and known scores."""
+    """IQM over games of the human-normalised mean return; NaN where no game has one."""
     whole = episodes[~episodes["incomplete"]]
-    returns = whole.groupby("game")["episode_return"].mean()
-    scores = [float(_normalized(game, value)) for game, value in returns.items()]
+    scores = [_normalized(game, played) for game, played in whole.groupby("game")]
     known = [score for score in scores if np.isfinite(score)]
     return iqm(np.array(known)) if known else float("nan")
 
 
-def _normalized(game: str, score: T) -> T:
-    """As `human_normalized`; NaN for a game without reference scores."""
+def _normalized(game: str, episodes: pd.DataFrame) -> float:
+    """As `human_normalized_mean`; NaN for a game without reference scores."""
     try:
-        return human_normalized(game, score)
+        return human_normalized_mean(game, episodes)
     except UnknownGame:
-        return score * np.nan
+        return float("nan")

@@ -5,7 +5,7 @@ import difflib
 import functools
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -30,7 +30,23 @@ OTHER_ROM_IN_PUBLISHED_DATA: frozenset[str] = frozenset((
 ))  # fmt: skip
 PUBLISHED_SOURCES: tuple[str, ...] = ("DQN-Replay", "RL Unplugged")  # as manifests name them
 
-NUM_ACTIONS = 18  # the full joystick; every head has this many rows, a game's minimal set uses the first few
+FULL_ACTIONS: tuple[str, ...] = (  # ALE's full set, in its order
+    "NOOP", "FIRE", "UP", "RIGHT", "LEFT", "DOWN", "UPRIGHT", "UPLEFT", "DOWNRIGHT", "DOWNLEFT", "UPFIRE",
+    "RIGHTFIRE", "LEFTFIRE", "DOWNFIRE", "UPRIGHTFIRE", "UPLEFTFIRE", "DOWNRIGHTFIRE", "DOWNLEFTFIRE",
+)  # fmt: skip
+NUM_ACTIONS = len(FULL_ACTIONS)  # rows of every head; a game's minimal set uses the first few
+
+RULES: dict[str, str] = {  # under which a game was recorded or is played, as manifests name them; None: not known
+    "rewards": "rewards",  # "raw" or "clipped"
+    "life_loss_terminal": "end of an episode at a lost life",  # bool
+    "frame_skip": "frame skip",  # emulator frames per step, or [low, high), drawn at each step
+    "sticky_actions": "sticky actions",  # probability
+    "mode": "mode",  # ALE's number, or "default"
+    "difficulty": "difficulty",  # likewise
+    "action_set": "action set",  # "minimal" or "full", what the player chose from
+    "observation": "observation",  # in words
+    "max_steps": "step limit",  # of an episode
+}
 
 
 class UnknownGame(ValueError):
@@ -103,6 +119,26 @@ def action_names(game: str) -> tuple[str, ...]:
     ale = ale_py.ALEInterface()
     ale.loadROM(roms.get_rom_path(rom_name(game)))
     return tuple(action.name for action in ale.getMinimalActionSet())
+
+
+class OtherActions(ValueError):
+    """A recording whose actions index another list than the game's minimal set."""
+
+
+def check_actions(game: str, actions: Sequence[str]) -> None:
+    """Check that a recording's action names are those of the game; nothing is known of games that ALE lacks.
+
+    Raises:
+        OtherActions: they are not.
+    """
+    if game in _all_roms() and tuple(actions) != action_names(game):
+        names = action_names(game)
+        raise OtherActions(
+            f"its {len(actions)} actions are {', '.join(actions)}, but {game} has {len(names)}: {', '.join(names)}. A "
+            "stored action is an index into that list, so in the game it would be another one. Record it again with "
+            'the game\'s list, or import it again (where its actions index the full set of 18, with actions="full" or '
+            "on the command line --actions full)."
+        )
 
 
 class UnknownVariant(ValueError):

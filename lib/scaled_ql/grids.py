@@ -20,6 +20,7 @@ from rich.table import Table
 
 from scaled_ql import metrics, parameters, runs
 from scaled_ql.parameters import Parameters
+from scaled_ql.processes import main_guard_hint
 
 REFRESH_SECONDS = 2.0
 FINISHED_SHOWN = 5
@@ -58,6 +59,9 @@ def run_grid(
 
     Returns:
         one outcome per run, in their order.
+
+    Raises:
+        RunError: the local workers did not start.
     """
     from distributed import Client
 
@@ -142,11 +146,15 @@ def _local_cluster(workers: int, most: int) -> Iterator:
     # Dask looks at itself a hundred times a second, which on small machines is felt.
     calm = {"distributed.worker.profile.enabled": False, "distributed.admin.tick.interval": "1s"}
     quiet = {"silence_logs": "ERROR", "dashboard_address": None}
-    with (
-        dask.config.set(calm),
-        LocalCluster(n_workers=workers, threads_per_worker=1, host="127.0.0.1", memory_limit=0, **quiet) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(dask.config.set(calm))
+        try:
+            options = {"threads_per_worker": 1, "host": "127.0.0.1", "memory_limit": 0} | quiet
+            cluster = stack.enter_context(LocalCluster(n_workers=workers, **options))
+        except (RuntimeError, OSError) as error:
+            remedy = main_guard_hint() or "Run again, with fewer workers where memory or processes are short."
+            raise runs.RunError(f"the workers did not start ({error}). {remedy}") from error
+        client = stack.enter_context(Client(cluster, set_as_default=False))
         client.register_worker_callbacks(take_lane)  # of workers that Dask restarts as well
         yield cluster
 
@@ -204,9 +212,13 @@ class Progress:
 
 
 def last_score(folder: Path) -> str:
-    """The IQM over games of a finished run's human-normalised scores, in percent; "" where there is none."""
+    """The IQM over games of a finished run's human-normalised scores, in percent; "" where there is none.
+
+    A game of mostly truncated episodes has none.
+    """
     games = runs.read_json(folder / "summary.json").get("games", {})
-    known = [row["human-normalised %"] for row in games.values() if "human-normalised %" in row] if games else []
+    scores = [row.get("human-normalised %") for row in games.values()]
+    known = [score for score in scores if score is not None]
     return f"{metrics.iqm(known):.1f}%" if known else ""
 
 

@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 
+from scaled_ql.environments import MAX_STEPS
 from scaled_ql.games import reference_score
 
 Statistic = Callable[[np.ndarray], np.ndarray]
 TOGETHER = 2_000_000  # scores resampled in one go
+MOSTLY = 0.5  # of the episodes; where more were cut short, their mean is no score of the game
 
 
 def human_normalized(game: str, score: float) -> float:
@@ -23,6 +26,34 @@ def human_normalized(game: str, score: float) -> float:
         UnknownGame: the game has no reference scores.
     """
     return _normalized(game, score, "human")
+
+
+def human_normalized_mean(game: str, episodes: pd.DataFrame) -> float:
+    """`human_normalized` of the mean return of played or recorded episodes, where that is a score of the game.
+
+    Args:
+        game: its name.
+        episodes: columns episode_return (raw), length (agent steps), truncated.
+
+    Returns:
+        a fraction; NaN where there is no episode, or most were `cut_short`.
+
+    Raises:
+        UnknownGame: the game has no reference scores.
+    """
+    score = human_normalized(game, episodes["episode_return"].mean())
+    return float("nan") if cut_short(episodes) > MOSTLY else score
+
+
+def cut_short(episodes: pd.DataFrame) -> float:
+    """Share of episodes that were truncated before the limit of the protocol, 27,000 steps (Table B.1).
+
+    One that reached that limit counts as a game: the published scores were measured so.
+
+    Args:
+        episodes: columns length (agent steps), truncated.
+    """
+    return float((episodes["truncated"].astype(bool) & (episodes["length"] < MAX_STEPS)).mean())
 
 
 def dqn_normalized(game: str, score: float) -> float:

@@ -30,7 +30,7 @@ from flax import nnx
 
 from scaled_ql import objectives
 from scaled_ql.devices import OutOfMemory
-from scaled_ql.environments import MAX_STEPS, STACK_SIZE, VectorEnvironment, make_vector_environment
+from scaled_ql.environments import MAX_STEPS, STACK_SIZE, VectorEnvironment, make_vector_environment, rules
 from scaled_ql.evaluation import QFunction, make_q_function
 from scaled_ql.games import action_names, check_variant, rom_md5
 from scaled_ql.networks.q_network import Head, QNetwork
@@ -336,8 +336,8 @@ def play(
         log = stack.enter_context(_Log())
         players = []
         for number, game in enumerate(games):
-            about = {"actions": action_names(game), "source": source, "sticky_actions": sticky_actions}
-            writer = stack.enter_context(ReplayWriter(path, game, run, rom_md5=rom_md5(game), **about))
+            about = {"actions": action_names(game), "source": source, "rom_md5": rom_md5(game)} | rules(**options)
+            writer = stack.enter_context(ReplayWriter(path, game, run, **about))
             ring = Ring(environments, capacity, max_steps, compressed=compressed)
             if writer.num_transitions:
                 ring.fill(logged_episodes(open_replay(path), game, run, capacity))

@@ -193,7 +193,7 @@ def contact_sheet(rows: dict[str, np.ndarray]) -> Figure:
 
 
 def learning_curves(metrics: pd.DataFrame) -> Figure:
-    """Training against steps: the loss per game, then what the method has of CQL, values, accuracy; gradient norm.
+    """Training against steps: the loss per game, then what the method has of CQL, values, accuracy; gradients.
 
     Args:
         metrics: rows of `training.train`.
@@ -205,7 +205,6 @@ def learning_curves(metrics: pd.DataFrame) -> Figure:
         "cql_loss": "CQL loss (before alpha)",
         "q_data": "mean Q",
         "entropy": "entropy of the return, nats",
-        "behaviour_loss": "behaviour policy, nats",
         "dr3_penalty": "DR3 (before its weight)",
         "accuracy": "data's action is the likeliest",
         "grad_norm": "gradient norm",
@@ -245,6 +244,23 @@ def scores(table: pd.DataFrame, episodes: pd.DataFrame) -> Figure:
         axis.scatter(["agent"] * len(dots), dots, color="black", s=8, alpha=0.6, zorder=3)
         axis.axhline(0, color="black", lw=0.8)
         axis.set(title=game, ylabel="episode return (raw)")
+    return figure
+
+
+def score_curve(curve: pd.DataFrame, dataset: pd.Series) -> Figure:
+    """The agent's mean raw return against gradient steps, a panel per game, with the data's mean as a dashed line.
+
+    Args:
+        curve: from `evaluation.score_curve`.
+        dataset: index game; mean return of the data.
+    """
+    games = list(curve["game"].unique())
+    figure, axes = _grid(len(games), width=3.6)
+    for axis, (game, rows) in zip(axes, curve.groupby("game", sort=False)):
+        axis.plot(rows["step"], rows["agent_return"], color=PLAYERS["agent"], marker="o", ms=4, label="agent")
+        axis.axhline(dataset[game], color=PLAYERS["dataset"], ls="--", lw=1, label="dataset")
+        axis.set(title=game, xlabel="gradient step", ylabel="episode return (raw)")
+    axes[0].legend(fontsize="x-small")
     return figure
 
 
@@ -424,7 +440,7 @@ def improvements(table: pd.DataFrame, colors: Mapping[str, str] = SYSTEMS) -> Fi
 # A variant always has the same colour; the base, Scaled QL, that of agents everywhere.
 VARIANTS = {
     "Scaled QL": PLAYERS["agent"], "C51": PLAYERS["agent"], "with": PLAYERS["agent"], "CQL": PLAYERS["agent"],
-    "without": "#999999", "MSE": "#009e73", "BCQ": "#e69f00", "behaviour cloning": "#cc79a7",
+    "without": "#999999", "MSE": "#009e73", "BCQ": "#e69f00", "cloning": "#cc79a7", "zero rewards": "black",
     "return-conditioned cloning": "#56b4e9", "HL-Gauss": "#f0e442", "two-hot": "#332288", "DR3 besides": "#661100",
     "random shift": "#44aa99",
 }  # fmt: skip
@@ -434,7 +450,8 @@ def ablation(compared: pd.DataFrame, label: str = "human-normalised IQM") -> Fig
     """Bars of variants with their 95% intervals, side by side for each value of the other parameter.
 
     Args:
-        compared: from `ablations.compare`; a variant without runs has a gap and the word missing.
+        compared: from `ablations.compare`; a variant without runs has a gap and the word missing, one without a score
+            the word none.
         label: what the score is.
     """
     axis_name = next((name for name in compared.columns[1:2] if name != "runs"), None)
@@ -448,8 +465,9 @@ def ablation(compared: pd.DataFrame, label: str = "human-normalised IQM") -> Fig
         errors = np.abs(rows[["low", "high"]].to_numpy().T - rows["score"].to_numpy())
         look = {"color": VARIANTS.get(variant, "#666666"), "edgecolor": "black", "linewidth": 0.5}
         axis.bar(at, rows["score"], 0.92 * width, yerr=errors, capsize=3, label=variant, **look)
-        for place in at[rows["score"].isna()]:
-            axis.annotate("missing", (place, 0), rotation=90, ha="center", va="bottom", fontsize="x-small")
+        for place, runs in zip(at[rows["score"].isna()], rows.loc[rows["score"].isna(), "runs"]):
+            said = "none" if runs else "missing"
+            axis.annotate(said, (place, 0), rotation=90, ha="center", va="bottom", fontsize="x-small")
     axis.axhline(0, color="black", lw=0.8)
     axis.set_xticks(range(len(groups)), groups)
     axis.set(xlabel=axis_name or "", ylabel=label, xlim=(-0.5, len(groups) - 0.5))
@@ -460,27 +478,37 @@ def ablation(compared: pd.DataFrame, label: str = "human-normalised IQM") -> Fig
 
 
 def scaling(compared: pd.DataFrame, label: str = "human-normalised IQM") -> Figure:
-    """Score against parameters, a line per family of encoders and variant; 95% intervals (Figure 6).
+    """Score against parameters as the paper counts them, a line per family of encoders and variant (Figure 6).
+
+    Intervals are 95%. A run of IMPALA has the recipe of all others; the paper's IMPALA points are another system, the
+    CQL of Lee et al. (2022).
 
     Args:
         compared: from `ablations.compare`, across encoders.
         label: what the score is.
     """
-    known = compared.dropna(subset="score")
+    known = compared.dropna(subset=["score", "paper_parameters"])
     figure, axis = plt.subplots(figsize=(8.5, 3.8))
+    names = {"resnet": "ResNet", "impala": "IMPALA with this recipe"}
     family = known["encoder"].str.extract(r"^([a-z]+)")[0]
     for (name, variant), rows in known.groupby([family, "variant"], sort=False):
-        rows = rows.sort_values("num_parameters")
+        rows = rows.sort_values("paper_parameters")
         errors = np.abs(rows[["low", "high"]].to_numpy().T - rows["score"].to_numpy())
         color = VARIANTS.get(variant, "#666666")
         marker = {"resnet": "o", "impala": "s"}.get(name, "^")
-        millions = rows["num_parameters"] / 1e6
+        millions = rows["paper_parameters"] / 1e6
         axis.errorbar(
-            millions, rows["score"], errors, color=color, marker=marker, capsize=3, label=f"{name}, {variant}"
+            millions,
+            rows["score"],
+            errors,
+            color=color,
+            marker=marker,
+            capsize=3,
+            label=f"{names.get(name, name)}, {variant}",
         )
         for x, y, encoder in zip(millions, rows["score"], rows["encoder"]):
             axis.annotate(encoder, (x, y), (5, 5), textcoords="offset points", fontsize="x-small")
-    axis.set(xscale="log", xlabel="parameters, millions", ylabel=label)
+    axis.set(xscale="log", xlabel="parameters of encoder and first dense layer, millions", ylabel=label)
     axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("{x:g}")

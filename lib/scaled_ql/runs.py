@@ -88,7 +88,7 @@ def workspace() -> Path:
 
 def outputs_folder(values: Parameters) -> Path:
     """The folder of all runs that a run belongs to."""
-    return Path(values.outputs).absolute() if values.outputs else workspace() / "outputs"
+    return Path(values.outputs).resolve() if values.outputs else workspace() / "outputs"
 
 
 def process_number(values: Parameters) -> int:
@@ -439,7 +439,9 @@ def start(notebook: str, namespace: dict[str, Any]) -> Run:
 def holds_results(folder: Path) -> bool:
     """Whether a run has recorded anything; one that failed before it did reserves neither name nor parameters."""
     return any(
-        file.name not in BOOKKEEPING and not file.name.endswith(".partial") and file.is_file() and file.stat().st_size
+        file.name not in BOOKKEEPING
+        and not file.name.endswith(".partial")
+        and (file.is_symlink() or (file.is_file() and file.stat().st_size))  # what a link leads to is not looked at
         for file in folder.rglob("*")
     )
 

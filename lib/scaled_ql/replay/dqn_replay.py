@@ -33,6 +33,7 @@ import fsspec
 import numpy as np
 from isal import igzip_threaded
 
+from scaled_ql.environments import rules
 from scaled_ql.games import action_names
 from scaled_ql.replay import format as fmt
 from scaled_ql.replay import importing
@@ -41,11 +42,12 @@ from scaled_ql.replay.importing import BLOCK, Part, Plan, Progress, Report, RowW
 
 SOURCE = "DQN-Replay"
 PADDING = 3  # rows of zeros before an episode: Dopamine's stack size less one
-STICKY_ACTIONS = 0.25
+PUBLISHED = rules(sticky_actions=0.25)
 READ_BYTES = 1 << 18  # decoded in one call: as much may be lost before the place where a file is cut
 MAX_CAPACITY = 20_000_000  # rows a file; beyond that its small columns would not fit in memory
 COLUMNS = {"action": np.int32, "reward": np.float32, "terminal": np.uint8}
 BOUNDARY = "boundary"  # a column of our own beside Dopamine's: 1 truncated here, 2 its beginning was lost
+LOGS = "replay_logs"  # folder of a run's files
 MANIFEST = "manifest.json"  # of the store that logs were exported from
 FILE = re.compile(r"^\$store\$_(observation|action|reward|terminal)_ckpt\.(\d+)\.gz$|^add_count_ckpt\.(\d+)\.gz$")
 
@@ -56,6 +58,7 @@ def import_dqn_replay(
     games: list[str] | None = None,
     runs: list[int] | None = None,
     *,
+    actions: str = "minimal",
     skip_bad: bool = False,
     workers: int = 0,
     scheduler: str = "",
@@ -68,6 +71,8 @@ def import_dqn_replay(
         destination: the dataset's folder, on a local disk.
         games: those to import; None is all there.
         runs: those to import of each game; None is all there.
+        actions: what the log's actions index: the game's ``"minimal"`` set, as in published logs, or the ``"full"`` set
+            of 18, which is mapped onto the minimal one by name.
         skip_bad: go on after a file that cannot be read, and list it in the report and in ``import.json``.
         workers: processes that convert files side by side; 0 converts in this one.
         scheduler: address of a running Dask scheduler to use instead, whose workers see both folders.
@@ -80,11 +85,11 @@ def import_dqn_replay(
         ReplayError: what is wrong with which file, and from which row on.
     """
     filesystem, root = importing.open_source(source)
-    url, destination = filesystem.unstrip_protocol(root), Path(destination).absolute()
+    url, destination = filesystem.unstrip_protocol(root), fmt.local_folder(destination)
     found = _find_runs(filesystem, root, games, runs)
 
     def plan(game: str, run: int) -> Plan:
-        return plan_run(url, found[game, run], destination, game, run)
+        return plan_run(url, found[game, run], destination, game, run, actions)
 
     return importing.run_import(
         destination, sorted(found), plan, convert,
@@ -95,24 +100,52 @@ def import_dqn_replay(
 def _find_runs(
     filesystem: fsspec.AbstractFileSystem, root: str, games: list[str] | None, runs: list[int] | None
 ) -> dict[tuple[str, int], str]:
+    """Folders of logs in a source, as paths in it, by game and run."""
     found = {}
+    _expect_source(filesystem, root)
     for game, folder in importing.game_folders(filesystem, root, games).items():
-        names = {
-            int(name): entry["name"].rstrip("/")
-            for entry in importing.list_folder(filesystem, folder)
-            if entry["type"] == "directory" and (name := entry["name"].rstrip("/").rsplit("/", 1)[-1]).isdigit()
-        }
+        there = importing.folders_in(filesystem, folder)
+        names = {int(name): address for name, address in there.items() if name.isdigit()}
         absent = sorted(set(runs or ()) - names.keys())
         if absent or not names:
+            _expect_game(filesystem, root, folder, there)
             raise ReplayError(
                 f"{folder}: no run {', '.join(map(str, absent)) or 'folder'}; it has {sorted(names)}. "
-                f"Expected {folder}/<run>/replay_logs/."
+                f"Expected {folder}/<run>/{LOGS}/."
             )
-        found |= {(game, run): f"{names[run]}/replay_logs" for run in sorted(runs or names)}
+        for run in sorted(runs or names):
+            if LOGS not in importing.folders_in(filesystem, names[run]):
+                here = "Dopamine's files, but no folder" if _has_logs(filesystem, names[run]) else "no folder"
+                raise ReplayError(
+                    f"{names[run]}: has {here} {LOGS}. Expected {names[run]}/{LOGS}/ with those files in it."
+                )
+            found[game, run] = f"{names[run]}/{LOGS}".removeprefix(root).lstrip("/")
     return found
 
 
-def plan_run(source: str, logs: str, destination: Path, game: str, run: int) -> Plan:
+def _expect_game(filesystem: fsspec.AbstractFileSystem, root: str, folder: str, there: dict[str, str]) -> None:
+    """Refuse a game's folder that is none, but looks like a level above or below one."""
+    if _has_logs(filesystem, folder):
+        raise ReplayError(f"{folder}: has Dopamine's files, but no folder of a run. Expected {folder}/<run>/{LOGS}/.")
+    if LOGS in there:
+        raise ReplayError(f"{folder}: has a folder {LOGS}, but no folder of a run. Expected {folder}/<run>/{LOGS}/.")
+
+
+def _has_logs(filesystem: fsspec.AbstractFileSystem, folder: str) -> bool:
+    return any(FILE.match(entry["name"].rsplit("/", 1)[-1]) for entry in importing.list_folder(filesystem, folder))
+
+
+def _expect_source(filesystem: fsspec.AbstractFileSystem, root: str) -> None:
+    folders = importing.folders_in(filesystem, root)
+    if _has_logs(filesystem, root):
+        importing.expect_level(root, "is a folder of Dopamine's files, as <game>/<run>/replay_logs", 3)
+    if LOGS in folders:
+        importing.expect_level(root, f"is the folder of one run, with {LOGS} in it", 2)
+    if folders and all(name.isdigit() for name in folders):
+        importing.expect_level(root, f"is the folder of one game, with the runs {', '.join(sorted(folders))}", 1)
+
+
+def plan_run(source: str, folder: str, destination: Path, game: str, run: int, action_set: str) -> Plan:
     """Which files a run has, which global numbers each of them adds, and what none of them holds.
 
     A file that is found to be bad here stays in the plan, to be reported in its turn.
@@ -120,26 +153,27 @@ def plan_run(source: str, logs: str, destination: Path, game: str, run: int) -> 
     Raises:
         ReplayError: there are no files, or the destination cannot be written.
     """
-    filesystem, _ = importing.open_source(source)
-    dumps: dict[int, set[str]] = {}
+    filesystem, root = importing.open_source(source)
+    logs = f"{root}/{folder}"
+    dumps: dict[int, dict[str, int]] = {}  # bytes of each file
     for entry in importing.list_folder(filesystem, logs):
         match = FILE.match(entry["name"].rsplit("/", 1)[-1])
         if match:
-            dumps.setdefault(int(match[2] or match[3]), set()).add(match[1] or "add_count")
+            dumps.setdefault(int(match[2] or match[3]), {})[match[1] or "add_count"] = entry["size"]
     if not dumps:
         raise ReplayError(f"{logs}: holds no $store$_observation_ckpt.<number>.gz; expected Dopamine's replay logs.")
-    actions, folder = list(action_names(game)), str(destination / game / str(run))
+    actions, target = list(action_names(game)), str(destination / game / str(run))
+    indices = importing.action_indices(actions, action_set)
     parts, gaps = [], []
     capacity, before, previous = 0, 0, None  # of the file before: rows a file, rows added, number
     for number in sorted(dumps):
-        address = _address(logs, "observation", number)
         try:
-            _expect_all(logs, number, dumps[number])
+            _expect_all(logs, number, {*dumps[number]})
             capacity = _capacity(filesystem, logs, number, capacity)
             count = _read_add_count(filesystem, _address(logs, "add_count", number))
             follows = previous is not None
             if number == max(dumps) and count < capacity:
-                count, follows = _last_count(filesystem, logs, number, count, capacity, before, previous, len(actions))
+                count, follows = _last_count(filesystem, logs, number, count, capacity, before, previous, indices)
                 if count == before:
                     continue
             if count <= before:
@@ -148,27 +182,30 @@ def plan_run(source: str, logs: str, destination: Path, game: str, run: int) -> 
                     "Expected counts that grow with the number of the dump: files of different logs are mixed."
                 )
         except Unreadable as error:
-            parts.append(Part(folder, number, address, {"bad": str(error)}))
+            parts.append(Part(target, number, _address(folder, "observation", number), {"bad": str(error)}, source))
             continue
         low = max(before, count - capacity)
         if low > before:
-            gaps.append({"first": before, "last": low - 1, "before": address})
+            gaps.append({"first": before, "last": low - 1, "before": _address(folder, "observation", number)})
         content = {
-            "source": source, "logs": logs, "number": number, "capacity": capacity, "low": low, "stop": count,
-            "previous": previous if follows and low == before else None, "actions": len(actions),
+            "logs": folder, "number": number, "capacity": capacity, "low": low, "stop": count,
+            "previous": previous if follows and low == before else None, "actions": indices,
+            "sizes": dict(sorted(dumps[number].items())),  # tell this log from another
         }  # fmt: skip
-        parts.append(Part(folder, number, address, content))
+        parts.append(Part(target, number, _address(folder, "observation", number), content, source))
         before, previous = count, number
-    manifest = _read_manifest(filesystem, logs, game, run, actions)
-    importing.prepare_run(Path(folder), before, manifest, [part.file for part in parts])
+    manifest = _read_manifest(filesystem, logs, game, run, actions, action_set)
+    importing.prepare_run(Path(target), before, manifest, parts)
     return Plan(manifest, parts, {"gaps": gaps})
 
 
 def _read_manifest(
-    filesystem: fsspec.AbstractFileSystem, logs: str, game: str, run: int, actions: list[str]
+    filesystem: fsspec.AbstractFileSystem, logs: str, game: str, run: int, actions: list[str], action_set: str
 ) -> dict[str, Any]:
     """The manifest beside logs that were exported from a store, or that of a published log."""
-    known = fmt.make_manifest(game, run, actions=actions, source=SOURCE, sticky_actions=STICKY_ACTIONS, rewards="")
+    known = fmt.make_manifest(
+        game, run, actions=actions, source=SOURCE, **PUBLISHED | {"rewards": "", "action_set": action_set}
+    )
     address = f"{logs}/{MANIFEST}"
     if not filesystem.exists(address):
         return known
@@ -207,7 +244,7 @@ def _address(logs: str, column: str, number: int) -> str:
 
 def _last_count(
     filesystem: fsspec.AbstractFileSystem, logs: str, number: int, count: int, capacity: int, before: int,
-    previous: int | None, num_actions: int,
+    previous: int | None, indices: list[int],
 ) -> tuple[int, bool]:  # fmt: skip
     """How many rows were added at a log's last dump, which saved either that number or the ring's position.
 
@@ -222,7 +259,7 @@ def _last_count(
         capacity: of the ring.
         before: rows added at the dump before it; 0 for none.
         previous: number of that dump.
-        num_actions: that a valid row can have.
+        indices: as of `_bad_rows`.
 
     Returns:
         the count, and whether its new rows are known to follow the last one of the dump before.
@@ -236,7 +273,7 @@ def _last_count(
     if same:
         return first, True
     if same is None and first < capacity:
-        if _never_written(filesystem, logs, number, count, capacity, num_actions):
+        if _never_written(filesystem, logs, number, count, capacity, indices):
             return first, previous is not None
         return first + (max(number, 1) if previous is None else cycles) * capacity, False
     if same is None and cycles == 1 and previous is not None:
@@ -271,7 +308,7 @@ def _are_same(
 
 
 def _never_written(
-    filesystem: fsspec.AbstractFileSystem, logs: str, number: int, count: int, capacity: int, num_actions: int
+    filesystem: fsspec.AbstractFileSystem, logs: str, number: int, count: int, capacity: int, indices: list[int]
 ) -> bool:
     """Whether the rows from the ring's position on look as if nothing was ever written there.
 
@@ -279,7 +316,7 @@ def _never_written(
     """
     columns = [read_column(filesystem, _address(logs, name, number), COLUMNS[name], capacity) for name in COLUMNS]
     action, reward, terminal = (column[count:] for column in columns)
-    invalid = ~np.isfinite(reward) | (action < 0) | (action >= num_actions) | (terminal > 1)
+    invalid = ~np.isfinite(reward) | ~np.isin(action, np.flatnonzero(np.array(indices) >= 0)) | (terminal > 1)
     if invalid.mean() > 0.5:
         return True
     try:
@@ -412,13 +449,18 @@ def convert(part: Part) -> tuple[list[dict[str, Any]], dict[str, list], Unreadab
     content = part.content
     if "bad" in content:
         return [], {}, Unreadable(content["bad"])
-    filesystem, _ = importing.open_source(content["source"])
+    filesystem, root = importing.open_source(part.source)
     try:
-        dump, ended = _read_dump(filesystem, content)
+        dump, ended = _read_dump(filesystem, f"{root}/{content['logs']}", content)
     except Unreadable as error:
         return [], {}, Unreadable(str(error))  # nothing of the dump can be used, from row 0 on
-    crc32, good, problem = _write_frames(filesystem, part, dump)
-    segments, excluded = find_segments(dump, crc32, good, ended, content["actions"], part.file)
+    address = part.address
+    crc32, good, problem = _write_frames(filesystem, address, part, dump)
+    segments, excluded = find_segments(dump, crc32, good, ended, content["actions"], address)
+    if importing.too_many(len(excluded), int(good.sum())):
+        invalid = len(excluded), dump.action[good], content["actions"]
+        return [], {}, Unreadable(importing.describe_invalid(address, part.game, *invalid))
+    dump = dump._replace(action=importing.map_actions(dump.action, content["actions"]))
     usable = np.zeros(len(dump.action), bool)
     terminal, truncated = np.zeros((2, len(dump.action)), bool)
     for piece in segments:
@@ -433,9 +475,9 @@ def convert(part: Part) -> tuple[list[dict[str, Any]], dict[str, list], Unreadab
     return segments, {"excluded": excluded}, problem
 
 
-def _read_dump(filesystem: fsspec.AbstractFileSystem, content: dict[str, Any]) -> tuple[Dump, int]:
+def _read_dump(filesystem: fsspec.AbstractFileSystem, logs: str, content: dict[str, Any]) -> tuple[Dump, int]:
     """A dump's small columns, and when the episode before its first row ended; see `find_segments`."""
-    logs, number, capacity = content["logs"], content["number"], content["capacity"]
+    number, capacity = content["number"], content["capacity"]
     low, previous = content["low"], content["previous"]
     ring = np.arange(low, content["stop"]) % capacity
     columns = {
@@ -457,7 +499,7 @@ def _read_dump(filesystem: fsspec.AbstractFileSystem, content: dict[str, Any]) -
 
 
 def _write_frames(
-    filesystem: fsspec.AbstractFileSystem, part: Part, dump: Dump
+    filesystem: fsspec.AbstractFileSystem, address: str, part: Part, dump: Dump
 ) -> tuple[np.ndarray, np.ndarray, Unreadable | None]:
     """Write the new frames; returns their CRC-32s, which of them were read, and what ended that early."""
     capacity = part.content["capacity"]
@@ -484,7 +526,7 @@ def _write_frames(
                 writers[place].append(observation=frames)
 
     try:
-        with _opened(filesystem, part.file) as file:
+        with _opened(filesystem, address) as file:
             file.expect(np.uint8, FRAME_SHAPE, capacity)
             while at < capacity:
                 block = next(buffers)[: capacity - at]
@@ -503,7 +545,7 @@ def _write_frames(
 
 
 def find_segments(
-    dump: Dump, crc32: np.ndarray, good: np.ndarray, ended: int, num_actions: int, file: str
+    dump: Dump, crc32: np.ndarray, good: np.ndarray, ended: int, indices: list[int], file: str
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Cut a dump's new rows into segments of episodes.
 
@@ -513,14 +555,15 @@ def find_segments(
         good: bool [N], whether the frame could be read.
         ended: how many rows before the first one an episode ended, at most PADDING + 1; 0 if none of those did, -1 if
             what was there is lost.
-        num_actions: of the game.
+        indices: for each action of the log the one of the game, -1 for none; segments have the game's.
         file: name, for the list.
 
     Returns:
         (segments, rows that are no transitions with the reason for each)
     """
     size = len(dump.action)
-    excluded, bad = _bad_rows(dump, good, num_actions, file)
+    excluded, bad = _bad_rows(dump, good, indices, file)
+    action = importing.map_actions(dump.action, indices)
     ends = dump.terminal == 1
     padding, depth = _find_padding(dump, crc32, good, bad, ended)
     keep = good & ~bad & ~padding
@@ -539,7 +582,7 @@ def find_segments(
             importing.segment(
                 dump.low + begin,
                 crc32[here],
-                dump.action[here],
+                action[here],
                 dump.reward[here],
                 terminal=ends[last] and not dump.boundary[last] & 1,
                 continued=not fresh[begin] and not joins,
@@ -550,11 +593,13 @@ def find_segments(
     return segments, excluded
 
 
-def _bad_rows(dump: Dump, good: np.ndarray, num_actions: int, file: str) -> tuple[list[dict[str, Any]], np.ndarray]:
+def _bad_rows(dump: Dump, good: np.ndarray, indices: list[int], file: str) -> tuple[list[dict[str, Any]], np.ndarray]:
     """Rows that are no transitions: (a list of them with the reason, bool [N])."""
+    allowed = np.flatnonzero(np.array(indices) >= 0)
+    known = f"0 to {len(indices) - 1}" if len(allowed) == len(indices) else ", ".join(map(str, allowed))
     tests = {
         "reward": (~np.isfinite(dump.reward), "expected a finite number"),
-        "action": ((dump.action < 0) | (dump.action >= num_actions), f"the game has 0 to {num_actions - 1}"),
+        "action": (~np.isin(dump.action, allowed), f"the game has {known}"),
         "terminal": (dump.terminal > 1, "expected 0 or 1"),
     }
     excluded, bad = [], np.zeros(len(good), bool)

@@ -13,7 +13,7 @@ import numpy as np
 from isal import igzip
 
 from scaled_ql.replay.dqn_replay import BOUNDARY, COLUMNS, MANIFEST, PADDING
-from scaled_ql.replay.format import FRAME_SHAPE, ReplayError, encode_manifest
+from scaled_ql.replay.format import FRAME_SHAPE, ReplayError, encode_manifest, local_folder
 from scaled_ql.replay.store import Replay, open_replay
 
 BLOCK = 4_096  # rows written together
@@ -43,7 +43,7 @@ def export_dqn_replay(
         raise ReplayError(f"rows_per_file is at least {PADDING + 2}, got {rows_per_file}.")
     for game in replay.games:
         for manifest in replay.manifests(game):
-            folder = Path(destination).absolute() / game / str(manifest["run"]) / "replay_logs"
+            folder = local_folder(destination) / game / str(manifest["run"]) / "replay_logs"
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 if any(folder.iterdir()):

@@ -4,7 +4,7 @@
 
     dataset/
       Pong/1/                     game, run
-        manifest.json             what this is: format version, source, actions, stickiness, ROM; written once
+        manifest.json             what this is: format version, source, actions, ROM, rules; written once
         episodes.arrow            the episode table (an Arrow stream and a CRC-32), memory-mapped
         episodes.jsonl            episodes appended since that table was written, one line each
         observation/  uint8  [T, 84, 84]   zarr v3, single frames, never stacks
@@ -25,11 +25,14 @@ import os
 import zlib
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pyarrow as pa
 import tensorstore as ts
 from isal import isal_zlib
+
+from scaled_ql.games import RULES
 
 FORMAT = "scaled-ql replay"
 FORMAT_VERSION = 2
@@ -155,12 +158,13 @@ def make_manifest(
     *,
     actions: list[str],
     source: str,
-    sticky_actions: float,
-    frame_skip: int = 4,
     rom_md5: str = "",
-    rewards: str = "raw",
+    **rules: Any,
 ) -> dict[str, Any]:
-    """What `manifest.json` holds; see `ReplayWriter` for the values."""
+    """What `manifest.json` holds; see `ReplayWriter` for the values, `games.RULES` for the rules."""
+    unknown = rules.keys() - RULES.keys()
+    if unknown:
+        raise TypeError(f"a manifest has no {', '.join(sorted(unknown))}; its rules are {', '.join(RULES)}.")
     return {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -168,10 +172,8 @@ def make_manifest(
         "run": run,
         "source": source,
         "actions": list(actions),
-        "sticky_actions": sticky_actions,
-        "frame_skip": frame_skip,
         "rom_md5": rom_md5,
-        "rewards": rewards,
+        **{name: rules.get(name) for name in RULES},
     }
 
 
@@ -196,7 +198,7 @@ def write_or_compare_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     differences = [
         f"{key}: {stored.get(key)!r} there, {value!r} asked for"
         for key, value in manifest.items()
-        if stored.get(key) != value
+        if stored.get(key) not in (value, None)  # None: what an earlier version did not record
     ]
     if differences:
         raise ReplayError(
@@ -221,7 +223,7 @@ def has_checksums(manifest: bytes) -> bool:
 
 
 def read_manifest(content: bytes, where: str) -> dict[str, Any]:
-    """Parse and check a manifest."""
+    """Parse and check a manifest; rules that it does not have are None, not known."""
     try:
         manifest = json.loads(content)
     except ValueError as error:
@@ -252,7 +254,21 @@ def read_manifest(content: bytes, where: str) -> dict[str, Any]:
             f"{where}: the manifest differs from its checksum. Restore the file from a copy; if you changed it on "
             "purpose, remove its crc32."
         )
-    return manifest
+    return dict.fromkeys(RULES) | manifest
+
+
+def local_folder(path: str | os.PathLike) -> Path:
+    """The folder that a path or a ``file://`` URL names, absolute, without ``..`` and links.
+
+    Raises:
+        ReplayError: a URL of another kind.
+    """
+    parts = urlsplit(os.fspath(path))
+    if parts.scheme == "file":
+        return Path(unquote(parts.path)).resolve()
+    if "://" in os.fspath(path):
+        raise ReplayError(f"{path}: is on no local disk. Name a local folder; copy it to where it belongs afterwards.")
+    return Path(path).resolve()
 
 
 def empty_table() -> pa.Table:

@@ -14,24 +14,28 @@ order and side by side; the episode table says which rows count.
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import tensorstore as ts
 
-from scaled_ql.games import UnknownGame, action_names
+from scaled_ql.games import FULL_ACTIONS, NUM_ACTIONS, UnknownGame, action_names
+from scaled_ql.processes import main_guard_hint
 from scaled_ql.replay import format as fmt
 from scaled_ql.replay.format import ReplayError
 from scaled_ql.replay.store import open_run, validate_run
 from scaled_ql.replay.writer import lock_run
 
 BLOCK = 8_192  # rows written together: 58 MB of frames, whole chunks
+MAX_INVALID = 0.01  # share of a file's rows that may be invalid
+FEW_INVALID = 5  # rows that may be in any case
 RETRIES = 5  # of a task whose worker was killed
 
 Progress = Callable[[int, int], None]
@@ -43,14 +47,26 @@ class Part(NamedTuple):
     Attributes:
         folder: of the run in the destination.
         number: its place in the order of time.
-        file: its address, for messages and the report.
-        content: what its format needs to convert it; equal for equal results.
+        file: its path in the source, for the report.
+        content: what its format needs to convert it; equal for equal results, wherever the source lies.
+        source: the source's address.
     """
 
     folder: str
     number: int
     file: str
     content: dict[str, Any]
+    source: str
+
+    @property
+    def address(self) -> str:
+        """Where its file is now, for messages and the report."""
+        return f"{fsspec.core.url_to_fs(self.source)[1]}/{self.file}"
+
+    @property
+    def game(self) -> str:
+        """Name of its game."""
+        return Path(self.folder).parent.name
 
 
 class Plan(NamedTuple):
@@ -83,7 +99,7 @@ class Report(NamedTuple):
     left_out: list[dict[str, Any]]
 
 
-def prepare_run(folder: Path, rows: int, manifest: dict[str, Any], files: list[str]) -> None:
+def prepare_run(folder: Path, rows: int, manifest: dict[str, Any], parts: list[Part]) -> None:
     """Create a run's arrays, long enough for all of its files.
 
     Raises:
@@ -91,22 +107,27 @@ def prepare_run(folder: Path, rows: int, manifest: dict[str, Any], files: list[s
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _expect_same_run(folder, manifest, files)
+        _expect_same_run(folder, manifest, parts)
         fmt.grow(fmt.open_arrays(folder), rows)
     except (OSError, ValueError) as error:
         raise ReplayError(f"{folder}: cannot be written ({error}). Choose another destination.") from error
 
 
-def _expect_same_run(folder: Path, manifest: dict[str, Any], files: list[str]) -> None:
-    stored, report = folder / "manifest.json", folder / "import.json"
+def _expect_same_run(folder: Path, manifest: dict[str, Any], parts: list[Part]) -> None:
+    """Whether what is there came from this source, or from one with the same contents that lay elsewhere."""
+    stored, file = folder / "manifest.json", folder / "import.json"
     if not stored.exists():
         return
     before = fmt.read_manifest(stored.read_bytes(), str(stored))
-    known = json.loads(report.read_bytes())["files"] if report.exists() else []
+    report = json.loads(file.read_bytes()) if file.exists() else {}
     same = before["source"] == manifest["source"] and before["game"] == manifest["game"]
-    if not same or (known and not set(known) & set(files)) or not (folder / "parts").exists():
+    if "source" in report:
+        same &= report["source"] == parts[0].source or any(_read_part(part) for part in parts)
+    elif report:  # of an earlier version, which listed whole addresses
+        same &= any(known.endswith(part.file) for known in report["files"] for part in parts)
+    if not same or not (folder / "parts").exists():
         raise ReplayError(
-            f"{folder}: holds other data ({before['source']}, from {known[0] if known else 'a recording'}). "
+            f"{folder}: holds other data ({before['source']}, from {report.get('source', 'a recording')}). "
             "Choose another destination, or delete this folder."
         )
 
@@ -179,6 +200,61 @@ class RowWriter:
             f"{self._folder}: cannot be written ({error}). What was imported before is safe; make room, or mend the "
             "permissions, and run the same import again to go on."
         )
+
+
+def too_many(invalid: int, rows: int) -> bool:
+    """Whether more rows of a file, or of a run, are invalid than damage explains."""
+    return invalid > max(MAX_INVALID * rows, FEW_INVALID)
+
+
+def action_indices(actions: Sequence[str], action_set: str) -> list[int]:
+    """For each action that a source may have, its index in the game's minimal set; -1 where the game lacks it.
+
+    Args:
+        actions: names of the minimal set.
+        action_set: which set the source's actions index, ``"minimal"`` or ``"full"``.
+
+    Raises:
+        ReplayError: another set.
+    """
+    if action_set not in ("minimal", "full"):
+        raise ReplayError(f"actions is {action_set!r}; expected 'minimal' or 'full', the set that the source indexes.")
+    names = FULL_ACTIONS if action_set == "full" else actions
+    return [actions.index(name) if name in actions else -1 for name in names]
+
+
+def map_actions(action: np.ndarray, indices: list[int]) -> np.ndarray:
+    """A source's actions [N] as indices in the game's minimal set, int64 [N]; 0 for those that the game lacks."""
+    known = np.array(indices)
+    mapped = known[np.where((action >= 0) & (action < len(known)), action, 0)]
+    return np.maximum(mapped, 0)
+
+
+def describe_invalid(address: str, game: str, invalid: int, action: np.ndarray, indices: list[int]) -> str:
+    """What is wrong with a file of which `too_many` rows are invalid.
+
+    Args:
+        address: of the file.
+        game: its name.
+        invalid: rows.
+        action: integers [N], as the file has them.
+        indices: from `action_indices`.
+    """
+    names, low, high = action_names(game), int(action.min()), int(action.max())
+    if min(indices) < 0:
+        absent = sorted({FULL_ACTIONS[value] for value in np.unique(action) if 0 <= value < len(indices)} - {*names})
+        remedy = f"They are read as the full set of 18, of which {game} lacks {', '.join(absent) or 'none of these'}."
+    elif len(names) <= high < NUM_ACTIONS and low >= 0:
+        remedy = (
+            'They look like indices into the full set of 18. If they are, import with actions="full" (on the command '
+            "line --actions full), which maps them by name."
+        )
+    else:
+        remedy = "The file is damaged or of another game; restore it from its source."
+    return (
+        f"{address}: {invalid:,} of {len(action):,} rows are invalid, more than {MAX_INVALID:.0%}. Its actions are "
+        f"{low} to {high}, and {game} has {', '.join(names)}. {remedy}"
+    )
 
 
 def write_part(part: Part, segments: list[dict[str, Any]], report: dict[str, list]) -> None:
@@ -274,7 +350,7 @@ def convert_part(convert: Callable[[Part], tuple], part: Part, skip_bad: bool) -
         if problem is not None:
             if not skip_bad:
                 raise problem
-            report = {**report, "left_out": [{"file": part.file, "row": problem.row, "reason": str(problem)}]}
+            report = {**report, "left_out": [{"file": part.address, "row": problem.row, "reason": str(problem)}]}
         write_part(part, segments, report)
     except OSError as error:
         raise ReplayError(
@@ -296,8 +372,15 @@ def finish_run(plan: Plan, order_by: list[str], usable: int) -> dict[str, Any]:
     for _, found in parts:
         for name, values in found.items():
             report.setdefault(name, []).extend(values)
+    rows = sum(episode["length"] for episode in episodes) + len(report.get("excluded", ()))
+    if too_many(len(report.get("excluded", ())), rows):
+        raise ReplayError(
+            f"{folder}: {len(report['excluded']):,} of {rows:,} rows of {plan.parts[0].source} are invalid, more than "
+            f"{MAX_INVALID:.0%}; the first: {report['excluded'][0]}. It is damaged or of another game."
+        )
     report = {
-        "complete": False, "format": plan.manifest["source"], "files": [part.file for part in plan.parts[:usable]],
+        "complete": False, "format": plan.manifest["source"], "source": plan.parts[0].source,
+        "files": [part.file for part in plan.parts[:usable]],
         "gaps": [], "excluded": [], "left_out": [], **report,
     }  # fmt: skip
     try:
@@ -404,7 +487,7 @@ def run_import(
     Raises:
         ReplayError: the first thing that went wrong; episodes before it are imported.
     """
-    destination = Path(destination).absolute()
+    destination = fmt.local_folder(destination)
     lock = lock_run(destination, 1)
     try:
         with _executor(workers, scheduler) as executor:
@@ -416,7 +499,8 @@ def run_import(
         if not isinstance(error, lost) and not type(error).__module__.startswith("distributed"):
             raise
         raise ReplayError(
-            f"the import was interrupted ({type(error).__name__}: {error}). Run it again: it goes on from here."
+            f"the import was interrupted ({type(error).__name__}: {error}). "
+            f"{main_guard_hint() or 'Run it again: it resumes from here.'}"
         ) from error
     finally:
         lock.release()
@@ -515,6 +599,41 @@ def list_folder(filesystem: fsspec.AbstractFileSystem, path: str) -> list[dict[s
         ) from error
 
 
+def folders_in(filesystem: fsspec.AbstractFileSystem, path: str) -> dict[str, str]:
+    """The folders in a folder, and the symbolic links to folders: their paths by their names.
+
+    Raises:
+        ReplayError: as `list_folder`.
+    """
+    return {
+        entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["name"].rstrip("/")
+        for entry in list_folder(filesystem, path)
+        if entry["type"] == "directory" or (entry.get("islink") and filesystem.isdir(entry["name"]))
+    }
+
+
+def expect_level(path: str, found: str, levels: int) -> None:
+    """Refuse a source that lies one or more levels below what an import takes.
+
+    Raises:
+        ReplayError: always; it names the folder that is probably meant.
+    """
+    raise ReplayError(
+        f"{path}: {found}. Expected the folder that holds one folder per game: {path.rsplit('/', levels)[0] or '/'}."
+    )
+
+
+def _expect_no_source(filesystem: fsspec.AbstractFileSystem, folder: str) -> None:
+    """Refuse what was given as a source if one of its folders is the source that was probably meant."""
+    for name in folders_in(filesystem, folder):
+        with suppress(UnknownGame):
+            action_names(name)
+            raise ReplayError(
+                f"{folder.rsplit('/', 1)[0]}: holds no game's folder, but {folder} does ({name}). Expected the folder "
+                f"that holds one folder per game: {folder}."
+            )
+
+
 def open_source(source: str | os.PathLike) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a folder or URL, and the path in it.
 
@@ -522,7 +641,10 @@ def open_source(source: str | os.PathLike) -> tuple[fsspec.AbstractFileSystem, s
         ReplayError: a kind of URL that nothing here reads.
     """
     try:
-        return fsspec.core.url_to_fs(str(source))
+        filesystem, path = fsspec.core.url_to_fs(str(source))
+        if str(source).startswith("file://") and not filesystem.exists(path):
+            path = unquote(path)  # fsspec takes a URL's %20 for part of the name
+        return filesystem, path
     except (ValueError, ImportError) as error:
         raise ReplayError(
             f"{source}: this kind of address cannot be read ({error}). For gs:// pip install -e 'lib[gcs]', for s3:// "
@@ -536,14 +658,11 @@ def game_folders(filesystem: fsspec.AbstractFileSystem, path: str, games: list[s
     Raises:
         ReplayError: none there, one that is no game, or one asked for that is absent.
     """
-    folders = {
-        entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["name"].rstrip("/")
-        for entry in list_folder(filesystem, path)
-        if entry["type"] == "directory"
-    }
-    folders = {name: folder for name, folder in folders.items() if not name.startswith(".")}
+    folders = {name: at for name, at in folders_in(filesystem, path).items() if not name.startswith(".")}
     absent = sorted(set(games or ()) - folders.keys())
     if absent:
+        for folder in folders.values():
+            _expect_no_source(filesystem, folder)
         raise ReplayError(f"{path}: no folder of {', '.join(absent)}; it has {', '.join(sorted(folders)) or 'none'}.")
     chosen = {name: folders[name] for name in sorted(games or folders)}
     if not chosen:
@@ -552,6 +671,7 @@ def game_folders(filesystem: fsspec.AbstractFileSystem, path: str, games: list[s
         try:
             action_names(name)
         except UnknownGame as error:
+            _expect_no_source(filesystem, folder)
             raise ReplayError(
                 f"{folder}: {error} A source holds one folder per game, named as the game; name the games to import "
                 "if there are others beside them."

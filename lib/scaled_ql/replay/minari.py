@@ -9,13 +9,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ale_py
 import cv2
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box, Discrete
 
-from scaled_ql.games import UnknownGame, action_names
+from scaled_ql.games import NUM_ACTIONS, UnknownGame, action_names
 from scaled_ql.replay import format as fmt
 from scaled_ql.replay import importing
 from scaled_ql.replay.format import FRAME_SHAPE, ReplayError
@@ -25,10 +24,9 @@ from scaled_ql.replay.rl_unplugged import bad_steps, write_episode
 if TYPE_CHECKING:
     from minari import MinariDataset
 
-STICKY_ACTIONS = 0.25  # of ale_py.AtariEnv, where a dataset does not say
+STICKY_ACTIONS = 0.25  # of ale_py.AtariEnv, where an environment's options do not say
 FRAME_SKIP = 4  # likewise
 BLOCK = 512  # frames converted together
-FULL_ACTIONS = tuple(ale_py.Action.__members__)  # names, in the order of the full set
 
 
 def import_minari(
@@ -71,7 +69,7 @@ def import_minari(
         ReplayError: Minari is not installed, there is no such dataset, it is of no known game or of other spaces, or
             an episode cannot be read.
     """
-    opened, destination = _open(dataset), Path(destination).absolute()
+    opened, destination = _open(dataset), fmt.local_folder(destination)
     if game is None:
         game = game_of(opened.id, opened.env_spec)
     try:
@@ -97,7 +95,11 @@ def _open(dataset: "MinariDataset | str | os.PathLike") -> "MinariDataset":
         ) from error
     if isinstance(dataset, minari.MinariDataset):
         return dataset
+    if str(dataset).startswith("file://"):
+        dataset = importing.open_source(dataset)[1]
     folders = [folder for folder in (Path(dataset), Path(dataset) / "data") if (folder / "metadata.json").is_file()]
+    if not folders:
+        _expect_dataset(Path(dataset))
     try:
         return minari.MinariDataset(folders[0]) if folders else minari.load_dataset(str(dataset))
     except Exception as error:  # asserts, and what its storages and spaces raise
@@ -105,6 +107,18 @@ def _open(dataset: "MinariDataset | str | os.PathLike") -> "MinariDataset":
             f"{dataset}: no Minari dataset ({type(error).__name__}: {error}). Expected the id of one below "
             "$MINARI_DATASETS_PATH, or the folder of one, with a metadata.json in it or in its folder data."
         ) from error
+
+
+def _expect_dataset(path: Path) -> None:
+    """Refuse a folder of datasets, or a file in one; an id, or what is not there at all, passes."""
+    if path.is_file():
+        raise ReplayError(f"{path}: is a file. Expected the folder of a dataset: {path.parent}.")
+    below = sorted(file.parent for depth in range(2, 5) for file in path.glob("*/" * depth + "metadata.json"))
+    if below:
+        more = f", and {len(below) - 3} more" if len(below) > 3 else ""
+        raise ReplayError(
+            f"{path}: is a folder of datasets. Expected the folder of one: {', '.join(map(str, below[:3]))}{more}."
+        )
 
 
 @lru_cache(maxsize=1)
@@ -143,18 +157,19 @@ def plan_run(dataset: "MinariDataset", destination: Path, game: str, run: int, a
     parts, row = [], 0
     episodes = [int(number) for number in dataset.episode_indices]
     for place, (number, length) in enumerate(zip(episodes, _lengths(dataset, path, episodes))):
-        content = {
-            "dataset": str(path), "changed": changed, "episode": number, "length": length, "row": row,
-            "actions": indices,
-        }  # fmt: skip
-        parts.append(Part(str(target), place, f"{path} episode {number}", content))
+        content = {"changed": changed, "episode": number, "length": length, "row": row, "actions": indices}
+        parts.append(Part(str(target), place, f"{path.name} episode {number}", content, str(path.parent)))
         row += length + 1
     if not parts:
         raise ReplayError(f"{path}: has no episodes.")
     manifest = fmt.make_manifest(
-        game, run, actions=list(actions), source=f"Minari {dataset.id}", **_emulator(dataset.env_spec)
+        game,
+        run,
+        actions=list(actions),
+        source=f"Minari {dataset.id}",
+        **rules_of(dataset.env_spec, space.shape, len(indices) > len(actions)),
     )
-    importing.prepare_run(target, row, manifest, [part.file for part in parts])
+    importing.prepare_run(target, row, manifest, parts)
     return Plan(manifest, parts, {})
 
 
@@ -177,23 +192,50 @@ def action_indices(dataset: "MinariDataset", path: Path, game: str, actions: tup
     space = dataset.action_space
     if isinstance(space, Discrete) and space.start == 0:
         if space.n == len(actions):
-            return list(range(len(actions)))
-        if space.n == len(FULL_ACTIONS):
-            return [actions.index(name) if name in actions else -1 for name in FULL_ACTIONS]
+            return importing.action_indices(actions, "minimal")
+        if space.n == NUM_ACTIONS:
+            return importing.action_indices(actions, "full")
     raise ReplayError(
         f"{path}: actions are {space}; expected Discrete({len(actions)}), the minimal set of {game}, or Discrete(18), "
         "the full one. Name another game with the argument game if it is not this one."
     )
 
 
-def _emulator(spec: EnvSpec | None) -> dict[str, Any]:
-    """Stickiness and frame skip of an environment and its wrappers."""
-    options = spec.kwargs if spec else {}
-    frame_skip = options.get("frameskip", FRAME_SKIP)
-    for wrapper in spec.additional_wrappers if spec else ():
+def rules_of(spec: EnvSpec | None, shape: tuple[int, ...], full: bool) -> dict[str, Any]:
+    """Under which rules an environment and its wrappers were played; see `games.RULES`.
+
+    Args:
+        spec: of the environment; None where the dataset does not say it, then little is known.
+        shape: of an observation.
+        full: whether actions index the full set.
+    """
+    kind = frame_kind(shape)
+    size = shape[1:] if kind == "stack first" else shape[:2]
+    seen = f"{'colour' if kind == 'colour' else 'grey'} {size[0]} x {size[1]}"
+    known = {"rewards": "", "action_set": "full" if full else "minimal", "observation": seen}  # rewards: by their size
+    if spec is None:
+        return known
+    if "AtariPreprocessing" in [wrapper.name for wrapper in spec.additional_wrappers]:
+        known["observation"] += ", maximum over 2 frames"
+    options, skip = spec.kwargs, spec.kwargs.get("frameskip", FRAME_SKIP)
+    by_life, clipped = bool(options.get("episodic_life")), bool(options.get("reward_clipping"))
+    for wrapper in spec.additional_wrappers:
         settings = wrapper.kwargs or {}
-        frame_skip *= settings.get("frame_skip", settings.get("skip", 1))
-    return {"sticky_actions": options.get("repeat_action_probability", STICKY_ACTIONS), "frame_skip": frame_skip}
+        repeat = settings.get("frame_skip", settings.get("skip", 1))
+        skip = [repeat * value for value in skip] if isinstance(skip, (list, tuple)) else repeat * skip
+        by_life |= bool(settings.get("terminal_on_life_loss")) or "life" in wrapper.name.lower()
+        clipped |= "clipreward" in wrapper.name.lower()
+    frames = options.get("max_num_frames_per_episode")
+    default = "default"
+    return known | {
+        "rewards": "clipped" if clipped else "",
+        "life_loss_terminal": by_life,
+        "frame_skip": skip,
+        "sticky_actions": options.get("repeat_action_probability", STICKY_ACTIONS),
+        "mode": default if options.get("mode") is None else options["mode"],
+        "difficulty": default if options.get("difficulty") is None else options["difficulty"],
+        "max_steps": frames // skip if isinstance(frames, int) and isinstance(skip, int) else None,
+    }
 
 
 def convert(part: Part) -> tuple[list[dict[str, Any]], dict[str, list], Unreadable | None]:
@@ -207,25 +249,26 @@ def convert(part: Part) -> tuple[list[dict[str, Any]], dict[str, list], Unreadab
     writer = RowWriter(Path(part.folder), content["row"])
     indices = np.array(content["actions"])
     try:
-        dataset = _keep_open(content["dataset"], content["changed"])
+        dataset = _keep_open(part.address.removesuffix(f" episode {number}"), content["changed"])
         (episode,) = dataset.iterate_episodes([number])
         _check(episode, length, dataset.observation_space.shape)
         played, reward = np.asarray(episode.actions), np.asarray(episode.rewards, np.float32)
         bad = bad_steps(played, reward, np.flatnonzero(indices >= 0))
-        action = np.where(np.isin(played, np.arange(len(indices))), played, 0)
         segments = write_episode(
-            writer, content["row"], to_frames(episode.observations), indices[action], reward,
-            bool(episode.terminations[-1]), beyond=1, bad=list(bad),
+            writer, content["row"], to_frames(episode.observations),
+            importing.map_actions(played, content["actions"]), reward, bool(episode.terminations[-1]),
+            beyond=1, bad=list(bad),
         )  # fmt: skip
         writer.close()
     except ReplayError:
         raise
     except Exception as error:  # what h5py, Arrow and Pillow raise of damaged files
-        message = (
-            f"{part.file}: cannot be read ({type(error).__name__}: {error}). Download or record the dataset again."
-        )
-        return [], {}, Unreadable(message, number)
-    excluded = [{"file": part.file, "row": number, "reason": f"step {step}: {bad[step]}"} for step in bad]
+        message = f"{part.address}: cannot be read ({type(error).__name__}: {error})."
+        return [], {}, Unreadable(f"{message} Download or record the dataset again.", number)
+    if importing.too_many(len(bad), length):
+        problem = importing.describe_invalid(part.address, part.game, len(bad), played, content["actions"])
+        return [], {}, Unreadable(problem, number)
+    excluded = [{"file": part.address, "row": number, "reason": f"step {step}: {bad[step]}"} for step in bad]
     return segments, {"excluded": excluded}, None
 
 

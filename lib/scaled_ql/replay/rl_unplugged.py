@@ -31,6 +31,7 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from isal import igzip
 
+from scaled_ql.environments import rules
 from scaled_ql.games import action_names
 from scaled_ql.replay import format as fmt
 from scaled_ql.replay import importing
@@ -38,7 +39,7 @@ from scaled_ql.replay.format import FRAME_SHAPE, ReplayError
 from scaled_ql.replay.importing import Part, Plan, Progress, Report, RowWriter, Unreadable
 
 SOURCE = "RL Unplugged"
-STICKY_ACTIONS = 0.25
+PUBLISHED = rules(sticky_actions=0.25)
 ROWS_PER_FILE = 1 << 24  # whole shards; published files hold about a million
 MAX_RECORD = 1 << 28  # bytes; the longest episode in frames that do not compress takes 200 MB
 READ_ROWS = 1_024  # frames decoded together
@@ -56,6 +57,7 @@ def import_rl_unplugged(
     games: list[str] | None = None,
     runs: list[int] | None = None,
     *,
+    actions: str = "minimal",
     skip_bad: bool = False,
     workers: int = 0,
     scheduler: str = "",
@@ -73,6 +75,8 @@ def import_rl_unplugged(
         destination: the dataset's folder, on a local disk.
         games: those to import; None is all there.
         runs: those to import of each game; None is all there.
+        actions: what the records' actions index: the game's ``"minimal"`` set, as in published ones, or the ``"full"``
+            set of 18, which is mapped onto the minimal one by name.
         skip_bad: go on after a record that cannot be read: the rest of its file is left out and listed in the report
             and in ``import.json``.
         workers: processes that convert files side by side; 0 converts in this one.
@@ -87,7 +91,11 @@ def import_rl_unplugged(
         ReplayError: what is wrong with which file, and from which record on.
     """
     filesystem, root = importing.open_source(source)
-    url, destination = filesystem.unstrip_protocol(root), Path(destination).absolute()
+    url, destination = filesystem.unstrip_protocol(root), fmt.local_folder(destination)
+    if filesystem.isfile(root) and FILE.match(root.rsplit("/", 1)[-1]):
+        importing.expect_level(root, "is a file", 2)
+    if _list_files(filesystem, root):
+        importing.expect_level(root, "is the folder of one game, with its files run_<run>-<number>-of-<files>", 1)
     folders = importing.game_folders(filesystem, root, games)
     found = []
     for game, folder in folders.items():
@@ -101,7 +109,7 @@ def import_rl_unplugged(
         found += [(game, run) for run in sorted(runs or there)]
 
     def plan(game: str, run: int) -> Plan:
-        return plan_run(url, folders[game], destination, game, run)
+        return plan_run(url, folders[game], destination, game, run, actions)
 
     return importing.run_import(
         destination, found, plan, convert,
@@ -130,7 +138,7 @@ def _list_files(filesystem: fsspec.AbstractFileSystem, folder: str) -> dict[int,
     return {run: sorted(of_run) for run, of_run in files.items()}
 
 
-def plan_run(source: str, folder: str, destination: Path, game: str, run: int) -> Plan:
+def plan_run(source: str, folder: str, destination: Path, game: str, run: int, action_set: str) -> Plan:
     """Which files a run has and which are missing.
 
     Raises:
@@ -148,14 +156,15 @@ def plan_run(source: str, folder: str, destination: Path, game: str, run: int) -
         if file.number >= total:
             raise ReplayError(f"{file.address}: no such number among {total} files, which count from 0. Rename it.")
     actions, target = list(action_names(game)), destination / game / str(run)
+    indices = importing.action_indices(actions, action_set)
     parts = [
-        Part(str(target), number, address, {"source": source, "size": size, "actions": len(actions)})
+        Part(str(target), number, f"{game}/{Path(address).name}", {"size": size, "actions": indices}, source)
         for number, _, address, size in files
     ]
     missing = sorted(set(range(total)) - {file.number for file in files})
     gaps = [{"file": f"{folder}/run_{run}-{number:05}-of-{total:05}"} for number in missing]
-    manifest = fmt.make_manifest(game, run, actions=actions, source=SOURCE, sticky_actions=STICKY_ACTIONS)
-    importing.prepare_run(target, total * ROWS_PER_FILE, manifest, [part.file for part in parts])
+    manifest = fmt.make_manifest(game, run, actions=actions, source=SOURCE, **PUBLISHED | {"action_set": action_set})
+    importing.prepare_run(target, total * ROWS_PER_FILE, manifest, parts)
     return Plan(manifest, parts, {"gaps": gaps})
 
 
@@ -165,25 +174,28 @@ def convert(part: Part) -> tuple[list[dict[str, Any]], dict[str, list], Unreadab
     Returns:
         (segments, what was excluded, what ended it early or None)
     """
-    filesystem, _ = importing.open_source(part.content["source"])
+    filesystem, _ = importing.open_source(part.source)
+    address, indices = part.address, part.content["actions"]
     first = row = part.number * ROWS_PER_FILE
     writer = RowWriter(Path(part.folder), first)
-    allowed = np.arange(part.content["actions"])
-    segments, excluded, problem, number = [], [], None, 0
+    allowed = np.flatnonzero(np.array(indices) >= 0)
+    segments, excluded, problem, number, seen = [], [], None, 0, [np.empty(0, np.int64)]
     try:
-        with filesystem.open(part.file, "rb") as raw:
+        with filesystem.open(address, "rb") as raw:
             for record in read_records(raw):
                 episode = parse_episode(record)
                 if row + episode.steps > first + ROWS_PER_FILE:
                     raise ValueError(f"with it the file holds more than {ROWS_PER_FILE} steps, too many for one file")
                 bad = bad_steps(episode.action, episode.reward, allowed)
                 segments += write_episode(
-                    writer, row, episode.frames(), episode.action, episode.reward, episode.terminal,
+                    writer, row, episode.frames(), importing.map_actions(episode.action, indices), episode.reward,
+                    episode.terminal,
                     beyond=episode.steps - len(episode.action), bad=list(bad), **episode.order,
                 )  # fmt: skip
                 if not len(episode.action):
                     bad = {0: "it is the end of a game and has no transition"}
-                excluded += [{"file": part.file, "row": number, "reason": f"step {i}: {bad[i]}"} for i in bad]
+                excluded += [{"file": part.address, "row": number, "reason": f"step {i}: {bad[i]}"} for i in bad]
+                seen.append(episode.action)
                 row += episode.steps
                 number += 1
         if not number:
@@ -196,9 +208,12 @@ def convert(part: Part) -> tuple[list[dict[str, Any]], dict[str, list], Unreadab
         else:
             remedy = "The file is damaged or of another layout; restore it from its source."
         problem = Unreadable(
-            f"{part.file}: cannot be read from record {number} on ({type(error).__name__}: {error}). {remedy}", number
+            f"{address}: cannot be read from record {number} on ({type(error).__name__}: {error}). {remedy}", number
         )
     writer.close()
+    action = np.concatenate(seen)
+    if importing.too_many(len(excluded), len(action)):
+        return [], {}, Unreadable(importing.describe_invalid(address, part.game, len(excluded), action, indices))
     return segments, {"excluded": excluded}, problem
 
 

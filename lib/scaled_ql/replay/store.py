@@ -17,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import tensorstore as ts
 
+from scaled_ql.games import OtherActions, check_actions
 from scaled_ql.replay import format as fmt
 from scaled_ql.replay.chunks import Chunks, Read, read_files
 from scaled_ql.replay.format import ARRAYS, FORMAT, FRAME_SHAPE, ReplayError, file_name
@@ -556,7 +557,8 @@ class Replay:
         digest = hashlib.sha256(json.dumps(self.view.model_dump(exclude_defaults=True), sort_keys=True).encode())
         for game in self.games:
             for run in self._game_runs(game):
-                digest.update(json.dumps(run.manifest, sort_keys=True).encode())
+                known = {name: value for name, value in run.manifest.items() if value is not None}
+                digest.update(json.dumps(known, sort_keys=True).encode())
                 for name in ("length", "frames", "terminal", "continued", "crc32"):
                     digest.update(np.ascontiguousarray(run.table[name].to_numpy()))
         return digest.hexdigest()[:12]
@@ -566,9 +568,10 @@ class Replay:
         return {game: self.manifests(game)[0]["rom_md5"] for game in self.games}
 
     def stored_bytes(self, game: str) -> int:
-        """Bytes that a game's files occupy on a local disk; 0 for a store elsewhere."""
-        folder = Path(self.path) / game
-        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        """Bytes that the files of a game's recordings occupy on a local disk; 0 for a store elsewhere."""
+        folders = [Path(run.folder) for run in self._game_runs(game) if run.folder is not None]
+        files = (file for folder in folders for pattern in ("*", "*/*") for file in folder.glob(pattern))  # links too
+        return sum(file.stat().st_size for file in files if file.is_file())
 
     def validate(self, progress: Callable[[int], None] = lambda transitions: None) -> list[str]:
         """Read everything and compare with the episode tables; returns one line per problem (none: all is well).
@@ -690,17 +693,24 @@ def open_replay(path: str | os.PathLike, view: View | str | os.PathLike | None =
         view = load_view(view)
     url = str(path)
     try:
-        if "://" in url:
+        parts = urlsplit(url)
+        if "://" in url and parts.scheme != "file":
             kvstore = ts.KvStore.open(url.rstrip("/") + "/").result()
             keys = [key.decode() for key in kvstore.list().result() if key.endswith(b"/manifest.json")]
         else:
-            folder = Path(path).absolute()
+            folder = fmt.local_folder(path)
             if not os.path.isdir(folder):  # noqa: PTH112 - pathlib's raises where a name is too long
                 raise ReplayError(
                     f"{folder}: no such replay folder. Record one with notebooks/00_data_collection.ipynb."
                 )
             kvstore = ts.KvStore.open(folder.as_uri() + "/").result()
-            keys = [str(file.relative_to(folder)) for file in folder.glob("*/*/manifest.json")]
+            keys = [str(file.relative_to(folder)) for file in folder.glob("*/*/manifest.json")]  # behind links too
+            for levels, what in ((1, "the folder of one game"), (0, "the folder of one recording")):
+                if not keys and any(folder.glob("*/" * levels + "manifest.json")):
+                    raise ReplayError(
+                        f"{folder}: is {what}. Expected the dataset's folder, which holds one folder per game: "
+                        f"{folder.parents[1 - levels]}."
+                    )
     except ValueError as error:
         raise ReplayError(f"{url}: cannot be listed ({error}). Check the address and your permissions.") from error
     folders = [key.rsplit("/", 1)[0] for key in keys if key.count("/") == 2]
@@ -724,7 +734,29 @@ def open_replay(path: str | os.PathLike, view: View | str | os.PathLike | None =
             f"{path}: not a replay store: no manifest.json of format {FORMAT!r} with complete episodes below it. "
             "Expected the dataset's folder, which holds one folder per game."
         )
+    _check_actions(runs)
     return Replay(str(path), runs, view)
+
+
+def _check_actions(runs: dict[str, list[Run]]) -> None:
+    """All recordings of a game index the game's own list of actions, or at least the same.
+
+    Raises:
+        ReplayError: one does not.
+    """
+    for game, recordings in runs.items():
+        first = recordings[0]
+        for run in recordings:
+            try:
+                check_actions(game, run.manifest["actions"])
+            except OtherActions as error:
+                raise ReplayError(f"{run.kvstore.url}manifest.json: {error}") from error
+            if run.manifest["actions"] != first.manifest["actions"]:
+                raise ReplayError(
+                    f"{run.kvstore.url}manifest.json: its actions are {', '.join(run.manifest['actions'])}, those of "
+                    f"{first.kvstore.url} are {', '.join(first.manifest['actions'])}. Recordings of one game index the "
+                    "same list; import or record this one again."
+                )
 
 
 def open_run(kvstore: ts.KvStore) -> Run | None:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import tensorstore as ts
 
+from scaled_ql.games import OtherActions, check_actions
 from scaled_ql.replay import format as fmt
 from scaled_ql.replay.format import FRAME_SHAPE, ReplayError
 from scaled_ql.replay.store import open_run
@@ -38,6 +39,7 @@ class ReplayWriter:
         rom_md5: str = "",
         rewards: str = "raw",
         lock_timeout: float = 30,
+        **rules: Any,
     ):
         """Open `path`/`game`/`run` for appending, creating it where needed.
 
@@ -52,11 +54,13 @@ class ReplayWriter:
             rom_md5: of the ROM that was played.
             rewards: ``"raw"`` or ``"clipped"``.
             lock_timeout: seconds to wait for another writer (a killed one lets go within a moment).
+            **rules: the others of `games.RULES` under which was played, as from `environments.rules`; what is not given
+                is not known.
 
         Raises:
             ReplayError: a folder of something else, other settings than before, or another writer.
         """
-        self.folder = Path(path).resolve() / game / str(run)
+        self.folder = fmt.local_folder(path) / game / str(run)
         self.manifest = fmt.make_manifest(
             game,
             run,
@@ -66,7 +70,12 @@ class ReplayWriter:
             frame_skip=frame_skip,
             rom_md5=rom_md5,
             rewards=rewards,
+            **rules,
         )
+        try:
+            check_actions(game, self.manifest["actions"])
+        except OtherActions as error:
+            raise ReplayError(f"{self.folder}: {error}") from error
         self._lock = lock_run(self.folder, lock_timeout)
         try:
             fmt.write_or_compare_manifest(self.folder, self.manifest)

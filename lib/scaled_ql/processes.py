@@ -1,0 +1,21 @@
+"""What goes wrong when a program starts processes."""
+
+import sys
+from pathlib import Path
+
+
+def main_guard_hint() -> str:
+    """What to tell a user whose processes ended as they began, if the program is a script without a main guard.
+
+    Such a process imports the script first; without a guard it begins the script's work again, and Python ends it.
+
+    Returns:
+        a sentence with the remedy; "" where the script has a guard, or there is no script.
+    """
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    if not file or not Path(file).is_file() or "__name__" in Path(file).read_text(encoding="utf-8", errors="replace"):
+        return ""
+    return (
+        f"{file} starts processes without a main guard: each of them runs the script again and ends. Put what the "
+        'script does below a line if __name__ == "__main__":.'
+    )
