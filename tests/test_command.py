@@ -72,3 +72,64 @@ def test_a_repeated_store_is_a_sound_one(recording: Path, tmp_path: Path) -> Non
     replay = open_replay(benchmarks.repeat_store(source, tmp_path / "large", ["Pong", "Qbert", "Boxing"], 2))
     assert [replay.num_transitions(game) for game in replay.games] == [2 * 16_384] * 3
     assert replay.validate() == []
+
+
+QUICKSTART = "params/02_scaled_training/quickstart.yaml"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["02_scaled_trainig"], "no such batch or notebook. Did you mean: scaled-ql run 02_scaled_training"),
+        (["quickstart"], "Did you mean: scaled-ql run params/batches/quickstart.yaml"),
+        (["params/batches/quickstrat.yaml"], "Did you mean: scaled-ql run params/batches/quickstart.yaml"),
+        (["quickstart.yaml"], "Did you mean: scaled-ql run params/batches/quickstart.yaml"),
+        ([QUICKSTART], "parameters of a notebook, not a batch. Did you mean: scaled-ql run 02_scaled_training"),
+        ([QUICKSTART, "02_scaled_training"], f"Did you mean: scaled-ql run 02_scaled_training {QUICKSTART}"),
+        (["02_scaled_training", "quickstart.yaml"], f"Did you mean: scaled-ql run 02_scaled_training {QUICKSTART}"),
+        (["02_scaled_training", f"{QUICKSTART}x"], f"Did you mean: scaled-ql run 02_scaled_training {QUICKSTART}"),
+        (["x" * 300], "no such batch or notebook. There are 00_data_collection"),
+        (["x" * 300 + ".yaml"], "no such batch or notebook. There are 00_data_collection"),
+        (["06_performance", "x" * 300], "no such file. There are"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_target_names_what_was_meant(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(workspace)
+    done = call("run", *arguments)
+    assert done.exit_code == 1 and done.output.startswith("error: ") and said in done.output
+    assert done.output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "steps: Field required"),
+        ("- a", "expected a mapping"),
+        ("steps: 5", "steps: Input should be a valid list, got 5"),
+        ("steps: []", "steps: List should have at least 1 item"),
+        ("steps: [{notebook: 02_scaled_training}]", "steps.0.parameters: Field required"),
+        ("steps: [{notebook: 02_scaled, parameters: x}]", "'02_scaled'; did you mean 02_scaled_training?"),
+        ("steps: [{notebook: 02_scaled_training, parameters: x.yaml}]", "x.yaml: cannot be read as YAML"),
+        ("steps: [", "cannot be read as YAML"),
+        ("steps:\n  - notebook: 02_scaled_training\n    parameters: tiny.yaml\n    grid: {}\n", "steps.0.grid: "),
+    ],
+)  # fmt: skip
+def test_a_malformed_batch_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "batch.yaml").write_text(text)
+    done = call("run", tmp_path / "batch.yaml")
+    assert done.exit_code == 1 and done.output.startswith("error: ") and said in done.output
+    assert done.output.count("\n") == 1 and ".yaml" in done.output
+
+
+@pytest.mark.parametrize("arguments", [("sampling", "nowhere"), ("scale", "nowhere", "x"), ("import", "nowhere", "x")])
+def test_a_benchmark_of_nothing_is_one_line(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    done = call("benchmark", *arguments)
+    assert done.exit_code == 1 and done.output.startswith("error: ") and done.output.count("\n") == 1
+    assert "nowhere: no such replay folder" in done.output
+
+
+def test_a_benchmark_of_an_unknown_game_is_one_line() -> None:
+    done = call("benchmark", "online", "--game", "Breakuot")
+    assert done.exit_code == 1 and done.output.startswith("error: ALE does not know") and done.output.count("\n") == 1

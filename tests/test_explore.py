@@ -1,6 +1,9 @@
 """Widgets and figures on a real recording."""
 
+import base64
+import io
 import json
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -10,8 +13,9 @@ import pytest
 from dopamine_log import DopamineLog
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
+from PIL import Image
 
-from scaled_ql import explore, plots, runs
+from scaled_ql import evaluation, explore, plots, runs
 from scaled_ql.environments import rules
 from scaled_ql.games import action_names, reference_score
 from scaled_ql.metrics import human_normalized
@@ -344,3 +348,13 @@ def test_tables_show_what_is_in_them_and_no_markup_of_it(monkeypatch: pytest.Mon
         assert cell in shown[0]
     assert "-0.0" not in shown[0]
     assert data["a"].iloc[0] == -0.04, "the caller's table stays as it was"
+
+
+def test_a_film_shows_its_middle_until_it_plays(tmp_path: Path) -> None:
+    pictures = [np.full((64, 96, 3), 10 * number, np.uint8) for number in range(21)]
+    evaluation.write_video(tmp_path / "film.mp4", pictures, 30)
+    html = explore.film(tmp_path / "film.mp4")._repr_html_()
+    assert "data:video/mp4;base64," in html
+    (poster,) = re.findall(r'poster="data:image/jpeg;base64,([^"]+)"', html)
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(poster))))
+    assert shown.shape == (64, 96, 3) and abs(shown.mean() - 100) < 8

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +19,8 @@ import pandas as pd
 import papermill
 import pytest
 import yaml
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 from scaled_ql import evaluation, parameters, runs
 
@@ -73,7 +76,8 @@ def test_every_notebook_runs_and_leaves_its_report(outputs: Path, notebook: str)
     for word in ('src="http', 'href="http', "@import", "url(http"):
         assert word not in html
     assert html.count(str(outputs)) == 1, "a path of this machine, beside the parameter that asked for it"
-    assert html.count("data:video/mp4;base64") == (2 if notebook == "02_scaled_training" else 0)
+    films = 2 if notebook == "02_scaled_training" else 0
+    assert html.count("data:video/mp4;base64") == html.count('poster="data:image/jpeg;base64') == films
 
 
 def test_the_summary_compares_agent_dataset_and_random_player(outputs: Path) -> None:
@@ -257,3 +261,36 @@ def test_the_score_of_an_iteration_is_measured_once(outputs: Path) -> None:
     assert done.returncode == 0, done.stderr
     again = evaluation.score_curve(folder / "evaluation")
     assert list(again["agent_return"]) == [*curve["agent_return"][:2], 77, curve["agent_return"][3]]
+
+
+def test_the_training_cell_goes_on_after_an_interrupt(recording: Path, tmp_path: Path) -> None:
+    """As in JupyterLab: the cell is interrupted, and executed again in the same kernel."""
+    values = parameters.load(runs.workspace() / TINY["02_scaled_training"])
+    values |= {"dataset": str(recording), "outputs": str(tmp_path), "num_steps": 400, "log_every": 1, "run": "again"}
+    book = nbformat.read(runs.workspace() / "notebooks" / "02_scaled_training.ipynb", as_version=4)
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    (training,) = (number for number, cell in enumerate(code) if 'steps = train("", state' in cell.source)
+    given = nbformat.v4.new_code_cell("\n".join(f"{name} = {value!r}" for name, value in values.items()))
+    book.cells = [code[0], given, *code[1 : training + 1]]
+    client = NotebookClient(book, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
+    log = tmp_path / "02_scaled_training" / "again" / "metrics.jsonl"
+    with client.setup_kernel():
+        for number, cell in enumerate(book.cells[:-1]):
+            client.execute_cell(cell, number)
+
+        def interrupt() -> None:
+            while rows_of(log) < 3:
+                time.sleep(0.01)
+            os.kill(kernel_of(log.parent), signal.SIGINT)
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(CellExecutionError, match="KeyboardInterrupt"):
+            client.execute_cell(book.cells[-1], len(book.cells) - 1)
+        thread.join()
+        assert json.loads((log.parent / "status.json").read_text())["state"] == "interrupted"
+        done = rows_of(log)
+        client.execute_cell(book.cells[-1], len(book.cells) - 1)
+    assert 3 <= done < 400, "it was interrupted in the middle"
+    assert [row["step"] for row in metrics(log.parent)] == list(range(1, 401))
+    assert len(final_state(log.parent)) > 0

@@ -18,7 +18,7 @@ ORDER = (
     "networks.encoders", "networks.q_network", "networks", "losses", "objectives", "devices", "training", "evaluation",
     "online",
     "benchmarks", "torch_step", "performance",
-    "parameters", "paper", "runs", "ablations", "reward_control", "grids", "explore", "command",
+    "parameters", "paper", "recorder", "runs", "ablations", "reward_control", "grids", "explore", "command",
 )  # fmt: skip
 WITHOUT_JAX = (
     "documents", "games", "processes", "environments", "replay", "collect", "metrics", "plots", "parameters", "runs",
@@ -72,6 +72,21 @@ def test_imports_go_downwards_only(workspace: Path) -> None:
 def test_modules_for_data_and_reports_do_not_import_jax(module: str) -> None:
     code = f"import sys, scaled_ql.{module}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_every_text_file_is_read_and_written_with_an_encoding(workspace: Path) -> None:
+    for file in (workspace / "lib" / "scaled_ql").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            modes = [word.value for word in node.args if isinstance(word, ast.Constant) and isinstance(word.value, str)]
+            is_text = node.func.attr in ("read_text", "write_text") or (
+                node.func.attr == "open"
+                and ast.unparse(node.func) != "av.open"
+                and (not node.args or modes in (["r"], ["w"], ["a"], ["x"]))
+            )
+            named = {word.arg for word in node.keywords} & {"encoding", "args", "mode", "kwargs"}
+            assert not is_text or named, f"{file}, line {node.lineno}: {ast.unparse(node)}"
 
 
 def test_the_readmes_test_command_is_what_ci_runs(workspace: Path) -> None:

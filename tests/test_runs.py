@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 
-from scaled_ql import runs
+from scaled_ql import documents, runs
+from scaled_ql.command import main
 from scaled_ql.parameters import ParameterError
 
 
@@ -96,10 +99,11 @@ def test_a_report_needs_no_network_and_shows_no_widget(tmp_path: Path) -> None:
         assert word not in html
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess:
+def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "scaled_ql.command", *map(str, arguments)], capture_output=True, text=True, timeout=300
-    )
+        [sys.executable, "-m", "scaled_ql.command", *map(str, arguments)], capture_output=True, text=True, timeout=300,
+        env={**os.environ, **environment},
+    )  # fmt: skip
 
 
 def test_the_command_lists_all_mistakes_and_runs_nothing(tmp_path: Path) -> None:
@@ -110,23 +114,55 @@ def test_the_command_lists_all_mistakes_and_runs_nothing(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failing_notebook_says_why_and_can_be_read(tmp_path: Path) -> None:
-    done = command("run", "01_data_exploration", "-p", "dataset", "nowhere", "-p", "run", "x", "--outputs", tmp_path)
+def test_a_failing_notebook_says_why_and_can_be_read(recording: Path, tmp_path: Path) -> None:
+    values = ["-p", "dataset", recording, "-p", "episode", "99999", "-p", "run", "x"]
+    done = command("run", "01_data_exploration", *values, "--outputs", tmp_path)
     folder = tmp_path / "01_data_exploration" / "x"
     assert done.returncode == 1
-    assert "no such replay folder" in done.stderr
+    assert "IndexError" in done.stderr
     assert str(folder / "run.ipynb") in done.stderr
     status = json.loads((folder / "status.json").read_text())
     assert status["state"] == "failed"
-    assert "ReplayError" in status["error"]
+    assert "IndexError" in status["error"]
     assert nbformat.read(folder / "run.ipynb", as_version=4).cells
 
 
-def test_unknown_game_fails_with_near_names_before_recording(tmp_path: Path) -> None:
-    done = command("run", "00_data_collection", "-p", "games", "[Pong, Breakuot]", "--outputs", tmp_path)
-    assert done.returncode == 1
-    assert "Breakout" in done.stderr
-    assert not (tmp_path / "00_data_collection" / "default" / "replay").exists()
+@pytest.mark.parametrize(
+    ("notebook", "values", "said"),
+    [
+        (
+            "00_data_collection",
+            {"games": "[Pong, Breakuot]"},
+            "run default: ALE does not know the game 'Breakuot'. Did",
+        ),
+        ("00_data_collection", {"games": "[Warlords]"}, "run default: Warlords needs two players"),
+        ("01_data_exploration", {"dataset": "nowhere"}, "nowhere: no such replay folder."),
+        ("01_data_exploration", {"dataset": "n" * 300}, "n: no such replay folder."),
+        ("02_scaled_training", {"dataset": "RECORDING", "view": "pong_one_percnt"}, "Did you mean pong_one_percent?"),
+        ("02_scaled_training", {"dataset": "RECORDING", "view": "pong_one_percent"}, "the view asks for Pong; it has"),
+        ("02_scaled_training", {"dataset": "RECORDING", "view": "/nowhere.yaml"}, "/nowhere.yaml: cannot be read"),
+        ("01_data_exploration", {"dataset": "RECORDING", "game": "Pong"}, "game 'Pong' is not in"),
+    ],
+)
+def test_what_a_run_names_is_checked_before_a_kernel_starts(
+    recording: Path, tmp_path: Path, notebook: str, values: dict, said: str
+) -> None:
+    given = [
+        part for name, value in values.items() for part in ("-p", name, value.replace("RECORDING", str(recording)))
+    ]
+    done = CliRunner().invoke(main, ["run", notebook, *given, "--outputs", str(tmp_path)])
+    assert done.exit_code == 1
+    assert done.output.startswith("error: run default: ") and said in done.output and done.output.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_is_checked_before_its_first_step(tmp_path: Path) -> None:
+    steps = [{"notebook": name, "parameters": "tiny.yaml"} for name in ("00_data_collection", "02_scaled_training")]
+    steps[1]["grid"] = [{"view": ["", "nothing_like_it"]}]
+    (tmp_path / "batch.yaml").write_text(documents.dump({"steps": steps}))
+    done = CliRunner().invoke(main, ["run", str(tmp_path / "batch.yaml"), "--outputs", str(tmp_path / "outputs")])
+    assert done.exit_code == 1 and "view 'nothing_like_it'" in done.output
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_a_run_name_cannot_leave_its_folder(tmp_path: Path) -> None:
@@ -201,3 +237,23 @@ def test_parameters_that_are_given_as_a_batch_name_the_command(workspace: Path) 
     with pytest.raises(ParameterError, match=r"scaled-ql run 02_scaled_training .*quickstart\.yaml") as error:
         runs.load_batch(file, {})
     assert "\n" not in str(error.value)
+
+
+ASCII = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def test_a_locale_of_ascii_changes_nothing(recording: Path, tmp_path: Path) -> None:
+    given = ("-p", "dataset", recording, "--outputs", tmp_path)
+    done = command("run", "01_data_exploration", *given, **ASCII)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "01_data_exploration" / "default"
+    assert "84 × 84" in (folder / "run.html").read_text(encoding="utf-8")
+    assert "84 × 84" in (folder / "run.ipynb").read_text(encoding="utf-8")
+    again = command("run", "01_data_exploration", *given, **ASCII)
+    assert again.returncode == 0 and "finished before" in again.stdout
+
+
+def test_a_path_that_the_locale_does_not_know_is_one_line(tmp_path: Path) -> None:
+    done = command("run", "00_data_collection", "--outputs", tmp_path / "é", **ASCII)
+    assert done.returncode == 1 and "Set PYTHONUTF8=1" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "é").exists()

@@ -1,6 +1,7 @@
 """What was appended is what a batch holds; a killed writer, a full disk or a damaged file never yields other data."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -260,7 +261,8 @@ def test_a_folder_that_is_levels_off_is_named(tmp_path, level, what):
 def change_actions(path, actions, game="Pong", run=1):
     """As a recorder of another list would have written it."""
     file = path / game / str(run) / "manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"actions": list(actions)}))
+    manifest = json.loads(file.read_text()) | {"actions": list(actions)}
+    file.write_bytes(format.encode_manifest({name: manifest[name] for name in manifest.keys() - {"crc32"}}))
 
 
 @pytest.mark.parametrize("actions", [FULL_ACTIONS, ACTIONS[::-1], ACTIONS[:3]], ids=["full", "reversed", "fewer"])
@@ -703,8 +705,54 @@ def test_a_negative_number_in_the_journal_is_named(tmp_path, column):
     write(tmp_path, range(2))
     journal = tmp_path / "Pong/1/episodes.jsonl"
     line, *others = journal.read_text().splitlines(keepends=True)
-    journal.write_text("".join([json.dumps(json.loads(line) | {column: -7}) + "\n", *others]))
+    row = {name: value for name, value in json.loads(line).items() if name in format.EPISODE}
+    journal.write_bytes(format.journal_line(row | {column: -7}) + "".join(others).encode())
     with pytest.raises(ReplayError, match=f"line 1 is not an episode.*{column}"):
+        open_replay(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["episode_return", "row", "frames", "length"])
+def test_a_number_that_changed_in_the_journal_is_noticed_at_once(tmp_path, name):
+    write(tmp_path, range(2))
+    journal = tmp_path / "Pong/1/episodes.jsonl"
+    for old, new in ((rf'"{name}": -?\d', f'"{name}": 7'), (r', "line_crc32": \d+', "")):
+        sound = journal.read_text()
+        journal.write_text(re.sub(old, new, sound, count=1))
+        assert journal.read_text() != sound
+        for open_it in (open_replay, open_writer):
+            with pytest.raises(ReplayError, match=r"episodes\.jsonl: line 1 is not an episode .*checksum"):
+                open_it(tmp_path)
+        journal.write_text(sound)
+
+
+def test_a_manifest_that_changed_is_noticed(tmp_path):
+    write(tmp_path, range(2))
+    manifest = tmp_path / "Pong/1/manifest.json"
+    sound = manifest.read_text()
+    changes = {'"run": 1': '"run": 2', '"sticky_actions": 0.25': '"sticky_actions": 0.75', '"crc32"': '"crc33"'}
+    for old, new in changes.items():
+        assert old in sound
+        manifest.write_text(sound.replace(old, new))
+        with pytest.raises(ReplayError, match=r"manifest\.json: the manifest (differs from its checksum|has crc33)"):
+            open_replay(tmp_path)
+
+
+def test_a_store_of_an_earlier_version_has_no_checksums_and_goes_on(tmp_path):
+    write(tmp_path / "old", range(2))
+    for name in ("manifest.json", "episodes.jsonl"):
+        file = tmp_path / "old/Pong/1" / name
+        file.write_text(re.sub(r',\s*"(line_)?crc32": \d+(?=\n?\})', "", file.read_text()))
+    assert "line_crc32" not in file.read_text() and file.read_text().count('"crc32"') == 2
+    check_holds_first(tmp_path / "old", 2)
+    write(tmp_path / "old", [2])
+    check_holds_first(tmp_path / "old", 3)
+    assert open_replay(tmp_path / "old").identity() == identity_of(tmp_path / "undisturbed", 3)
+
+
+def test_a_recording_without_an_episode_is_named(tmp_path):
+    write(tmp_path, range(1))
+    (tmp_path / "Pong/1/episodes.jsonl").write_bytes(bytes(300))
+    with pytest.raises(ReplayError, match=r"no complete episode in Pong/1/episodes\.jsonl"):
         open_replay(tmp_path)
 
 

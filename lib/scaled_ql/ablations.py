@@ -260,7 +260,7 @@ def shown(compared: pd.DataFrame, paper: pd.DataFrame | None = None) -> pd.DataF
 
 def paper_table(table: str, statistic: str) -> pd.DataFrame:
     """A table of the paper: columns variant, encoder, "paper, %"."""
-    with resources.files("scaled_ql").joinpath("data/paper_ablations.csv").open() as file:
+    with resources.files("scaled_ql").joinpath("data/paper_ablations.csv").open(encoding="utf-8") as file:
         rows = pd.read_csv(file, comment="#")
     rows = rows[(rows["table"].astype(str) == table) & (rows["statistic"] == statistic)]
     return rows[["variant", "encoder", "percent"]].rename(columns={"percent": "paper, %"}).reset_index(drop=True)

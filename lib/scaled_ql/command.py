@@ -1,10 +1,11 @@
 """The command `scaled-ql`."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 from tqdm import tqdm
@@ -21,14 +22,14 @@ def main() -> None:
 
 @main.command()
 @click.argument("target")
-@click.argument("params", required=False, type=click.Path(exists=True, dir_okay=False))
+@click.argument("params", default="")
 @click.option("-p", "overrides", nargs=2, multiple=True, metavar="NAME VALUE", help="Set one parameter (YAML value).")
 @click.option("--outputs", default="", help="Folder for the runs instead of the workspace's outputs/.")
 @click.option("--workers", default=0, show_default=True, help="Runs of a grid at once; 0: one per accelerator or core.")
 @click.option("--scheduler", default="", help="Address of a running Dask scheduler for grids.")
 def run(
     target: str,
-    params: str | None,
+    params: str,
     overrides: tuple[tuple[str, str], ...],
     outputs: str,
     workers: int,
@@ -42,18 +43,36 @@ def run(
         values = _overrides(overrides)
         if outputs:
             values["outputs"] = str(Path(outputs).resolve())
-        if target.endswith((".yaml", ".yml")):
-            steps = runs.load_batch(target, values)
-        else:
-            notebook = Path(target).stem
-            source = params or "command line"
-            given = parameters.load(params) if params else {}
-            steps = [runs.Step(notebook, [parameters.check(notebook, given | values, source)], 0)]
+        steps = _steps(target, params, values)
+        for cell in (cell for step in steps for cell in step.cells):
+            runs.check_names(cell)
         for step in steps:
             if len(step.cells) == 1:
                 runs.execute(step.notebook, step.cells[0])
             else:
+                for cell in step.cells:
+                    runs.check_inputs(cell)
                 _run_grid(step, workers, scheduler)
+
+
+def _steps(target: str, params: str, values: dict[str, Any]) -> list[runs.Step]:
+    """What is to be run; a misspelt target is an error that says what was probably meant."""
+    is_batch, notebook = target.endswith((".yaml", ".yml")), Path(target).stem
+    if is_batch and params:
+        meant = f"scaled-ql run {params} {target}" if params in parameters.NOTEBOOKS else f"scaled-ql run {target}"
+        raise parameters.ParameterError(
+            f"{target} is a file, and {params} beside it has no meaning. Did you mean: {meant}"
+        )
+    known = os.path.exists(target) if is_batch else notebook in parameters.NOTEBOOKS  # noqa: PTH110
+    if not known or (params and not os.path.isfile(params)):  # noqa: PTH113 - pathlib's raise for a name that is too long
+        near = runs.near_command(target if is_batch else notebook, params)
+        hint = f"Did you mean: {near}" if near else f"There are {', '.join(parameters.NOTEBOOKS)}, and params/batches/."
+        wrong = f"{params}: no such file." if known else f"{target}: no such batch or notebook."
+        raise parameters.ParameterError(f"{wrong} {hint}")
+    if is_batch:
+        return runs.load_batch(target, values)
+    given = parameters.load(params) if params else {}
+    return [runs.Step(notebook, [parameters.check(notebook, given | values, params or "command line")], 0)]
 
 
 def _overrides(pairs: tuple[tuple[str, str], ...]) -> dict[str, Any]:
@@ -212,10 +231,9 @@ def benchmark() -> None:
 @click.argument("store")
 def benchmark_sampling(store: str) -> None:
     """Batches per second from disk and from memory, beside zstd's limit and a plain buffer; bytes per transition."""
-    from scaled_ql import benchmarks
-
-    click.echo(benchmarks.bytes_per_transition(store).round(1).to_string())
-    click.echo(benchmarks.benchmark_sampling(store).round(0).to_string())
+    with _benchmarks() as benchmarks:
+        click.echo(benchmarks.bytes_per_transition(store).round(1).to_string())
+        click.echo(benchmarks.benchmark_sampling(store).round(0).to_string())
 
 
 @benchmark.command("scale")
@@ -224,23 +242,21 @@ def benchmark_sampling(store: str) -> None:
 @click.option("--copies", default=1_000, show_default=True, help="How many times larger the large store is.")
 def benchmark_scale(store: str, folder: str, copies: int) -> None:
     """The same for a store of 40 games, made in FOLDER from chunks of STORE, and for a far larger one."""
-    from scaled_ql import benchmarks
-
-    click.echo(benchmarks.benchmark_scale(store, folder, copies).round(2).to_string())
+    with _benchmarks() as benchmarks:
+        click.echo(benchmarks.benchmark_scale(store, folder, copies).round(2).to_string())
 
 
 @benchmark.command("online")
 @click.option("--game", default="Breakout", show_default=True)
 @click.option("--environments", default=64, show_default=True)
-@click.option("--encoder", default="nature_narrow", show_default=True)
+@click.option("--encoder", default="nature_narrow", show_default=True, type=click.Choice(get_args(parameters.Encoder)))
 @click.option("--update-period", default=64, show_default=True, help="Environment steps between updates.")
 def benchmark_online(game: str, environments: int, encoder: str, update_period: int) -> None:
     """Agents that play, learn and do both, beside random actions; their replay, uncompressed and compressed."""
-    from scaled_ql import benchmarks
-
     settings = {"environments": environments, "encoder": encoder, "update_period": update_period}
-    click.echo(benchmarks.benchmark_online(game, **settings).round(2).to_string())
-    click.echo(benchmarks.benchmark_ring(game, environments).round(2).to_string())
+    with _benchmarks() as benchmarks:
+        click.echo(benchmarks.benchmark_online(game, **settings).round(2).to_string())
+        click.echo(benchmarks.benchmark_ring(game, environments).round(2).to_string())
 
 
 @benchmark.command("import")
@@ -249,9 +265,17 @@ def benchmark_online(game: str, environments: int, encoder: str, update_period: 
 @click.option("--rows", default=1_000_000, show_default=True, help="Rows of the file.")
 def benchmark_import(store: str, folder: str, rows: int) -> None:
     """Import a full-size log file, made in FOLDER from STORE, beside decoding its gzip alone."""
-    from scaled_ql import benchmarks
+    with _benchmarks() as benchmarks:
+        click.echo(benchmarks.benchmark_import(store, folder, rows).round(1).to_string())
 
-    click.echo(benchmarks.benchmark_import(store, folder, rows).round(1).to_string())
+
+@contextlib.contextmanager
+def _benchmarks() -> Iterator[Any]:
+    """The module, and its errors as a line."""
+    from scaled_ql import benchmarks, games, replay
+
+    with _reporting(replay.ReplayError, games.UnknownGame, OSError):
+        yield benchmarks
 
 
 @contextlib.contextmanager

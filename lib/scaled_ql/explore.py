@@ -1,15 +1,18 @@
 """Things to look at and play with in a notebook; each widget has a static twin for rendered reports."""
 
+import base64
 import io
 import json
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
 
+import av
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from IPython.display import HTML, DisplayHandle, Image, display
+from IPython.display import HTML, DisplayHandle, Image, Video, display
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -61,6 +64,18 @@ def _put(handle: DisplayHandle | None, content: object, raw: bool = False) -> Di
     else:
         handle.update(content, raw=raw)
     return handle
+
+
+def film(file: str | Path) -> Video:
+    """An MP4 with controls, inside the notebook; until it plays, and where it may not, its middle frame is shown."""
+    with av.open(str(file)) as container:
+        middle = container.streams.video[0].frames // 2
+        picture = next(frame for number, frame in enumerate(container.decode(video=0)) if number >= middle).to_image()
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=80)
+    poster = base64.b64encode(buffer.getvalue()).decode()
+    attributes = f'controls muted loop poster="data:image/jpeg;base64,{poster}"'
+    return Video(str(file), embed=True, html_attributes=attributes)
 
 
 def episode_view(replay: Replay, game: str, episode: int, step: int, stack_size: int = 4) -> Figure:

@@ -178,7 +178,7 @@ def check_variant(game: str, mode: int | None, difficulty: int | None) -> None:
 @functools.cache
 def _reference_scores() -> dict[str, dict[str, str]]:
     table = resources.files("scaled_ql") / "data" / "reference_scores.csv"
-    return {row["game"]: row for row in csv.DictReader(table.read_text().splitlines())}
+    return {row["game"]: row for row in csv.DictReader(table.read_text(encoding="utf-8").splitlines())}
 
 
 def reference_score(game: str, player: str) -> float:

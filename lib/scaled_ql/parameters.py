@@ -299,7 +299,9 @@ def check(notebook: str, values: Mapping[str, Any], source: str = "parameters") 
         ParameterError: unknown names (with the nearest valid one), wrong types, values out of range: all of them.
     """
     if notebook not in NOTEBOOKS:
-        raise ParameterError(f"unknown notebook {notebook!r}; there are {', '.join(NOTEBOOKS)}.")
+        near = difflib.get_close_matches(notebook, NOTEBOOKS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(NOTEBOOKS)}."
+        raise ParameterError(f"{source}: unknown notebook {notebook!r}; {hint}")
     schema = NOTEBOOKS[notebook]
     try:
         return schema(**values)
@@ -346,15 +348,20 @@ def from_notebook(notebook: str, namespace: dict[str, Any]) -> Parameters:
         ParameterError: see `check`.
     """
     known = set(NOTEBOOKS[notebook].model_fields)
-    names = {name for source in namespace["In"] for name in _assigned(source, known)}
+    names = {name for source in namespace["In"] for name in assigned(source, known)}
     values = {name: namespace[name] for name in names if name in namespace}
     for name in values.keys() - known:
         del namespace[name]
     return check(notebook, values, f"{notebook}.ipynb")
 
 
-def _assigned(source: str, known: set[str]) -> set[str]:
-    """The names that a cell assigns if it is a parameters cell, else none."""
+def assigned(source: str, known: set[str]) -> set[str]:
+    """The names that a cell assigns if it is a parameters cell, else none.
+
+    Args:
+        source: the cell's.
+        known: parameters of its notebook.
+    """
     try:
         body = ast.parse(source).body
     except SyntaxError:  # a magic

@@ -6,12 +6,13 @@
       parameters.yaml   all of them, as checked
       provenance.json   git commit, package versions, devices, command
       status.json       state (running, finished, failed, interrupted), progress, error
-      run.ipynb, run.html
+      run.ipynb, run.html  as executed, whatever executed it
       summary.json      what a report needs; written when the run finishes
       ...               what the notebook itself writes
 """
 
 import contextlib
+import difflib
 import itertools
 import json
 import math
@@ -35,9 +36,11 @@ import pandas as pd
 import pydantic
 from tqdm import tqdm
 
-from scaled_ql import documents, parameters
+from scaled_ql import documents, parameters, recorder
+from scaled_ql.games import UnknownGame, rom_name
 from scaled_ql.parameters import ParameterError, Parameters
-from scaled_ql.replay import Replay, open_replay
+from scaled_ql.replay import Replay, ReplayError, View, open_replay
+from scaled_ql.replay.views import load_view
 
 PACKAGES = (
     "scaled-ql", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "pandas",
@@ -118,10 +121,52 @@ def open_dataset(values: Any) -> Replay:
         ReplayError: not there, damaged, or a view that asks for what is not there.
     """
     path = values.dataset if "://" in values.dataset else str(outputs_folder(values) / values.dataset)
-    view = Path(values.view)
-    if values.view and view.suffix not in (".yaml", ".yml", ".json"):
-        view = workspace() / "params" / "views" / f"{values.view}.yaml"
-    return open_replay(path, view if values.view else None)
+    return open_replay(path, _open_view(values.view))
+
+
+def _open_view(name: str) -> View | None:
+    file = Path(name)
+    if not name:
+        return None
+    if file.suffix in (".yaml", ".yml", ".json"):
+        return load_view(file)
+    known = {path.stem: path for path in (workspace() / "params" / "views").glob("*.yaml")}
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(sorted(known))}."
+        raise ReplayError(f"view {name!r}: no such file in params/views. {hint}")
+    return load_view(known[name])
+
+
+def check_names(values: Parameters) -> None:
+    """Check the games and the view that a run names, which need nothing that another run makes.
+
+    Raises:
+        RunError: one is unknown; the message says which are near.
+    """
+    try:
+        for game in getattr(values, "games", ()):
+            rom_name(game)
+        _open_view(getattr(values, "view", ""))
+    except (UnknownGame, ReplayError) as error:
+        raise RunError(f"run {values.run}: {error}") from error
+
+
+def check_inputs(values: Parameters) -> None:
+    """Check what a run names before a kernel is started for it: games, view, dataset.
+
+    Raises:
+        RunError: one is unknown, or cannot be read.
+    """
+    check_names(values)
+    if hasattr(values, "dataset"):
+        try:
+            dataset = open_dataset(values)
+        except (ReplayError, OSError) as error:
+            raise RunError(f"run {values.run}: {error}") from error
+        game = getattr(values, "game", "")
+        if game and game not in dataset.games:
+            raise RunError(f"run {values.run}: game {game!r} is not in {values.dataset}: {', '.join(dataset.games)}.")
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -273,20 +318,71 @@ class Run:
             self._lock.release(force=True)
             raise LeftToFirstProcess("evaluation and report are left to the first process")
 
-    def _watch_cells(self) -> None:
-        """In a notebook: mark the run failed or interrupted when a cell raises, whoever executes it."""
+    def _watch_cells(self, namespace: dict[str, Any]) -> None:
+        """In a kernel: keep the notebook as executed, and mark the run failed or interrupted when a cell raises."""
         ipython = sys.modules.get("IPython")
         shell = ipython.get_ipython() if ipython else None
         if shell is None:
             return
+        _watching.close()
+        save = self._notebook_saver(shell.kernel, namespace) if hasattr(shell, "kernel") else None
 
         def after_cell(result: Any) -> None:
             error = result.error_in_exec or result.error_before_exec
             if error is not None and not isinstance(error, LeftToFirstProcess) and self._lock.is_locked:
                 state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
                 self._status(state, error="".join(traceback.format_exception_only(error)).strip())
+            if save:
+                save()
+            if not self._lock.is_locked:
+                _watching.close()
 
         shell.events.register("post_run_cell", after_cell)
+        _watching.callback(shell.events.unregister, "post_run_cell", after_cell)
+
+    def _notebook_saver(self, kernel: Any, namespace: dict[str, Any]) -> Callable[[], None] | None:
+        """What writes `run.ipynb`, and `run.html` once the run is finished; None where a runner does it."""
+        if _has_runner(self.own):
+            return None
+        known = set(type(self.parameters).model_fields)
+        before = namespace["In"][1:-1][::-1]
+        earlier = list(itertools.takewhile(lambda source: parameters.assigned(source, known), before))[::-1]
+        recorded = recorder.Recorder(kernel, earlier)
+        _watching.callback(recorded.close)
+        original, file = workspace() / "notebooks" / f"{self.notebook}.ipynb", self.own / "run.ipynb"
+        document = recorder.document(self.notebook, original, namespace)
+        if document.name == file.name and document != file:
+            print(f"{document} stays the notebook of another run. This run keeps its own: {file}")
+
+        def save() -> None:
+            import nbformat
+
+            sys.stdout.flush()
+            sys.stderr.flush()
+            try:
+                content = nbformat.read(document, as_version=4)
+                book = recorder.merge(content, recorded.cells, lambda source: parameters.assigned(source, known))
+                _write_text(file, nbformat.writes(book) + "\n")
+                if not self._lock.is_locked and self.own == self.folder:
+                    publish(file)
+            except (OSError, ValueError, RunError) as error:
+                print(f"{file}: the notebook could not be kept ({error}).", file=sys.stderr)
+
+        return save
+
+
+_watching = contextlib.ExitStack()  # what to undo before this kernel follows another run
+
+
+def _has_runner(folder: Path) -> bool:
+    """Whether `execute` waits for this run in another process."""
+    try:
+        with filelock.FileLock(folder / ".runner.lock", timeout=0):
+            return False
+    except filelock.Timeout:
+        return True
+    except (OSError, NotImplementedError):
+        return False
 
 
 def make_folder(folder: Path) -> None:
@@ -296,7 +392,13 @@ def make_folder(folder: Path) -> None:
         RunError: it cannot be made.
     """
     try:
+        str(folder).encode()
         folder.mkdir(parents=True, exist_ok=True)
+    except UnicodeEncodeError as error:
+        raise RunError(
+            f"{os.fsencode(folder)!r}: not a path in this locale ({error.reason}). Set PYTHONUTF8=1, or outputs to "
+            "another folder."
+        ) from error
     except OSError as error:
         raise RunError(f"{folder}: cannot be made ({error}). Set outputs to a folder that can be written.") from error
 
@@ -330,7 +432,7 @@ def start(notebook: str, namespace: dict[str, Any]) -> Run:
         _write_text(file, documents.dump(values.model_dump()))
     write_json(run.own / "provenance.json", provenance())
     run._status("running")
-    run._watch_cells()
+    run._watch_cells(namespace)
     return run
 
 
@@ -394,20 +496,22 @@ def execute(notebook: str, values: Parameters) -> Path:
         the run's folder.
 
     Raises:
-        RunError: the notebook failed (the message ends with its error), or its folder is in use.
+        RunError: it names what is not there, the notebook failed (the message ends with its error), or its folder is in
+            use.
     """
     folder = own_folder(notebook, values)
     title = f"{notebook} / {folder.relative_to(outputs_folder(values) / notebook)}"
     if finished(notebook, values):
         print(f"{title}: finished before, left as it is: {folder / 'run.html'}")
         return folder
+    check_inputs(values)
     make_folder(folder)
     began = time.perf_counter()
     try:
         with filelock.FileLock(folder / ".runner.lock", timeout=LOCK_SECONDS), _progress_bar(folder, title):
             _papermill(notebook, values, folder)
             if folder == run_folder(notebook, values):
-                render(folder / "run.ipynb")
+                publish(folder / "run.ipynb")
     except filelock.Timeout:
         raise RunError(f"{folder}: another scaled-ql run is executing this run; wait for it or stop it.") from None
     except (OSError, NotImplementedError) as error:
@@ -438,6 +542,7 @@ def _papermill(notebook: str, values: Parameters, folder: Path) -> None:
                 break
             except papermill.PapermillExecutionError as error:
                 partial.replace(folder / "run.ipynb")
+                recorder.sign(folder / "run.ipynb")
                 if error.ename == LeftToFirstProcess.__name__:
                     return
                 failed = RunError(
@@ -498,6 +603,16 @@ def _progress_bar(folder: Path, title: str) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+def publish(notebook: Path) -> None:
+    """Sign and render the notebook of a finished run, and make it read-only.
+
+    Whoever opens it, changes `run` and executes it makes another run, whose notebook would be saved over this one.
+    """
+    recorder.sign(notebook)
+    render(notebook)
+    notebook.chmod(0o444)
 
 
 def render(notebook: Path) -> Path:
@@ -568,14 +683,38 @@ def expand(base: Parameters, grid: list[dict[str, list[Any]]], notebook: str, so
 
 
 def _meant(file: Path, content: Mapping[str, Any]) -> str:
-    """The command that was probably meant, where a file of parameters was given as a batch."""
+    """The command that was probably meant, where a file of parameters was given as a batch; else an empty string."""
     named = [file.absolute().parent.name] if file.absolute().parent.name in parameters.NOTEBOOKS else []
     fitting = named or [
         name
         for name, schema in parameters.NOTEBOOKS.items()
         if content and content.keys() <= schema.model_fields.keys()
     ]
-    return f"These are parameters of a notebook: scaled-ql run {fitting[0]} {file}" if fitting else ""
+    return f"scaled-ql run {fitting[0]} {file}" if fitting else ""
+
+
+def near_command(target: str, file: str = "") -> str:
+    """The command that was probably meant by ``scaled-ql run TARGET FILE``, or an empty string where none is near.
+
+    Args:
+        target: a notebook, or a batch.
+        file: of parameters; "" for none.
+    """
+    home = workspace()
+    files = {os.path.relpath(path): path for path in (home / "params").rglob("*.yaml")}
+    batches = {path.stem: name for name, path in files.items() if path.parent.name == "batches"}
+    known = {name: name for name in (*parameters.NOTEBOOKS, *files)} | batches
+    known |= {f"{stem}.yaml": name for stem, name in batches.items()}
+    near = difflib.get_close_matches(target, known, n=1)
+    if not near:
+        return ""
+    if not file:
+        return f"scaled-ql run {known[near[0]]}"
+    of_notebook = {name: name for name, path in files.items() if path.parent.name == near[0]}
+    of_notebook |= {Path(name).name: name for name in of_notebook}
+    there = os.path.isfile(file)  # noqa: PTH113 - of pathlib, a name that is too long is an error
+    files_near = [file] if there else difflib.get_close_matches(file, of_notebook, n=1)
+    return f"scaled-ql run {near[0]} {of_notebook.get(files_near[0], files_near[0])}" if files_near else ""
 
 
 def load_batch(file: str | Path, overrides: Mapping[str, Any]) -> list[Step]:
@@ -588,18 +727,25 @@ def load_batch(file: str | Path, overrides: Mapping[str, Any]) -> list[Step]:
     try:
         batch = _Batch.model_validate(content)
     except pydantic.ValidationError as error:
+        meant = _meant(Path(file), content)
+        if meant:
+            raise ParameterError(f"{file}: parameters of a notebook, not a batch. Did you mean: {meant}") from None
         mistakes = "; ".join(
             f"{'.'.join(map(str, mistake['loc']))}: {mistake['msg']}, got {mistake['input']!r}"
             for mistake in error.errors()
         )
         raise ParameterError(
-            f"{file}: not a batch, a list of steps with notebook, parameters and grid ({mistakes}). "
-            f"{_meant(Path(file), content)}"
+            f"{file}: not a batch, a list of steps with notebook, parameters and grid ({mistakes})."
         ) from None
     steps = []
-    for step in batch.steps:
+    for number, step in enumerate(batch.steps, 1):
         source = workspace() / "params" / step.notebook / step.parameters
-        base = parameters.check(step.notebook, {**parameters.load(source), **overrides}, str(source))
-        cells = expand(base, step.grid, step.notebook, f"{file}: {step.parameters}")
+        try:
+            if step.notebook not in parameters.NOTEBOOKS:
+                parameters.check(step.notebook, {}, "notebook")
+            base = parameters.check(step.notebook, {**parameters.load(source), **overrides}, str(source))
+            cells = expand(base, step.grid, step.notebook, step.parameters)
+        except ParameterError as error:
+            raise ParameterError(f"{file}, step {number}: {error}") from error
         steps.append(Step(step.notebook, cells, step.retries))
     return steps

@@ -4,7 +4,6 @@ The whole log is a sequence of rows: three of zeros, an episode, three of zeros,
 holds when that many rows less one have gone by, so it can be written front to back, reading episodes as they come.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from functools import lru_cache
@@ -14,7 +13,7 @@ import numpy as np
 from isal import igzip
 
 from scaled_ql.replay.dqn_replay import BOUNDARY, COLUMNS, MANIFEST, PADDING
-from scaled_ql.replay.format import FRAME_SHAPE, ReplayError, local_folder
+from scaled_ql.replay.format import FRAME_SHAPE, ReplayError, encode_manifest, local_folder
 from scaled_ql.replay.store import Replay, open_replay
 
 BLOCK = 4_096  # rows written together
@@ -50,7 +49,7 @@ def export_dqn_replay(
                 if any(folder.iterdir()):
                     raise ReplayError(f"{folder}: is not empty. Choose another destination, or delete it.")
                 _export_run(replay, game, manifest["run"], folder, rows_per_file)
-                (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+                (folder / MANIFEST).write_bytes(encode_manifest(manifest))
             except OSError as error:
                 raise ReplayError(f"{folder}: cannot be written ({error}). Make room, or choose another.") from error
 

@@ -17,7 +17,7 @@
 A row of the table, or a line of the journal, commits its episode: whatever the arrays hold beside them was being
 written when the writer died and is never read. An episode's transitions are rows ``row .. row + length - 1`` of the
 arrays; where ``frames`` is ``length + 1``, one more frame is the state after the last action. Every chunk carries a
-CRC-32C, every episode a CRC-32.
+CRC-32C, every episode a CRC-32, and so have the manifest and each line of the journal, those of old versions aside.
 """
 
 import json
@@ -177,6 +177,10 @@ def make_manifest(
     }
 
 
+LINE_CRC32 = b"line_crc32"
+KNOWN = frozenset((*make_manifest("", 0, actions=[], source="", sticky_actions=0.0), "crc32"))
+
+
 def write_or_compare_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Create a run's folder and manifest; one that exists must be the same.
 
@@ -187,7 +191,7 @@ def write_or_compare_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            write_file(file, json.dumps(manifest, indent=1).encode() + b"\n")
+            write_file(file, encode_manifest(manifest))
     except OSError as error:
         raise ReplayError(f"{folder}: cannot create the store ({error}).") from error
     stored = read_manifest(file.read_bytes(), str(file))
@@ -201,6 +205,21 @@ def write_or_compare_manifest(folder: Path, manifest: dict[str, Any]) -> None:
             f"{file}: the store was recorded with other settings ({'; '.join(differences)}). "
             "Use another folder or run number, or delete the store."
         )
+
+
+def encode_manifest(manifest: dict[str, Any]) -> bytes:
+    """The content of `manifest.json`."""
+    return json.dumps(manifest | {"crc32": _crc32(manifest)}, indent=1).encode() + b"\n"
+
+
+def _crc32(value: Any) -> int:
+    """CRC-32 of a JSON value, however it is written."""
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def has_checksums(manifest: bytes) -> bool:
+    """Whether a store's manifest, and so each line of its journal, was written with a checksum."""
+    return b'"crc32"' in manifest
 
 
 def read_manifest(content: bytes, where: str) -> dict[str, Any]:
@@ -223,6 +242,18 @@ def read_manifest(content: bytes, where: str) -> dict[str, Any]:
     missing = [name for name in ("game", "run", "actions") if name not in manifest]
     if missing:
         raise ReplayError(f"{where}: the manifest lacks {', '.join(missing)}. Restore the file from a copy.")
+    unknown = manifest.keys() - KNOWN
+    if unknown:
+        raise ReplayError(
+            f"{where}: the manifest has {', '.join(sorted(unknown))}, which this package does not know. Update the "
+            "package, or restore the file from a copy."
+        )
+    crc32 = manifest.pop("crc32", absent := object())
+    if crc32 is not absent and crc32 != _crc32(manifest):
+        raise ReplayError(
+            f"{where}: the manifest differs from its checksum. Restore the file from a copy; if you changed it on "
+            "purpose, remove its crc32."
+        )
     return dict.fromkeys(RULES) | manifest
 
 
@@ -266,22 +297,40 @@ def read_table(content: pa.Buffer, where: str) -> pa.Table:
     return pa.ipc.open_stream(content.slice(0, size)).read_all()
 
 
-def parse_journal(content: bytes, where: str, covered: int = 0) -> tuple[list[dict[str, Any]], int]:
+def journal_line(row: dict[str, Any]) -> bytes:
+    """A line of an episodes.jsonl: a JSON object whose last entry is the CRC-32 of what stands before it."""
+    text = json.dumps(row).encode()[:-1]
+    return b'%b, "%b": %d}\n' % (text, LINE_CRC32, zlib.crc32(text))
+
+
+def _parse_line(line: bytes, checked: bool) -> dict[str, Any]:
+    text, mark, crc32 = line.rpartition(b', "%b": ' % LINE_CRC32)
+    if mark and crc32 != b"%d}" % zlib.crc32(text):
+        raise ValueError("it differs from its checksum")
+    if checked and not mark:
+        raise ValueError("it has no checksum")
+    return json.loads(text + b"}" if mark else line)
+
+
+def parse_journal(
+    content: bytes, where: str, covered: int = 0, checked: bool = False
+) -> tuple[list[dict[str, Any]], int]:
     """Complete lines of an episodes.jsonl; a torn last line is an episode that was not committed.
 
     Args:
         content: of the file.
         where: its name, for messages.
         covered: transitions that the episode table holds; lines about those are skipped.
+        checked: every line has a checksum, as in a store whose manifest has one.
 
     Returns:
         the episodes after them, and the number of bytes up to the last complete line.
     """
     complete = content[: content.rfind(b"\n") + 1]
     rows, expected = [], None
-    for number, line in enumerate(complete.splitlines(), 1):
+    for number, line in enumerate(complete.split(b"\n")[:-1], 1):
         try:
-            row = json.loads(line)
+            row = _parse_line(line, checked)
             start, length = row["start"], row["length"]
             wrong = [name for name, dtype in EPISODE.items() if type(row[name]) is not type(dtype(0).item())]
             wrong += [name for name in ("start", "row") if name not in wrong and row[name] < 0]

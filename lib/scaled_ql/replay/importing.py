@@ -423,7 +423,7 @@ def _commit(
     if not manifest["rewards"]:  # logs do not say it
         clipped = max(episode["largest"] for episode in episodes) <= 1
         manifest = manifest | {"rewards": "clipped" if clipped else "raw"}
-    fmt.write_file(folder / "manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
+    fmt.write_file(folder / "manifest.json", fmt.encode_manifest(manifest))
 
 
 class _Here(Executor):
@@ -574,9 +574,12 @@ def _finished(plan: Plan) -> dict[str, Any] | None:
     file = Path(plan.parts[0].folder) / "import.json"
     if not file.exists():
         return None
-    report = json.loads(file.read_text())
-    same = report["files"] == [part.file for part in plan.parts]
-    whole = report["complete"] and not report["left_out"]
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        same = report["files"] == [part.file for part in plan.parts]
+        whole = report["complete"] and not report["left_out"]
+    except (ValueError, KeyError, TypeError):
+        return None  # it is made again
     return report if whole and same and all(_read_part(part) for part in plan.parts) else None
 
 

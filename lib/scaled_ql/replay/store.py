@@ -699,7 +699,7 @@ def open_replay(path: str | os.PathLike, view: View | str | os.PathLike | None =
             keys = [key.decode() for key in kvstore.list().result() if key.endswith(b"/manifest.json")]
         else:
             folder = fmt.local_folder(path)
-            if not folder.is_dir():
+            if not os.path.isdir(folder):  # noqa: PTH112 - pathlib's raises where a name is too long
                 raise ReplayError(
                     f"{folder}: no such replay folder. Record one with notebooks/00_data_collection.ipynb."
                 )
@@ -725,6 +725,10 @@ def open_replay(path: str | os.PathLike, view: View | str | os.PathLike | None =
                     f"{path}: holds the same run twice: {twins[0]} and {run.kvstore.url}. Open one dataset."
                 )
             others.append(run)
+    if not runs and folders:
+        raise ReplayError(
+            f"{path}: no complete episode in {folders[0]}/episodes.jsonl or episodes.arrow. Record or import it again."
+        )
     if not runs:
         raise ReplayError(
             f"{path}: not a replay store: no manifest.json of format {FORMAT!r} with complete episodes below it. "
@@ -757,14 +761,16 @@ def _check_actions(runs: dict[str, list[Run]]) -> None:
 
 def open_run(kvstore: ts.KvStore) -> Run | None:
     """One game and run, or None where no episode was completed yet."""
-    manifest = fmt.read_manifest(kvstore.read("manifest.json").result().value, f"{kvstore.url}manifest.json")
+    described = kvstore.read("manifest.json").result().value
+    manifest = fmt.read_manifest(described, f"{kvstore.url}manifest.json")
     # The journal first: a writer that moves it into the table meanwhile leaves both, never neither.
     journal = kvstore.read("episodes.jsonl").result().value
     table = _read_table(kvstore)
     starts, lengths = table["start"].to_numpy(), table["length"].to_numpy()
     if not np.array_equal(starts, np.cumsum(lengths) - lengths):
         raise ReplayError(f"{kvstore.url}episodes.arrow: its episodes do not follow one another. Restore it.")
-    rows, _ = fmt.parse_journal(journal, f"{kvstore.url}episodes.jsonl", int(lengths.sum()))
+    checked, covered = fmt.has_checksums(described), int(lengths.sum())
+    rows, _ = fmt.parse_journal(journal, f"{kvstore.url}episodes.jsonl", covered, checked)
     if rows:
         tables = [table] if table.num_rows else []
         table = pa.concat_tables([*tables, pa.Table.from_pylist(rows)], promote_options="permissive")

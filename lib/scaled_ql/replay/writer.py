@@ -1,6 +1,5 @@
 """Appending to a replay store, episode by episode."""
 
-import json
 import os
 import zlib
 from collections.abc import Iterable
@@ -96,7 +95,8 @@ class ReplayWriter:
             table = fmt.read_table(pa.py_buffer(self._table.read_bytes()), str(self._table))
         content = self._journal.read_bytes() if self._journal.exists() else b""
         covered = int(table["length"].to_numpy().sum())
-        self._appended, self._journal_size = fmt.parse_journal(content, str(self._journal), covered)
+        checked = fmt.has_checksums((self.folder / "manifest.json").read_bytes())
+        self._appended, self._journal_size = fmt.parse_journal(content, str(self._journal), covered, checked)
         self.num_episodes = table.num_rows + len(self._appended)
         self.num_transitions = covered + sum(row["length"] for row in self._appended)
         self._next_row = max(
@@ -172,7 +172,7 @@ class ReplayWriter:
     def _commit(self, row: dict[str, Any]) -> None:
         with self._journal.open("ab") as journal:
             journal.truncate(self._journal_size)  # what a failed commit before this one may have left
-            journal.write(json.dumps(row).encode() + b"\n")
+            journal.write(fmt.journal_line(row))
             journal.flush()
             os.fsync(journal.fileno())
             self._journal_size = journal.tell()
