@@ -3,6 +3,7 @@
 import functools
 import math
 
+import catch
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,5 +89,101 @@ def test_an_epsilon_below_the_gradients_solves_a_corridor_and_one_above_them_doe
     q, metrics = corridor_training()(params, 3.125e-4)
     assert not (q[:, 1] > q[:, 0]).all()
     assert metrics["entropy"][-1] > 3
+    early = float(metrics["head_grad_rms"][:EARLY].mean())
+    assert "learns hardly anything" in training.epsilon_warning(early, 3.125e-4)
+
+
+# Catch, offline: an agent that has only seen random moves, whose mean return is -3.5, catches five of five balls.
+# Support and weight of CQL are the paper's, the discount is the quickstart's.
+
+BALLS, SEEN, CATCH_STEPS, BATCH = 5, 6_000, 6_000, 32
+
+
+class CatchNetwork(CorridorNetwork):
+    """The same last layers above a dense layer that sees the grid."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.hidden = nnx.Linear(catch.ROWS * catch.COLUMNS, 64, rngs=rngs)
+
+    def features(self, observation, game, augment=None):
+        return normalize_features(nnx.relu(self.hidden(observation.reshape(len(observation), -1) / 255)))
+
+
+def grid(frame):
+    """uint8 [84, 84] -> [7, 7, 1], a value per square."""
+    return frame[:: catch.PIXELS, :: catch.PIXELS, None]
+
+
+@functools.cache
+def random_play():
+    """Transitions of random moves, one step each."""
+    env, rng, rows = catch.Catch(BALLS), np.random.default_rng(0), []
+    frame, _ = env.reset(seed=0)
+    for action in rng.integers(3, size=SEEN):
+        before = grid(frame)
+        frame, reward, ended, _, _ = env.step(action)
+        rows.append((before, action, reward, 0.0 if ended else 0.97, grid(frame)))
+        if ended:
+            frame, _ = env.reset()
+    observation, action, reward, discount, then = map(np.array, zip(*rows))
+    return Batch.of_stacks(
+        observation=observation,
+        action=action.astype(np.int32),
+        reward=reward.astype(np.float32),
+        discount=discount.astype(np.float32),
+        next_observation=then,
+        game=np.zeros(SEEN, np.int32),
+    )
+
+
+@functools.cache
+def catch_training():
+    """(parameters, Adam's epsilon) -> (trained parameters, metrics [steps]); one program for all."""
+    graph, _ = nnx.split(CatchNetwork(nnx.Rngs(0)), nnx.Param)
+    objective, data = objectives.q_learning(graph, [3], atoms=ATOMS), jax.device_put(random_play())
+
+    @jax.jit
+    def run(params, epsilon):
+        optimizer = training.make_optimizer(1e-3, epsilon)
+        update = training.make_update(objective, optimizer, target_update_period=50)
+        state = training.TrainState(jnp.int32(0), params, params, optimizer.init(params))
+
+        def step(state, key):
+            rows = jax.random.randint(key, (BATCH,), 0, SEEN)
+            return update(state, jax.tree.map(lambda x: x[rows], data), key)
+
+        state, metrics = jax.lax.scan(step, state, jax.random.split(jax.random.key(0), CATCH_STEPS))
+        return state.params, metrics
+
+    return run
+
+
+def caught(params, episodes=20):
+    """Mean return of the greedy player; the best is 5."""
+    graph, _ = nnx.split(CatchNetwork(nnx.Rngs(0)), nnx.Param)
+    prefer = objectives.preferences(graph, [3], atoms=ATOMS)
+    env, returns = catch.Catch(BALLS), []
+    for seed in range(episodes):
+        (frame, _), total, ended = env.reset(seed=seed), 0.0, False
+        while not ended:
+            action = prefer(params, grid(frame)[None], jnp.zeros(1, jnp.int32))[0].argmax()
+            frame, reward, ended, _, _ = env.step(action)
+            total += reward
+        returns.append(total)
+    return np.mean(returns)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_an_epsilon_below_the_gradients_learns_catch_from_random_play_and_one_above_them_does_not(seed):
+    params = nnx.to_pure_dict(nnx.split(CatchNetwork(nnx.Rngs(seed)), nnx.Param)[1])
+    params["head_bias"] = jnp.tile(losses.unit_normal_logits(ATOMS), NUM_ACTIONS)
+    trained, metrics = catch_training()(params, 1e-8)
+    assert caught(trained) > 4.5
+    early = float(metrics["head_grad_rms"][:EARLY].mean())
+    assert not training.epsilon_warning(early, 1e-8)
+
+    trained, metrics = catch_training()(params, 3.125e-4)
+    assert caught(trained) < 1
     early = float(metrics["head_grad_rms"][:EARLY].mean())
     assert "learns hardly anything" in training.epsilon_warning(early, 3.125e-4)

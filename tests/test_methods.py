@@ -474,14 +474,12 @@ def reference_q_learning(
     features, now = reference_outputs(network, batch.observation, batch.game)
     features_then, then = reference_outputs(network, batch.next_observation, batch.game)
     _, later = reference_outputs(target, batch.next_observation, batch.game)
-    rows = {name: [] for name in ("td", "cql", "data", "greedy", "behaviour", "share", "dr3")}
+    rows = {name: [] for name in ("td", "cql", "data", "greedy", "share", "dr3")}
     for row, (game, action) in enumerate(zip(batch.game, batch.action)):
         mask = allowed = GAME_MASKS[game]
         if tau is not None:
-            both = np.stack([batch.observation[row], batch.next_observation[row]])
-            _, (logits, logits_then) = reference_outputs(params["behaviour"], both, [game, game])
-            allowed = reference_likely(logits_then, mask, tau)
-            rows["behaviour"].append(reference_bc(logits, action, mask))
+            _, (logits,) = reference_outputs(params["behaviour"], batch.next_observation[row : row + 1], [game])
+            allowed = reference_likely(logits, mask, tau)
             rows["share"].append(sum(allowed) / sum(mask))
         selector_q, q = (to_q(values[row][:3]) for values in (then if double_q else later, now))
         reward = batch.reward[row] / reward_scale[game]
@@ -494,14 +492,14 @@ def reference_q_learning(
         rows["dr3"].append(sum(a * b for a, b in zip(features[row], features_then[row])))
     mean = {name: sum(values) / ROWS for name, values in rows.items() if values}
     return {
-        "loss": mean["td"] + alpha * mean["cql"] + mean.get("behaviour", 0.0) + dr3 * mean["dr3"],
+        "loss": mean["td"] + alpha * mean["cql"] + dr3 * mean["dr3"],
         "td_loss": mean["td"],
         "cql_loss": mean["cql"],
         "q_data": mean["data"],
         "q_greedy": mean["greedy"],
         "td_loss_sum": [sum(rows["td"][row] for row in range(ROWS) if batch.game[row] == game) for game in (0, 1)],
         "td_loss_count": [2, 3],
-        **({} if tau is None else {"behaviour_loss": mean["behaviour"], "allowed_share": mean["share"]}),
+        **({} if tau is None else {"allowed_share": mean["share"]}),
         **({"dr3_penalty": mean["dr3"]} if dr3 else {}),
         **({} if head == "mse" else {"entropy": reference_entropy(np.array(now)[range(ROWS), batch.action])}),
     }
@@ -535,7 +533,8 @@ def assert_equals_reference(objective, params, target_params, reference, single_
         tolerance = 1e-6 if single_precision or name in ("accuracy", "allowed_share") else 1e-9
         np.testing.assert_allclose(metrics[name], value, rtol=tolerance, atol=1e-10, err_msg=name)
     leaves, structure = jax.tree.flatten(params)
-    for number, (leaf, gradient) in enumerate(zip(leaves, jax.tree.leaves(gradients))):
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for number, (name, leaf, gradient) in enumerate(zip(names, leaves, jax.tree.leaves(gradients))):
         has = np.s_[:, :, :3] if leaf.ndim > 2 else np.s_[:]  # of all games' actions
 
         def loss(part, number=number, leaf=leaf, has=has):
@@ -547,7 +546,7 @@ def assert_equals_reference(objective, params, target_params, reference, single_
         np.testing.assert_allclose(np.asarray(gradient)[has], central_differences(loss, leaf[has]), atol=tolerance)
         rest = np.array(gradient)
         rest[has] = 0
-        assert (rest == 0).all() and np.any(gradient)
+        assert (rest == 0).all() and np.any(gradient) == ("behaviour" not in name)
 
 
 @pytest.mark.parametrize("head", ["c51", "hl_gauss", "two_hot", "mse"])
@@ -563,6 +562,19 @@ def test_q_learning_with_everything_equals_the_reference(head):
             graph_of(params), NUM_GAME_ACTIONS, atoms=jnp.array(ATOMS), reward_scale=jnp.array([2.0, 0.5]), **settings
         )
         assert_equals_reference(objective, params, target_params, reference, True)  # DR3 is in float32
+
+
+@pytest.mark.parametrize("head", ["c51", "mse"])
+def test_bcq_by_default_equals_the_reference_without_cql(head):
+    params, target_params = ({"q": linear_params(seed, head), "behaviour": linear_params(seed + 10)} for seed in (0, 1))
+    reference = functools.partial(
+        reference_q_learning, target_params=target_params, batch=linear_batch(), head=head, alpha=0.0, tau=0.3
+    )
+    assert 0 < reference(params)["allowed_share"] < 1
+    with jax.enable_x64(True):
+        settings = {"head": head, "tau": 0.3, "atoms": jnp.array(ATOMS)}
+        objective = objectives.q_learning(graph_of(params), NUM_GAME_ACTIONS, **settings)
+        assert_equals_reference(objective, params, target_params, reference)
 
 
 def test_q_learning_by_default_equals_the_reference():
@@ -638,24 +650,76 @@ def test_bcq_at_threshold_1_backs_up_the_likeliest_action_alone():
 
 
 def test_bcqs_two_networks_do_not_train_each_other():
+    """The policy gets no gradient and matters by what it allows alone; cloning, which trains it, knows no Q-network."""
     batch, behaviour = single(linear_batch()), linear_params(10)
     params, target_params = with_behaviour("mse", behaviour), with_behaviour("mse", behaviour, seed=1)
     gradients, metrics = bcq_with_threshold("mse")(params, target_params, batch, 1.0)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients["behaviour"]))
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(gradients["q"]))
 
     sharper = with_behaviour("mse", behaviour | {"kernel": 2 * behaviour["kernel"]})  # the same likeliest actions
     other, other_metrics = bcq_with_threshold("mse")(sharper, target_params, batch, 1.0)
-    jax.tree.map(np.testing.assert_array_equal, other["q"], gradients["q"])
-    assert other_metrics["behaviour_loss"] != metrics["behaviour_loss"]
+    jax.tree.map(np.testing.assert_array_equal, other, gradients)
+    jax.tree.map(np.testing.assert_array_equal, other_metrics, metrics)
 
-    other_q = with_behaviour("mse", behaviour, seed=5)
-    other, other_metrics = bcq_with_threshold("mse")(other_q, target_params, batch, 1.0)
-    jax.tree.map(np.testing.assert_array_equal, other["behaviour"], gradients["behaviour"])
+    _, other_metrics = bcq_with_threshold("mse")(with_behaviour("mse", linear_params(12)), target_params, batch, 1.0)
     assert other_metrics["td_loss"] != metrics["td_loss"]
 
-    cloning = objectives.cloning(graph_of(behaviour), NUM_GAME_ACTIONS)
-    alone, alone_metrics = jax.jit(jax.grad(cloning, has_aux=True))(params["behaviour"], {}, batch, None)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), alone, gradients["behaviour"])
-    np.testing.assert_allclose(alone_metrics["nll"], metrics["behaviour_loss"], rtol=1e-6)
+
+def joint_and_alone(tau):
+    """Steps of a `BCQNetwork` whose policy is frozen, and of its Q-network without one; a few batches of rewards."""
+    optimizer, atoms = training.make_optimizer(0.01, frozen=("behaviour",)), jnp.array(ATOMS, jnp.float32)
+    params = with_behaviour("c51", linear_params(10))
+    settings = {"alpha": 0.3, "atoms": atoms}
+    graph, state = training.init_state(to_network(params), optimizer)
+    objective = objectives.q_learning(graph, NUM_GAME_ACTIONS, tau=tau, **settings)
+    joint = training.make_train_step(objective, optimizer, target_update_period=3), state
+    optimizer = training.make_optimizer(0.01)
+    graph, state = training.init_state(to_network(params["q"]), optimizer)
+    objective = objectives.q_learning(graph, NUM_GAME_ACTIONS, **settings)
+    alone = training.make_train_step(objective, optimizer, target_update_period=3), state
+    batches = [single(linear_batch(np.random.default_rng(seed).normal(size=ROWS))) for seed in range(8)]
+    return params, joint, alone, batches
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.9])
+def test_a_frozen_policy_keeps_its_bits_and_the_q_network_trains_as_if_alone(tau):
+    params, (joint_step, joint), (alone_step, alone), batches = joint_and_alone(tau)
+    assert len(jax.tree.leaves(joint.opt_state)) == len(jax.tree.leaves(alone.opt_state)), (
+        "a frozen part has no moments"
+    )
+    for batch in batches:
+        joint, _ = joint_step(joint, batch)
+        alone, _ = alone_step(alone, batch)
+    for tree in (joint.params, joint.target_params):
+        for leaf, before in zip(jax.tree.leaves(tree["behaviour"]), jax.tree.leaves(params["behaviour"])):
+            assert np.asarray(leaf).tobytes() == before.tobytes()
+    same = [np.array_equal(*pair) for pair in zip(*(jax.tree.leaves(x) for x in (joint.params["q"], alone.params)))]
+    assert all(same) == (tau == 0), "without a threshold it is plain Q-learning, bit for bit"
+
+
+def test_a_resumed_bcq_run_is_bit_identical(tmp_path):
+    _, (step, state), _, batches = joint_and_alone(0.9)
+    start = jax.device_get(state)
+    whole = jax.tree.map(jnp.array, start)
+    for batch in batches:
+        whole, _ = step(whole, batch)
+    part = jax.tree.map(jnp.array, start)
+    for batch in batches[:3]:
+        part, _ = step(part, batch)
+    checkpoints = training.Checkpoints(tmp_path, {})
+    checkpoints.save(part)
+    part = checkpoints.restore(start)
+    checkpoints.close()
+    for batch in batches[3:]:
+        part, _ = step(part, batch)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(part), jax.device_get(whole))
+
+
+def test_what_is_not_there_cannot_be_frozen():
+    optimizer = training.make_optimizer(frozen=("behaviour", "encoder"))
+    with pytest.raises(ValueError, match="nothing to freeze by the name of encoder in behaviour, q"):
+        training.init_state(to_network(with_behaviour("mse", linear_params(1))), optimizer)
 
 
 def test_without_the_regulariser_it_is_distributional_q_learning():

@@ -7,17 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
 import nbformat
 import numpy as np
 import orbax.checkpoint as ocp
+import pandas as pd
 import papermill
 import pytest
 import yaml
 
-from scaled_ql import parameters, runs
+from scaled_ql import evaluation, parameters, runs
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
 TINY = {name: f"params/{name}/tiny.yaml" for name in parameters.NOTEBOOKS}
@@ -82,6 +84,17 @@ def test_the_summary_compares_agent_dataset_and_random_player(outputs: Path) -> 
         assert all(np.isfinite(row[name]) for name in ("random_return", "dataset_return", "agent_return"))
 
 
+def test_a_narrow_start_is_one_and_belongs_to_the_checkpoint(outputs: Path) -> None:
+    target = "02_scaled_training"
+    done = run(target, outputs, TINY[target], "-p", "run", "narrow", "-p", "narrow_start", "true")
+    assert done.returncode == 0, done.stderr
+    first_entropies = {name: metrics(outputs / target / name)[0]["entropy"] for name in ("tiny", "narrow")}
+    assert first_entropies["tiny"] == pytest.approx(np.log(51), abs=0.1)
+    assert first_entropies["narrow"] == pytest.approx(np.log(np.sqrt(2 * np.pi * np.e) / 0.8), abs=0.1)  # bins of 0.8
+    about = json.loads((outputs / target / "narrow" / "checkpoints" / "20" / "about" / "metadata").read_text())
+    assert about["run"]["narrow_start"] is True
+
+
 def test_finished_runs_are_recognised(outputs: Path, tmp_path: Path) -> None:
     steps = [
         {"notebook": name, "parameters": "tiny.yaml"} for name in parameters.NOTEBOOKS if name not in runs.GATHERING
@@ -108,7 +121,7 @@ def test_a_finished_run_that_is_shown_again_has_its_curves(outputs: Path) -> Non
     done = run(target, outputs, TINY[target], "-p", "run", "shown")
     assert done.returncode == 0, done.stderr
     cells = nbformat.read(folder / "run.ipynb", as_version=4).cells
-    (training,) = (cell for cell in cells if "training.train(" in cell.source)
+    (training,) = (cell for cell in cells if "for trained, log in steps" in cell.source)
     assert any("image/png" in output.get("data", {}) for output in training.outputs)
 
 
@@ -136,10 +149,18 @@ def test_two_runs_side_by_side_do_not_meet(outputs: Path) -> None:
         assert process.returncode == 0, output
 
 
+def restored(folder: Path) -> dict:
+    """The state of step 400."""
+    return ocp.StandardCheckpointer().restore((folder / "checkpoints" / "400" / "state").absolute())
+
+
 def final_state(folder: Path) -> list[np.ndarray]:
-    (step,) = [path for path in (folder / "checkpoints").iterdir() if path.name == "400"]
-    tree = ocp.StandardCheckpointer().restore(step / "state")
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(restored(folder))]
+
+
+def assert_same_arrays(left: Iterable[np.ndarray], right: Iterable[np.ndarray]) -> None:
+    for one, other in zip(left, right, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -155,6 +176,28 @@ def kernel_of(folder: Path) -> int:
     return json.loads((folder / "status.json").read_text())["pid"]
 
 
+def stop(command: list[str], folder: Path, log: Path, way: str) -> None:
+    """Run until a row is added to the log, then end it in one of three ways."""
+    before = rows_of(log)
+    process = subprocess.Popen(
+        command, cwd=runs.workspace(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        # What a shell starts in the background ignores Ctrl-C, and so would these tests' children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    while rows_of(log) <= before:  # only a step beyond what the last kernel reached shows that this one trains
+        assert process.poll() is None, "it ended before it could be stopped"
+        time.sleep(0.01)
+    if way == "kill the kernel":
+        assert runs.LARGE_PAGES.encode() in Path(f"/proc/{kernel_of(folder)}/environ").read_bytes()
+    number = signal.SIGINT if way == "interrupt" else signal.SIGKILL
+    os.kill(kernel_of(folder) if way == "kill the kernel" else process.pid, number)
+    _, stderr = process.communicate(timeout=120)
+    assert json.loads((folder / "status.json").read_text())["state"] != "finished"
+    if way == "interrupt":
+        assert process.returncode == 130
+        assert "goes on from here" in stderr
+
+
 def test_a_run_stopped_in_three_ways_resumes_bit_identically(outputs: Path) -> None:
     """SIGKILL of the runner, Ctrl-C, SIGKILL of the kernel, each in the middle of training; then to its end."""
     target = "02_scaled_training"
@@ -163,28 +206,54 @@ def test_a_run_stopped_in_three_ways_resumes_bit_identically(outputs: Path) -> N
     assert done.returncode == 0, done.stderr
     undisturbed, stopped = outputs / target / "undisturbed", outputs / target / "stopped"
     command = arguments(target, outputs, TINY[target], "-p", "run", "stopped", *more)
-    log = stopped / "metrics.jsonl"
     for way in ("kill the runner", "interrupt", "kill the kernel"):
-        before = rows_of(log)
-        process = subprocess.Popen(
-            command, cwd=runs.workspace(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            # What a shell starts in the background ignores Ctrl-C, and so would these tests' children.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )  # fmt: skip
-        while rows_of(log) <= before:  # only a step beyond what the last kernel reached shows that this one trains
-            assert process.poll() is None, "it ended before it could be stopped"
-            time.sleep(0.01)
-        if way == "kill the kernel":
-            assert runs.LARGE_PAGES.encode() in Path(f"/proc/{kernel_of(stopped)}/environ").read_bytes()
-        number = signal.SIGINT if way == "interrupt" else signal.SIGKILL
-        os.kill(kernel_of(stopped) if way == "kill the kernel" else process.pid, number)
-        _, stderr = process.communicate(timeout=120)
-        assert json.loads((stopped / "status.json").read_text())["state"] != "finished"
-        if way == "interrupt":
-            assert process.returncode == 130
-            assert "goes on from here" in stderr
+        stop(command, stopped, stopped / "metrics.jsonl", way)
     done = run(target, outputs, TINY[target], "-p", "run", "stopped", *more)
     assert done.returncode == 0, done.stderr
     assert metrics(stopped) == metrics(undisturbed)
-    for left, right in zip(final_state(stopped), final_state(undisturbed), strict=True):
-        np.testing.assert_array_equal(left, right)
+    assert_same_arrays(final_state(stopped), final_state(undisturbed))
+
+
+def test_bcq_stopped_in_both_phases_resumes_bit_identically(outputs: Path) -> None:
+    """The behaviour policy comes first, in a folder of its own; the Q-network has it as it then is."""
+    target = "02_scaled_training"
+    more = ["-p", "method", "bcq", "-p", "num_steps", "400", "-p", "eval_max_steps", "5", "-p", "video_steps", "2"]
+    done = run(target, outputs, TINY[target], "-p", "run", "bcq", *more)
+    assert done.returncode == 0, done.stderr
+    undisturbed, stopped = outputs / target / "bcq", outputs / target / "bcq-stopped"
+    command = arguments(target, outputs, TINY[target], "-p", "run", "bcq-stopped", *more)
+    stop(command, stopped, stopped / "behaviour" / "metrics.jsonl", "kill the kernel")
+    assert not (stopped / "metrics.jsonl").exists()
+    stop(command, stopped, stopped / "metrics.jsonl", "interrupt")
+    done = run(target, outputs, TINY[target], "-p", "run", "bcq-stopped", *more)
+    assert done.returncode == 0, done.stderr
+    for folder in ("", "behaviour"):
+        assert metrics(stopped / folder) == metrics(undisturbed / folder)
+        assert_same_arrays(final_state(stopped / folder), final_state(undisturbed / folder))
+    both, policy = restored(undisturbed), restored(undisturbed / "behaviour")["params"]
+    for tree in ("params", "target_params"):
+        assert_same_arrays(jax.tree.leaves(both[tree]["behaviour"]), jax.tree.leaves(policy))
+    first, last = (metrics(undisturbed / "behaviour")[row]["nll"] for row in (0, -1))
+    assert last < first, "the policy was trained"
+
+
+def test_the_score_of_an_iteration_is_measured_once(outputs: Path) -> None:
+    target, more = "02_scaled_training", ["-p", "run", "iterations", "-p", "eval_every", "10"]
+    done = run(target, outputs, TINY[target], *more)
+    assert done.returncode == 0, done.stderr
+    folder = outputs / target / "iterations"
+    curve = evaluation.score_curve(folder / "evaluation")
+    assert list(curve["step"]) == [10, 20] * 2 and list(curve["game"]) == ["Breakout"] * 2 + ["Pong"] * 2
+    summary = json.loads((folder / "summary.json").read_text())["games"]
+    assert list(curve["agent_return"][1::2]) == [summary[game]["agent_return"] for game in ("Breakout", "Pong")]
+    # Stopped after step 10 and before 20: what was measured by then is marked, what was not is deleted.
+    marked = pd.read_csv(folder / "evaluation" / "step-10" / "Pong.csv").assign(episode_return=77.0)
+    marked.to_csv(folder / "evaluation" / "step-10" / "Pong.csv", index=False)
+    for name in ("checkpoints/20", "evaluation/step-20"):
+        shutil.rmtree(folder / name)
+    for name in ("status.json", "summary.json", "run.html"):
+        (folder / name).unlink()
+    done = run(target, outputs, TINY[target], *more)
+    assert done.returncode == 0, done.stderr
+    again = evaluation.score_curve(folder / "evaluation")
+    assert list(again["agent_return"]) == [*curve["agent_return"][:2], 77, curve["agent_return"][3]]

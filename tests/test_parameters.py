@@ -88,6 +88,7 @@ def test_unknown_notebook() -> None:
     [
         ({"v_min": 3.0, "v_max": 3.0}, "must be below"),
         ({"run": "../up"}, "run: "),
+        ({"eval_every": 62_500}, r"eval_every \(62500\) must be a multiple of log_every \(1000\)"),
     ],
 )
 def test_values_that_do_not_fit_together(values: dict, words: str) -> None:
@@ -107,6 +108,8 @@ def test_table_b1_is_the_default() -> None:
     assert (p.learning_rate, p.cql_alpha) == (2e-4, 0.05)
     assert check("02_scaled_training", {"head": "mse"}).cql_alpha == 0.1
     assert check("02_scaled_training", {"alpha": 0.0}).cql_alpha == 0
+    assert check("02_scaled_training", {"method": "bcq"}).cql_alpha == 0, "BCQ replaces CQL"
+    assert check("02_scaled_training", {"method": "bcq", "alpha": 0.05}).cql_alpha == 0.05, "unless both are asked for"
 
 
 def notebook_namespace(*cells: str) -> dict:

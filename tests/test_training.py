@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import itertools
+import json
 import math
 import os
 import resource
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 from test_losses import Table, reference_batch
 
-from scaled_ql import losses, objectives, training
+from scaled_ql import devices, losses, objectives, training
 from scaled_ql.games import NUM_ACTIONS
 from scaled_ql.networks import make_q_network
 from scaled_ql.replay.store import Batch
@@ -180,6 +181,17 @@ def test_the_heads_gradient_is_measured_by_its_root_mean_square(where, accumulat
     np.testing.assert_allclose(metrics["head_grad_rms"], np.sqrt(np.mean(wanted.astype(np.float64) ** 2)), rtol=1e-6)
     squares = sum((x.astype(np.float64) ** 2).sum() for x in jax.tree.leaves(slopes))
     np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(squares), rtol=1e-6)
+
+
+def test_a_decaying_rate_and_frozen_parts_work_together():
+    optimizer = training.make_optimizer(0.1, 1e-8, decay_steps=4, frozen=("behaviour",))
+    params = {"q": jnp.zeros(2), "behaviour": jnp.ones(3)}
+    gradients, state, steps = jax.tree.map(jnp.ones_like, params), optimizer.init(params), []
+    for _ in range(5):
+        updates, state = optimizer.update(gradients, state, params)
+        steps.append(float(updates["q"][0]))
+        assert not np.any(updates["behaviour"])
+    np.testing.assert_allclose(steps, [-0.1, -0.075, -0.05, -0.025, 0], atol=1e-6)  # Adam of a constant gradient: -rate
 
 
 def test_epsilon_warning():
@@ -402,6 +414,39 @@ def test_a_run_interrupted_anywhere_has_lost_no_step_and_no_row(tmp_path, kind):
             {name: None if value != value else value for name, value in row.items()} if row["step"] < at else row
             for row in whole
         ])  # fmt: skip
+
+
+def resumed_run(folder, yields=None):
+    """`training.resume` of a table for 11 steps, left after some yields; its steps at the yields, log and state."""
+    checkpoints = Checkpoints(folder / "checkpoints", ABOUT)
+    shardings = devices.state_shardings(table_state(), devices.make_mesh(1))
+    where = {"checkpoints": checkpoints, "log_file": folder / "policy" / "metrics.jsonl", "shardings": shardings}
+    batches_from = lambda step: stream(step + 1, 11)  # noqa: E731
+    run = training.resume(
+        table_state(), table_step(), batches_from, GAMES, log_every=4, checkpoint_every=5, **where
+    )  # fmt: skip
+    seen = []
+    with contextlib.closing(run):
+        for state, _ in itertools.islice(run, yields):
+            seen.append((int(state.step), jax.device_get(state)))
+    checkpoints.close()
+    rows = [without_speed(json.loads(line)) for line in where["log_file"].read_text().splitlines()]
+    return [step for step, _ in seen], rows, seen[-1][1]
+
+
+def test_a_run_left_at_any_yield_resumes_to_the_same_rows_and_state(tmp_path):
+    steps, rows, state = resumed_run(tmp_path / "whole")
+    assert steps == [0, 4, 8, 11]
+    again = resumed_run(tmp_path / "whole")
+    assert again[0] == [11], "a finished run yields once"
+    assert_same(again[2], state)
+    for yields in (1, 2, 3):
+        folder = tmp_path / str(yields)
+        assert resumed_run(folder, yields)[0] == steps[:yields]
+        left, after, resumed = resumed_run(folder)
+        assert left[0] == steps[yields - 1], "closed, it left a checkpoint of the step it had yielded"
+        assert after == rows and [row["step"] for row in after] == [4, 8, 11]
+        assert_same(resumed, state)
 
 
 def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_state(tmp_path):

@@ -167,6 +167,26 @@ def mean_interval(returns: np.ndarray, seed: int = 0, confidence: float = 0.95) 
     return float(low), float(high)
 
 
+def score_curve(folder: Path) -> pd.DataFrame:
+    """Mean raw returns over the course of a training run.
+
+    Args:
+        folder: holds ``step-<gradient steps>/<game>.csv``, each a table of `evaluate`; other files are ignored.
+
+    Returns:
+        columns game, step, agent_return, episodes, truncated (share of them); sorted by game and step.
+    """
+    rows = []
+    for file in folder.glob("step-*/*.csv"):
+        if file.stem.isalnum():  # no partial file and no other kind of play
+            played = pd.read_csv(file)
+            means = {"agent_return": played["episode_return"].mean(), "truncated": played["truncated"].mean()}
+            step = int(file.parent.name.removeprefix("step-"))
+            rows.append({"game": file.stem, "step": step, "episodes": len(played)} | means)
+    columns = ["game", "step", "agent_return", "episodes", "truncated"]
+    return pd.DataFrame(rows, columns=columns).sort_values(["game", "step"], ignore_index=True)
+
+
 def record_video(
     q_function: QFunction,
     game: str,

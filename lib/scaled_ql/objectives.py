@@ -3,7 +3,9 @@
 `losses` are of one transition; here they are put together and averaged. The methods:
 
 - ``cql``: n-step TD error + alpha * CQL (equation 1), Scaled QL; alpha = 0 is plain Q-learning.
-- ``bcq``: the same, backing up only actions that a cloned behaviour policy finds likely (appendix A.2).
+- ``bcq``: in place of CQL, a backup over only those actions that a behaviour policy finds likely, which was cloned
+  before (appendix A.2). First `cloning` trains the policy as a network of its own; then `q_learning` with `tau` trains
+  the Q-network of a `BCQNetwork`, whose policy `training.make_optimizer` freezes.
 - ``bc``: behaviour cloning.
 - ``return_bc``: behaviour cloning together with the returns, which acts as if it expected a high one.
 """
@@ -40,7 +42,7 @@ def q_learning(
     num_actions: list[int],
     *,
     head: Head = "c51",
-    alpha: float = 0.05,
+    alpha: float | None = None,
     atoms: jax.Array | None = None,
     double_q: bool = False,
     tau: float | None = None,
@@ -54,11 +56,13 @@ def q_learning(
         graph: from `training.init_state`, of a `QNetwork`, or with `tau` of a `BCQNetwork`.
         num_actions: size of each game's minimal action set.
         head: ``c51``, ``hl_gauss``, ``two_hot`` or ``mse``: form of the value and its TD error.
-        alpha: weight of the CQL regulariser; Table B.1: 0.05 for C51, 0.1 for MSE.
+        alpha: weight of the CQL regulariser; Table B.1: 0.05 for C51, 0.1 for MSE. None: 0.05, or with `tau` 0, for BCQ
+            takes the place of CQL.
         atoms: the support [N] of a categorical head (default: `losses.support()`).
         double_q: the online network chooses the action that the target network values.
-        tau: discrete BCQ's threshold (`losses.likely_actions`); its behaviour policy is trained beside, as in Fujimoto
-            et al. (2019), by negative log-likelihood, and shares nothing with the Q-network. None: no constraint.
+        tau: discrete BCQ's threshold (`losses.likely_actions`). The behaviour policy is used as it is and gets no
+            gradient; Fujimoto et al. (2019), whom the paper follows otherwise, train it along with the Q-network and
+            on the same features. None: no constraint.
         reward_scale: float32 [games], divides rewards (`replay.reward_scales`); None: rewards as they are.
         dr3: weight of `losses.dr3_penalty`.
         random_shift: pixels by which observations are shifted at most (`losses.shift_image`).
@@ -66,10 +70,12 @@ def q_learning(
     Returns:
         (params, target_params, batch, key) -> (loss, metrics). Metrics are scalars `loss`, `td_loss`, `cql_loss`,
         `q_data` (mean Q of the data's actions), `q_greedy` (of the best actions), with a categorical head `entropy` (of
-        the return distributions predicted for the data's actions, in nats), with `tau` `behaviour_loss` and
-        `allowed_share` (of a game's actions), with `dr3` `dr3_penalty`; and float32 [games] `td_loss_sum`,
+        the return distributions predicted for the data's actions, in nats), with `tau` `allowed_share` (of a game's
+        actions, in the next states), with `dr3` `dr3_penalty`; and float32 [games] `td_loss_sum`,
         `td_loss_count`.
     """
+    if alpha is None:
+        alpha = 0.05 if tau is None else 0.0
     masks = action_masks(num_actions)
     atoms = losses.support() if atoms is None else atoms
     scale = jnp.ones(len(masks)) if reward_scale is None else jnp.asarray(reward_scale)
@@ -91,12 +97,9 @@ def q_learning(
         allowed, extra, metrics = mask, 0.0, {}
         if tau is not None:
             behaviour, network, target = network.behaviour, network.q, target.q
-            log_likelihood = jax.vmap(losses.bc_loss)
-            nll = log_likelihood(outputs(behaviour, batch.observation, batch.game, now)[0], batch.action, mask).mean()
             logits_tn = jax.lax.stop_gradient(outputs(behaviour, batch.next_observation, batch.game, then)[0])
             allowed = jax.vmap(partial(losses.likely_actions, tau=tau))(logits_tn, mask)
-            metrics |= {"behaviour_loss": nll, "allowed_share": (allowed.sum(-1) / mask.sum(-1)).mean()}
-            extra += nll
+            metrics["allowed_share"] = (allowed.sum(-1) / mask.sum(-1)).mean()
         outputs_t, features_t = outputs(network, batch.observation, batch.game, now)
         target_tn, _ = outputs(target, batch.next_observation, batch.game, then)
         q, selector_q = to_q(outputs_t), to_q(target_tn)

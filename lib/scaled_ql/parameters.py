@@ -43,14 +43,14 @@ class Parameters(pydantic.BaseModel):
 SCRIPTED_ONLY = ("processes",)
 ONLINE_ONLY = (
     "environments", "num_threads", "mode", "difficulty", "learner", "head", "encoder", "hidden_sizes", "dtype", "v_max",
-    "num_atoms", "n_step", "discount", "double_q", "learning_rate", "adam_epsilon", "batch_size", "update_period",
-    "target_update_period", "min_history", "epsilon_decay", "capacity", "compressed", "checkpoint_every",
-    "eval_episodes",
+    "num_atoms", "narrow_start", "n_step", "discount", "double_q", "learning_rate", "adam_epsilon", "batch_size",
+    "update_period", "target_update_period", "min_history", "epsilon_decay", "capacity", "compressed",
+    "checkpoint_every", "eval_episodes",
 )  # fmt: skip
 
 
 class DataCollection(Parameters):
-    """`00_data_collection`; the agents' defaults are those of Dopamine's C51."""
+    """`00_data_collection`; where the agents' defaults are Dopamine's C51, and where not, `online` says."""
 
     player: Literal["scripted", "two_minds", "online"] = "scripted"
     games: Annotated[list[str], Field(min_length=1)] = ["Breakout", "Freeway", "Pong"]
@@ -73,6 +73,7 @@ class DataCollection(Parameters):
     dtype: Literal["float32", "bfloat16"] = "float32"
     v_max: Annotated[float, Field(gt=0)] = 10.0
     num_atoms: Annotated[int, Field(ge=2)] = 51
+    narrow_start: bool = False
     n_step: Count = 1
     discount: Share = 0.99
     double_q: bool = False
@@ -118,7 +119,8 @@ class DataExploration(Parameters):
 # Parameters of training runs that change nothing about what a run learns or how it is measured, and the seed.
 INCIDENTAL = frozenset((
     "run", "outputs", "seed", "replay_storage", "sampling_processes", "log_every", "checkpoint_every",
-    "keep_checkpoint_every", "video_steps", "num_devices", "distributed", "shard_parameters", "accumulate", "remat",
+    "keep_checkpoint_every", "eval_every", "video_steps", "num_devices", "distributed", "shard_parameters",
+    "accumulate", "remat",
 ))  # fmt: skip
 Q_LEARNING_ONLY = ("head", "double_q", "scale_rewards", "dr3")
 
@@ -150,6 +152,7 @@ class ScaledTraining(Parameters):
     v_min: float = -20.0
     v_max: float = 20.0
     num_atoms: Annotated[int, Field(ge=2)] = 51
+    narrow_start: bool = False
     rewards: Literal["real", "zero", "shuffled"] = "real"
     n_step: Count = 3
     discount: Share = 0.99
@@ -174,6 +177,7 @@ class ScaledTraining(Parameters):
 
     eval_episodes: Count = 10
     eval_min_steps: Annotated[int, Field(ge=0)] = 0
+    eval_every: Annotated[int, Field(ge=0)] = 0
     eval_epsilon: Share = 0.001
     eval_sticky_actions: Share = 0.0
     eval_max_steps: Count = MAX_STEPS
@@ -184,6 +188,8 @@ class ScaledTraining(Parameters):
     def _periods_fit(self) -> "ScaledTraining":
         if self.v_min >= self.v_max:
             raise ValueError(f"v_min ({self.v_min}) must be below v_max ({self.v_max})")
+        if self.eval_every % self.log_every:
+            raise ValueError(f"eval_every ({self.eval_every}) must be a multiple of log_every ({self.log_every})")
         if self.method == "bc" and self.rewards != "real":
             raise ValueError("rewards: without effect in method 'bc', which sees none; leave out")
         if self.method in ("bc", "return_bc"):
@@ -195,8 +201,10 @@ class ScaledTraining(Parameters):
 
     @property
     def cql_alpha(self) -> float:
-        """The CQL weight; a negative `alpha` stands for Table B.1's value for the head."""
-        return self.alpha if self.alpha >= 0 else 0.1 if self.head == "mse" else 0.05
+        """The CQL weight; a negative `alpha` stands for the paper's: Table B.1's for the head, none with BCQ (A.2)."""
+        if self.alpha >= 0:
+            return self.alpha
+        return 0.0 if self.method == "bcq" else 0.1 if self.head == "mse" else 0.05
 
     @property
     def scales_rewards(self) -> bool:

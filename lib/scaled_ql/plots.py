@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from scaled_ql.metrics import iqm
+from scaled_ql.metrics import MOSTLY, iqm
 
 PLAYERS = {
     "random": "#999999",
@@ -193,7 +193,7 @@ def contact_sheet(rows: dict[str, np.ndarray]) -> Figure:
 
 
 def learning_curves(metrics: pd.DataFrame) -> Figure:
-    """Training against steps: the loss per game, then what the method has of CQL, values, accuracy; gradient norm.
+    """Training against steps: the loss per game, then what the method has of CQL, values, accuracy; gradients.
 
     Args:
         metrics: rows of `training.train`.
@@ -205,7 +205,6 @@ def learning_curves(metrics: pd.DataFrame) -> Figure:
         "cql_loss": "CQL loss (before alpha)",
         "q_data": "mean Q",
         "entropy": "entropy of the return, nats",
-        "behaviour_loss": "behaviour policy, nats",
         "dr3_penalty": "DR3 (before its weight)",
         "accuracy": "data's action is the likeliest",
         "grad_norm": "gradient norm",
@@ -245,6 +244,27 @@ def scores(table: pd.DataFrame, episodes: pd.DataFrame) -> Figure:
         axis.scatter(["agent"] * len(dots), dots, color="black", s=8, alpha=0.6, zorder=3)
         axis.axhline(0, color="black", lw=0.8)
         axis.set(title=game, ylabel="episode return (raw)")
+    return figure
+
+
+def score_curve(curve: pd.DataFrame, dataset: pd.Series) -> Figure:
+    """The agent's mean raw return against gradient steps, a panel per game, with the data's mean as a dashed line.
+
+    Points of mostly truncated episodes are hollow.
+
+    Args:
+        curve: from `evaluation.score_curve`.
+        dataset: index game; mean return of the data.
+    """
+    games = list(curve["game"].unique())
+    figure, axes = _grid(len(games), width=3.6)
+    for axis, (game, rows) in zip(axes, curve.groupby("game", sort=False)):
+        axis.plot(rows["step"], rows["agent_return"], color=PLAYERS["agent"], marker="o", ms=4, label="agent")
+        axis.axhline(dataset[game], color=PLAYERS["dataset"], ls="--", lw=1, label="dataset")
+        cut = rows[rows["truncated"] > MOSTLY]
+        axis.plot(cut["step"], cut["agent_return"], "o", color=PLAYERS["agent"], mfc="white", ms=4)
+        axis.set(title=game, xlabel="gradient step", ylabel="episode return (raw)")
+    axes[0].legend(fontsize="x-small")
     return figure
 
 

@@ -57,15 +57,37 @@ class CheckpointError(RuntimeError):
 
 
 def make_optimizer(
-    learning_rate: float = 2e-4, adam_epsilon: float = 3.125e-4, decay_steps: int = 0
+    learning_rate: float = 2e-4,
+    adam_epsilon: float = 3.125e-4,
+    decay_steps: int = 0,
+    frozen: tuple[str, ...] = (),
 ) -> optax.GradientTransformation:
     """Adam; its learning rate is constant, or falls linearly to 0 over `decay_steps`.
 
     The paper does not say epsilon. 0.01 / 32 is what its single-game ancestors use at batch 32; the same rule gives
     0.01 / 512 for the paper's batch. Either can exceed the head's gradients by far: see `epsilon_warning`.
+
+    Args:
+        learning_rate: initial learning rate.
+        adam_epsilon: added to the root of the second moment.
+        decay_steps: steps until the learning rate is 0; 0: it is constant.
+        frozen: top-level names of parameters that are not updated and have no moments: ``("behaviour",)`` in BCQ.
+
+    Raises:
+        ValueError: when the state is made, a frozen name is not among the parameters.
     """
     rate = optax.linear_schedule(learning_rate, 0.0, decay_steps) if decay_steps else learning_rate
-    return optax.adam(rate, eps=adam_epsilon)
+    adam = optax.adam(rate, eps=adam_epsilon)
+    if not frozen:
+        return adam
+
+    def labels(params: PyTree) -> PyTree:
+        missing = set(frozen) - params.keys()
+        if missing:
+            raise ValueError(f"nothing to freeze by the name of {', '.join(sorted(missing))} in {', '.join(params)}.")
+        return {name: "frozen" if name in frozen else "trained" for name in params}
+
+    return optax.partition({"trained": adam, "frozen": optax.set_to_zero()}, labels)
 
 
 def epsilon_warning(head_grad_rms: float, adam_epsilon: float) -> str:
@@ -371,6 +393,50 @@ def train(
         raise
 
 
+def resume(
+    state: TrainState,
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    batches_from: Callable[[int], Iterator[Batch]],
+    games: list[str],
+    *,
+    checkpoints: "Checkpoints",
+    log_file: Path,
+    shardings: PyTree,
+    log_every: int,
+    checkpoint_every: int,
+) -> Iterator[tuple[TrainState, "MetricsLog"]]:
+    """Train from the newest checkpoint to the last batch, or from `state` where there is none; see `train`.
+
+    A consumer that may be interrupted closes this generator (`contextlib.closing`): it then leaves a checkpoint.
+
+    Args:
+        state: of a fresh run.
+        train_step, games, log_every, checkpoint_every: as for `train`.
+        batches_from: (steps done) -> the batches of the steps that are left, or this process's shares of them.
+        checkpoints: read, written, and closed at the end.
+        log_file: of the rows of metrics, see `MetricsLog`.
+        shardings: where the state lies (`devices.state_shardings`).
+
+    Yields:
+        (state, log): once before the first step, so that a finished run yields, too; then after every row.
+
+    Raises:
+        CheckpointError: the checkpoint is of another run, or damaged.
+        Diverged: see `train`.
+    """
+    state = checkpoints.restore(devices.place_state(state, shardings))
+    log = MetricsLog(log_file, int(state.step))
+    yield state, log
+    batches = devices.place_batches(batches_from(int(state.step)), jax.tree.leaves(shardings)[0].mesh)
+    periods = {"log_every": log_every, "checkpoint_every": checkpoint_every}
+    steps = train(state, train_step, batches, games, checkpoints=checkpoints, **periods)
+    with contextlib.closing(steps):
+        for state, row in steps:
+            log.append(row)
+            yield state, log
+    checkpoints.close()
+
+
 @contextlib.contextmanager
 def _interrupts_deferred() -> Iterator[None]:
     """Let Ctrl-C, or JupyterLab's interrupt, wait until the end of what must not be done by halves."""
@@ -407,6 +473,7 @@ class MetricsLog:
     def __init__(self, file: str | Path, step: int):
         """Keep the rows up to `step`: what came after it will be done again."""
         self.file = Path(file)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if self.file.exists() else []
         complete = [json.loads(line) for line in lines if line.endswith("\n")]
         self.rows = [row for row in complete if row["step"] <= step]

@@ -150,7 +150,8 @@ class BCQNetwork(nnx.Module):
 
     Attributes:
         q: the Q-network.
-        behaviour: its outputs [B, 18] are logits of a policy.
+        behaviour: its outputs [B, 18] are logits of a policy that was trained before; `nnx.update` gives a network the
+            parameters of a training state.
     """
 
     def __init__(self, q: QNetwork, behaviour: QNetwork):
