@@ -33,7 +33,13 @@ def write(outputs, name, scores, *, state="finished", data="abc", **changes):
                 reference_score(game, who) if game in GAMES else who == "human" for who in ("random", "human")
             )
             returns[game] = {"agent_return": random + score * (human - random), "agent_episodes": 3}
-        summary = {"games": returns, "dataset": data, "parameters": 1_000, "steps": 5}
+        summary = {
+            "games": returns,
+            "dataset": data,
+            "parameters": 72_600_000,
+            "steps": 5,
+            "paper_parameters": 30_700_000,
+        }
         (folder / "summary.json").write_text(json.dumps(summary))
 
 
@@ -150,6 +156,35 @@ def test_runs_of_another_protocol_are_another_comparison(outputs: Path) -> None:
     assert list(table["runs"]) == [2, 3]
 
 
+def test_a_claim_whose_runs_were_evaluated_otherwise_is_refused_and_names_them(outputs: Path) -> None:
+    write(outputs, "other-0", scores_of(1, 1, 1), encoder="impala_x1", eval_max_steps=5)
+    for seed in (0, 1):
+        write(outputs, f"aside-{seed}", scores_of(1, 1, 1), seed=seed, eval_epsilon=0.5)
+        write(outputs, f"impala-{seed}", scores_of(0, 0, 0), seed=seed, encoder="impala_x1", head="mse")
+    gathered = ablations.gather(outputs)
+    table = ablations.compare(gathered, BASE, VARIANTS, {"encoder": ["nature", "impala_x1"]}, **FEW)
+    differences = ablations.difference(gathered, table, "C51", "MSE", **FEW)
+    assert list(differences["verdict"]) == ["yes", "refused"], "with seeds enough, others are another comparison"
+    said = ablations.verdicts(differences)
+    assert said[1] == (
+        "**C51 > MSE** (impala_x1): no verdict, these runs were evaluated otherwise: "
+        "other-0 (eval_max_steps 5, not 27000)."
+    )
+    assert "aside" not in said[0]
+
+
+def test_sizes_are_the_papers_count_with_the_total_beside(outputs: Path) -> None:
+    folder = outputs / "02_scaled_training" / "base.encoder"
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["paper_parameters"]  # as in runs before it was recorded
+    (folder / "summary.json").write_text(json.dumps(summary))
+    encoders = {"encoder": ["nature", "resnet_narrow", "impala_x1"]}
+    table = ablations.compare(ablations.gather(outputs), BASE, {"C51": {}}, encoders, **FEW)
+    shown = ablations.shown(table)
+    assert list(shown["parameters, millions"]) == ["30.7", "", ""]
+    assert list(shown["in all, millions"]) == ["72.6", "72.6", ""]
+
+
 def cut_short(outputs: Path, run: str, game: str, percent: float) -> None:
     """As a run whose episodes in a game were truncated says it."""
     file = outputs / "02_scaled_training" / run / "summary.json"
@@ -193,7 +228,8 @@ def test_nothing_follows_where_every_game_was_cut_short(outputs: Path) -> None:
     assert list(shown["score, %"]) == ["none", "none"] and list(shown["of"]) == ["2 runs", "2 runs"]
     found = ablations.difference(gathered, compared, "C51", "MSE", **FEW)
     assert list(found["verdict"]) == ["no score"]
-    assert ablations.verdicts(found) == ["**C51 > MSE**: cannot be told, most episodes were cut short."]
+    runs = ", ".join(f"short.{head}.seed-{seed}" for head in ("c51", "mse") for seed in range(2))
+    assert ablations.verdicts(found) == [f"**C51 > MSE**: no verdict, most episodes were cut short in {runs}."]
     plots.ablation(compared)
     plt.close("all")
 

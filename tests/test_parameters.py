@@ -112,6 +112,15 @@ def test_table_b1_is_the_default() -> None:
     assert check("02_scaled_training", {"method": "bcq", "alpha": 0.05}).cql_alpha == 0.05, "unless both are asked for"
 
 
+@pytest.mark.parametrize("name", ["forty_games", "forty_games_suboptimal", "six_games", "six_games_long"])
+def test_the_papers_sizes_have_its_protocol(name: str) -> None:
+    """Table B.1: iterations of 62,500 steps, each measured over 125,000 agent steps of whole episodes."""
+    p = check("02_scaled_training", parameters.load(PARAMS / "02_scaled_training" / f"{name}.yaml"))
+    assert (p.eval_every, p.eval_min_steps, p.eval_max_steps) == (62_500, 125_000, 27_000)
+    assert (p.eval_epsilon, p.eval_sticky_actions) == (0.001, 0.0)
+    assert p.num_steps % p.eval_every == 0, "the last iteration is whole"
+
+
 def notebook_namespace(*cells: str) -> dict:
     """What a kernel holds after executing cells."""
     namespace: dict = {"In": [""]}

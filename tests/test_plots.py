@@ -120,3 +120,14 @@ def test_a_score_curve_has_a_panel_per_game_with_the_datas_mean() -> None:
     assert [line.get_xydata().tolist() for line in pong.lines[:1]] == [[[10, -3], [20, 2]]]
     assert set(pong.lines[1].get_ydata()) == {-20} and set(qbert.lines[1].get_ydata()) == {70}
     assert pong.lines[2].get_xydata().tolist() == [[10, -3]], "mostly truncated"
+
+
+def test_scaling_is_by_the_papers_count_and_says_what_impala_is() -> None:
+    table = pd.DataFrame(
+        {"variant": "C51", "encoder": ["resnet50", "resnet34", "impala_x4", "nature"], "score": [0.6, 0.4, 0.3, 0.1],
+         "low": 0.0, "high": 1.0, "paper_parameters": [61e6, 31e6, 2e6, np.nan], "num_parameters": 100e6}
+    )  # fmt: skip
+    axis = plots.scaling(table).axes[0]
+    lines = {container.get_label(): container.lines[0].get_xydata().tolist() for container in axis.containers}
+    assert lines == {"ResNet, C51": [[31, 0.4], [61, 0.6]], "IMPALA with this recipe, C51": [[2, 0.3]]}
+    assert "encoder and first dense layer" in axis.get_xlabel()

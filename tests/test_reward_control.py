@@ -15,14 +15,14 @@ from scaled_ql.replay.store import Batch
 BASE = parameters.check("02_scaled_training", {"run": "base", "encoder": "nature"})
 
 
-def write(outputs, name, agent, *, data="abc", sampled=None, **changes):
+def write(outputs, name, agent, *, data="abc", sampled=None, truncated=25.0, **changes):
     """A finished run's folder with an agent's return in Pong."""
     folder = outputs / "02_scaled_training" / name
     folder.mkdir(parents=True)
     (folder / "parameters.yaml").write_text(yaml.safe_dump(BASE.model_dump() | changes | {"run": name}))
     (folder / "status.json").write_text(json.dumps({"state": "finished"}))
     row = {"random_return": -20.7, "constant_return": -20.0, "dataset_return": -18.0, "agent_return": agent}
-    row |= {"agent_episodes": 8, "truncated_percent": 25.0, "dataset_truncated_percent": 50.0} | (
+    row |= {"agent_episodes": 8, "truncated_percent": truncated, "dataset_truncated_percent": 50.0} | (
         {"sampled_return": sampled} if sampled else {}
     )
     summary = {"games": {"Pong": row}, "dataset": data, "parameters": 1, "steps": 5}
@@ -67,6 +67,41 @@ def test_a_control_that_scores_as_much_is_no_learning_from_reward(tmp_path):
         write(tmp_path, f"zero{seed}", value + 1, seed=seed, rewards="zero")
     compared = reward_control.differences(reward_control.scores(tmp_path, BASE), "cql")
     assert compared["verdict"].tolist()[:2] == ["inconclusive", "missing"]
+
+
+def test_runs_that_were_cut_short_get_no_verdict_and_are_named(tmp_path):
+    for limit, refused in ((6_000, True), (27_000, False)):  # at the paper's own limit an episode counts as a game
+        folder, base = tmp_path / str(limit), BASE.model_copy(update={"eval_max_steps": limit})
+        for seed in range(3):
+            write(folder, f"real{seed}", 10.0 + seed, seed=seed, eval_max_steps=limit)
+            share = 75.0 if seed == 1 else 50.0
+            write(folder, f"zero{seed}", -seed, seed=seed, rewards="zero", eval_max_steps=limit, truncated=share)
+        compared = reward_control.differences(reward_control.scores(folder, base), "cql").set_index("better than")
+        assert compared.loc["zero rewards", "verdict"] == ("refused" if refused else "yes")
+        assert compared.loc["data", "verdict"] == "yes", "the agent's own episodes were not cut"
+        (sentence,) = reward_control.verdict(compared.reset_index())
+        assert ("no verdict" in sentence) == ("zero1 (75% of its episodes truncated)" in sentence) == refused
+        assert "zero0" not in sentence and "zero2" not in sentence
+
+
+def test_runs_that_were_evaluated_otherwise_are_named_where_they_would_be_needed(tmp_path):
+    for seed in range(3):
+        write(tmp_path, f"real{seed}", 10.0 + seed, seed=seed)
+        write(tmp_path, f"zero{seed}", -1.0 * seed, seed=seed, rewards="zero", eval_episodes=3 if seed else 10)
+    write(tmp_path, "aside", 99.0, eval_epsilon=0.5)  # the agent has its three seeds without it
+    write(tmp_path, "longer", 99.0, rewards="zero", eval_episodes=3, num_steps=7)  # another training as well
+    otherwise = reward_control.evaluated_otherwise(tmp_path, BASE)
+    assert dict(zip(otherwise["run"], otherwise["why"])) == {
+        "aside": "eval_epsilon 0.5, not 0.001",
+        "zero1": "eval_episodes 3, not 10",
+        "zero2": "eval_episodes 3, not 10",
+    }
+    compared = reward_control.differences(reward_control.scores(tmp_path, BASE), "cql", otherwise=otherwise)
+    verdicts = compared.set_index("better than")["verdict"]
+    assert verdicts["zero rewards"] == "refused" and verdicts["cloning"] == "missing" and verdicts["data"] == "yes"
+    (sentence,) = reward_control.verdict(compared)
+    assert "no verdict" in sentence and "zero1 (eval_episodes 3, not 10); zero2" in sentence
+    assert "aside" not in sentence and "longer" not in sentence
 
 
 def test_intervals_are_scipys():

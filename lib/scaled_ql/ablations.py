@@ -19,8 +19,14 @@ from scaled_ql.games import UnknownGame
 from scaled_ql.parameters import INCIDENTAL, ParameterError, Parameters
 
 NOTEBOOK = "02_scaled_training"
+# What makes scores comparable: runs that differ in one of these stand in no table together.
+PROTOCOL = frozenset((
+    "eval_episodes", "eval_min_steps", "eval_epsilon", "eval_sticky_actions", "eval_max_steps", "eval_seed",
+))  # fmt: skip
 SCORE_COLUMNS = ("run", "game", "agent_return", "human_normalized", "episodes", "truncated", "cut")
-VERDICT_COLUMNS = ("claim", "difference", "low", "high", "improvement", "verdict")
+# Rows of every comparison of Q-learning: what either reaches was not learned from reward.
+CONTROLS = {"zero rewards": {"rewards": "zero"}, "cloning": {"method": "bc"}}
+VERDICT_COLUMNS = ("claim", "difference", "low", "high", "improvement", "verdict", "refused")
 
 
 class GatherError(ValueError):
@@ -31,7 +37,8 @@ class Gathered(NamedTuple):
     """Runs of an outputs folder.
 
     Attributes:
-        runs: index name of the run; all parameters, `data_id`, `num_parameters`.
+        runs: index name of the run; all parameters, `data_id`, `num_parameters` (in all), `paper_parameters` (as the
+            paper counts, encoder and first dense layer; NaN of a run that did not record it).
         scores: columns run, game, agent_return (raw), human_normalized (a fraction, NaN where not known or cut),
             episodes, truncated (share of them), cut (whether most were truncated before the protocol's limit).
         left_out: columns run, why: unfinished, failed or unreadable runs.
@@ -64,7 +71,8 @@ def gather(folder: Path) -> Gathered:
             left_out.append({"run": name, "why": f"made by another version: {error}"})
             continue
         summary = runs.read_json(place.parent / "summary.json")
-        found[name] = values | {"data_id": summary["dataset"], "num_parameters": summary["parameters"]}
+        sizes = {"num_parameters": summary["parameters"], "paper_parameters": summary.get("paper_parameters", np.nan)}
+        found[name] = values | {"data_id": summary["dataset"]} | sizes
         for game, row in summary["games"].items():
             score = {"run": name, "game": game, "agent_return": row["agent_return"], "episodes": row["agent_episodes"]}
             truncated = row.get("truncated_percent", 0) / 100
@@ -103,6 +111,17 @@ def select(gathered: Gathered, base: Parameters, changes: Mapping[str, Any]) -> 
         raise GatherError(f"runs {', '.join(twice.index)} have equal parameters and seeds; delete or move one of them.")
     _same_data(chosen)
     return chosen.sort_values("seed")
+
+
+def otherwise_evaluated(gathered: Gathered, base: Parameters, changes: Mapping[str, Any]) -> list[str]:
+    """Runs that `select` would take but for how they were evaluated, in words: "name (eval_episodes 3, not 10)"."""
+    wanted, found = base.model_dump() | dict(changes), []
+    for name, run in gathered.runs.iterrows():
+        differ = [field for field in wanted.keys() - INCIDENTAL if run[field] != wanted[field]]
+        if differ and set(differ) <= PROTOCOL:
+            how = ", ".join(f"{field} {run[field]}, not {wanted[field]}" for field in sorted(differ))
+            found.append(f"{name} ({how})")
+    return found
 
 
 def _same_data(chosen: pd.DataFrame) -> None:
@@ -167,8 +186,8 @@ def compare(
     Returns:
         columns variant, the parameter of `across`, runs (how many), seeds, score, low, high, over (``runs``, or
         ``tasks`` where there is one run), names (of the runs), truncated (mean share of their episodes),
-        without (games left out of all scores, see `cut_games`), num_parameters. Without runs, or without a game: score
-        and interval NaN.
+        without (games left out of all scores, see `cut_games`), paper_parameters, num_parameters (see `Gathered`),
+        otherwise (see `otherwise_evaluated`). Without runs, or without a game: score and interval NaN.
 
     Raises:
         GatherError: see `select` and `score_matrix`.
@@ -185,10 +204,14 @@ def compare(
         row |= {"runs": len(chosen), "seeds": ", ".join(map(str, chosen["seed"])) if len(chosen) else ""}
         row |= {"score": np.nan, "low": np.nan, "high": np.nan, "over": "", "names": list(chosen.index)}
         row |= {"truncated": np.nan, "without": ", ".join(without)}
+        row |= {"paper_parameters": np.nan, "num_parameters": np.nan}
+        row["otherwise"] = otherwise_evaluated(
+            gathered, base, variants[row["variant"]] | ({axis: row[axis]} if axis else {})
+        )
         if len(chosen):
             everyone.append(chosen)
             scores = score_matrix(gathered, chosen.index, without=without).to_numpy()
-            row["num_parameters"] = int(chosen["num_parameters"].iloc[0])
+            row |= chosen[["paper_parameters", "num_parameters"]].iloc[0].to_dict()
             row["truncated"] = score_matrix(gathered, chosen.index, "truncated").to_numpy().mean()
         if len(chosen) and scores.size:
             over = "runs" if len(scores) > 1 else "tasks"
@@ -205,6 +228,8 @@ def shown(compared: pd.DataFrame, paper: pd.DataFrame | None = None) -> pd.DataF
 
     A score is "missing" where there is no run, "none" where most episodes were cut short in every game.
 
+    Parameters are counted as the paper counts them, encoder and first dense layer, and in all.
+
     Args:
         compared: from `compare`.
         paper: from `paper_table`, matching in variant and, where there is one, encoder: a column of its own.
@@ -219,6 +244,8 @@ def shown(compared: pd.DataFrame, paper: pd.DataFrame | None = None) -> pd.DataF
     table["of"] = [
         f"{n} run{'s' if n > 1 else ''}{f', over {over}' if over else ''}" if n else "" for n, over in counts
     ]
+    for name, title in {"paper_parameters": "parameters, millions", "num_parameters": "in all, millions"}.items():
+        table[title] = [f"{size / 1e6:.1f}" if size == size else "" for size in compared[name]]
     table["truncated, %"] = [f"{100 * share:.0f}" if share == share else "" for share in compared["truncated"]]
     if compared["without"].any():
         table["without, as cut short"] = compared["without"]
@@ -259,20 +286,26 @@ def difference(
     Returns:
         a row for each value of the other parameter (one row without): difference, low, high, improvement (probability
         that a run of the first beats one of the second in a game), verdict: ``yes`` (the first is better: the interval
-        lies above 0), ``no`` (below 0), ``cannot tell``, ``missing``, or ``no score`` (most episodes were cut short).
+        lies above 0), ``no`` (below 0), ``cannot tell``, ``missing``, ``refused`` (the missing ones were evaluated
+        otherwise) or ``no score`` (most episodes were cut short), and refused (the runs of the last two, in words).
     """
     axis = [name for name in compared.columns[1:2] if name != "runs"]
     rows, without = [], cut_games(gathered, [name for names in compared["names"] for name in names])
     for value in compared[axis[0]].unique() if axis else [None]:
         here = compared[compared[axis[0]] == value] if axis else compared
         one, other = (here.loc[here["variant"] == label, "names"].iloc[0] for label in (first, second))
-        row = dict(zip(axis, [value])) | {"claim": f"{first} > {second}", "verdict": "missing"}
+        row = dict(zip(axis, [value])) | {"claim": f"{first} > {second}", "verdict": "missing", "refused": ""}
+        lacking = [label for label, names in ((first, one), (second, other)) if len(names) < 2]
+        refused = sorted({run for runs in here.loc[here["variant"].isin(lacking), "otherwise"] for run in runs})
+        if refused:
+            row |= {"verdict": "refused", "refused": "; ".join(refused)}
         if len(one) > 1 and len(other) > 1:
             pair = [score_matrix(gathered, names, without=without) for names in (one, other)]
             if list(pair[0].columns) != list(pair[1].columns):
                 raise GatherError(f"{first} and {second} were not measured in the same games.")
             if pair[0].empty:
-                rows.append(row | {"verdict": "no score"})
+                cut = [name for name in (*one, *other) if cut_games(gathered, [name])]
+                rows.append(row | {"verdict": "no score", "refused": ", ".join(cut)})
                 continue
             scores, others = (matrix.to_numpy() for matrix in pair)
             low, high = metrics.difference_interval(scores, others, statistic, replicates, seed=seed)
@@ -332,6 +365,15 @@ def per_game(gathered: Gathered, compared: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(means).rename_axis("game")
 
 
+def points(differences: pd.DataFrame) -> pd.DataFrame:
+    """The table of `difference` for people: in points, as scores are in percent; without a column that is all empty."""
+    table = differences.copy()
+    scores = ["difference", "low", "high"]
+    table[scores] = 100 * table[scores].astype(float)
+    table["improvement"] = [f"{share:.2f}" if share == share else "" for share in table["improvement"].astype(float)]
+    return table if table["refused"].any() else table.drop(columns="refused")
+
+
 def verdicts(differences: pd.DataFrame) -> list[str]:
     """What `difference` found, a sentence each."""
     words = {
@@ -339,13 +381,14 @@ def verdicts(differences: pd.DataFrame) -> list[str]:
         "no": "contradicted here",
         "cannot tell": "cannot be told from these runs",
         "missing": "not tried here, runs are missing",
-        "no score": "cannot be told, most episodes were cut short",
+        "refused": "no verdict, these runs were evaluated otherwise: ",
+        "no score": "no verdict, most episodes were cut short in ",
     }
     sentences = []
     for row in differences.to_dict("records"):
         where = next((f" ({row[name]})" for name in row if name not in VERDICT_COLUMNS), "")
-        sentence = f"**{row['claim']}**{where}: {words[row['verdict']]}"
-        if row["verdict"] not in ("missing", "no score"):
+        sentence = f"**{row['claim']}**{where}: {words[row['verdict']]}{row['refused']}"
+        if row["verdict"] not in ("missing", "refused", "no score"):
             low, value, high = (100 * row[name] for name in ("low", "difference", "high"))
             sentence += f"; difference {value:+.1f} points, 95% interval {low:+.1f} to {high:+.1f}"
         sentences.append(sentence + ".")

@@ -33,7 +33,7 @@ PRINTED: dict[tuple[str, str, str], float] = {
 
 METHODS = {"cql": "Scaled QL", "bcq": "Discrete BCQ", "bc": "BC", "return_bc": "Return-conditioned BC"}
 # Two runs that differ only in these are one system; what the data is, `data_id` says, not where it lies.
-NO_PART_OF_A_SYSTEM = INCIDENTAL | {"dataset", "view", "num_parameters"}
+NO_PART_OF_A_SYSTEM = INCIDENTAL | {"dataset", "view", "num_parameters", "paper_parameters"}
 
 
 class Comparison(NamedTuple):
@@ -79,7 +79,8 @@ def systems(runs: pd.DataFrame, view: str) -> pd.DataFrame:
     Its name has method and encoder; where several have the same, also whatever else tells them apart.
 
     Args:
-        runs: `ablations.Gathered.runs`; index the run's name, a column for each parameter, data_id, num_parameters.
+        runs: `ablations.Gathered.runs`; index the run's name, a column for each parameter, data_id,
+            num_parameters, paper_parameters.
         view: runs of another are left out.
     """
     if runs.empty:
@@ -121,6 +122,8 @@ def own_scores(runs: pd.DataFrame, scores: pd.DataFrame, view: str) -> pd.DataFr
 def describe(runs: pd.DataFrame, scores: pd.DataFrame, view: str) -> pd.DataFrame:
     """What our systems of a view are: index system; the runs, their seeds, size, training, data and games.
 
+    Sizes are as the paper counts them, encoder and first dense layer, and in all.
+
     Args:
         runs: see `systems`.
         scores: see `own_scores`.
@@ -135,7 +138,8 @@ def describe(runs: pd.DataFrame, scores: pd.DataFrame, view: str) -> pd.DataFram
         rows[system] = {
             "runs": ", ".join(map(str, table.index)),
             "seeds": ", ".join(map(str, sorted(table["seed"]))),
-            "parameters, millions": table["num_parameters"].iloc[0] / 1e6,
+            "parameters, millions": table["paper_parameters"].iloc[0] / 1e6,
+            "in all, millions": table["num_parameters"].iloc[0] / 1e6,
             "gradient steps": table["num_steps"].iloc[0],
             "data": str(table["data_id"].iloc[0]),
             "games compared": f"{len(games)} of {len(TRAINING_GAMES)}",

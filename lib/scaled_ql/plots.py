@@ -444,7 +444,7 @@ def improvements(table: pd.DataFrame, colors: Mapping[str, str] = SYSTEMS) -> Fi
 # A variant always has the same colour; the base, Scaled QL, that of agents everywhere.
 VARIANTS = {
     "Scaled QL": PLAYERS["agent"], "C51": PLAYERS["agent"], "with": PLAYERS["agent"], "CQL": PLAYERS["agent"],
-    "without": "#999999", "MSE": "#009e73", "BCQ": "#e69f00", "behaviour cloning": "#cc79a7",
+    "without": "#999999", "MSE": "#009e73", "BCQ": "#e69f00", "cloning": "#cc79a7", "zero rewards": "black",
     "return-conditioned cloning": "#56b4e9", "HL-Gauss": "#f0e442", "two-hot": "#332288", "DR3 besides": "#661100",
     "random shift": "#44aa99",
 }  # fmt: skip
@@ -482,27 +482,37 @@ def ablation(compared: pd.DataFrame, label: str = "human-normalised IQM") -> Fig
 
 
 def scaling(compared: pd.DataFrame, label: str = "human-normalised IQM") -> Figure:
-    """Score against parameters, a line per family of encoders and variant; 95% intervals (Figure 6).
+    """Score against parameters as the paper counts them, a line per family of encoders and variant (Figure 6).
+
+    Intervals are 95%. A run of IMPALA has the recipe of all others; the paper's IMPALA points are another system, the
+    CQL of Lee et al. (2022).
 
     Args:
         compared: from `ablations.compare`, across encoders.
         label: what the score is.
     """
-    known = compared.dropna(subset="score")
+    known = compared.dropna(subset=["score", "paper_parameters"])
     figure, axis = plt.subplots(figsize=(8.5, 3.8))
+    names = {"resnet": "ResNet", "impala": "IMPALA with this recipe"}
     family = known["encoder"].str.extract(r"^([a-z]+)")[0]
     for (name, variant), rows in known.groupby([family, "variant"], sort=False):
-        rows = rows.sort_values("num_parameters")
+        rows = rows.sort_values("paper_parameters")
         errors = np.abs(rows[["low", "high"]].to_numpy().T - rows["score"].to_numpy())
         color = VARIANTS.get(variant, "#666666")
         marker = {"resnet": "o", "impala": "s"}.get(name, "^")
-        millions = rows["num_parameters"] / 1e6
+        millions = rows["paper_parameters"] / 1e6
         axis.errorbar(
-            millions, rows["score"], errors, color=color, marker=marker, capsize=3, label=f"{name}, {variant}"
+            millions,
+            rows["score"],
+            errors,
+            color=color,
+            marker=marker,
+            capsize=3,
+            label=f"{names.get(name, name)}, {variant}",
         )
         for x, y, encoder in zip(millions, rows["score"], rows["encoder"]):
             axis.annotate(encoder, (x, y), (5, 5), textcoords="offset points", fontsize="x-small")
-    axis.set(xscale="log", xlabel="parameters, millions", ylabel=label)
+    axis.set(xscale="log", xlabel="parameters of encoder and first dense layer, millions", ylabel=label)
     axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("{x:g}")

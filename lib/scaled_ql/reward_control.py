@@ -1,23 +1,26 @@
 """Was it learned from reward? A method compared with its controls: zero rewards, cloning, one action for ever.
 
 A run is one of three arms, told apart by `method` and `rewards`: the agent, the same training with its rewards zeroed
-or shuffled, and behaviour cloning. They share data, steps and evaluation.
+or shuffled, and behaviour cloning. They share data, steps and evaluation; where runs do not, or their
+episodes were cut short, there is no verdict.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from scaled_ql import parameters, runs
-from scaled_ql.ablations import NOTEBOOK, GatherError
+from scaled_ql import metrics, parameters, runs
+from scaled_ql.ablations import NOTEBOOK, PROTOCOL, GatherError
+from scaled_ql.environments import MAX_STEPS
 from scaled_ql.parameters import INCIDENTAL, Parameters
 
 ARM_PARAMETERS = ("method", "rewards")
 SCORE_COLUMNS = (
     "run", "method", "rewards", "seed", "game", "random_return", "constant_return", "dataset_return", "agent_return",
-    "sampled_return", "agent_episodes", "truncated_share",
-    "dataset_truncated_percent",
+    "sampled_return", "agent_episodes", "truncated_share", "cut", "dataset_truncated_percent",
 )  # fmt: skip
 
 
@@ -26,27 +29,23 @@ def scores(folder: Path, base: Parameters) -> pd.DataFrame:
 
     Returns:
         columns `SCORE_COLUMNS`; returns are raw means over episodes. `sampled_return` is that of a clone that draws its
-        actions from its policy, NaN of others; `dataset_return` is NaN where no whole game was recorded.
+        actions from its policy, NaN of others; `dataset_return` is NaN where no whole game was recorded. `cut`: whether
+        most episodes were truncated below the paper's limit.
 
     Raises:
         GatherError: two runs of one arm and seed, or runs of different contents of the dataset.
     """
     rows, identities = [], {}
-    wanted = base.model_dump()
-    for place in sorted((folder / NOTEBOOK).glob("*/parameters.yaml")):
-        if runs.read_json(place.parent / "status.json").get("state") != "finished":
+    for place, values, differ in _finished(folder, base):
+        if differ:
             continue
-        try:
-            values = parameters.check(NOTEBOOK, parameters.load(place), str(place)).model_dump()
-        except parameters.ParameterError:  # of another version
-            continue
-        if any(values[name] != wanted[name] for name in wanted.keys() - INCIDENTAL - set(ARM_PARAMETERS)):
-            continue
-        summary = runs.read_json(place.parent / "summary.json")
-        identities[place.parent.name] = summary["dataset"]
-        about = {"run": place.parent.name} | {name: values[name] for name in (*ARM_PARAMETERS, "seed")}
+        summary = runs.read_json(place / "summary.json")
+        identities[place.name] = summary["dataset"]
+        about = {"run": place.name} | {name: values[name] for name in (*ARM_PARAMETERS, "seed")}
         for game, row in summary["games"].items():
-            rows.append(about | {"game": game, "truncated_share": row["truncated_percent"] / 100} | row)
+            share = row["truncated_percent"] / 100
+            cut = share > metrics.MOSTLY and values["eval_max_steps"] < MAX_STEPS
+            rows.append(about | {"game": game, "truncated_share": share, "cut": cut} | row)
     if len(set(map(str, identities.values()))) > 1:
         raise GatherError(
             f"runs {', '.join(identities)} were trained on different contents of the dataset {base.dataset!r}; compare "
@@ -57,6 +56,34 @@ def scores(folder: Path, base: Parameters) -> pd.DataFrame:
     if len(twice):
         raise GatherError(f"runs {', '.join(twice['run'].unique())} are equal in arm and seed; delete or move one.")
     return table.sort_values([*ARM_PARAMETERS, "seed", "game"], ignore_index=True)
+
+
+def evaluated_otherwise(folder: Path, base: Parameters) -> pd.DataFrame:
+    """The finished runs that `scores` leaves out for their evaluation alone.
+
+    Returns:
+        columns run, method, rewards, why: "eval_episodes 3, not 10".
+    """
+    rows, wanted = [], base.model_dump()
+    for place, values, differ in _finished(folder, base):
+        if differ and differ <= PROTOCOL:
+            why = ", ".join(f"{name} {values[name]}, not {wanted[name]}" for name in sorted(differ))
+            rows.append({"run": place.name, "why": why} | {name: values[name] for name in ARM_PARAMETERS})
+    return pd.DataFrame(rows, columns=["run", *ARM_PARAMETERS, "why"])
+
+
+def _finished(folder: Path, base: Parameters) -> Iterator[tuple[Path, dict[str, Any], set[str]]]:
+    """Folder and parameters of each finished run, and in which it is not `base`, but for its arm and seed."""
+    wanted = base.model_dump()
+    for file in sorted((folder / NOTEBOOK).glob("*/parameters.yaml")):
+        if runs.read_json(file.parent / "status.json").get("state") != "finished":
+            continue
+        try:
+            values = parameters.check(NOTEBOOK, parameters.load(file), str(file)).model_dump()
+        except parameters.ParameterError:  # of another version
+            continue
+        compared = wanted.keys() - INCIDENTAL - set(ARM_PARAMETERS)
+        yield file.parent, values, {name for name in compared if values[name] != wanted[name]}
 
 
 def players(table: pd.DataFrame, method: str, control: str = "zero") -> pd.DataFrame:
@@ -91,22 +118,29 @@ def players(table: pd.DataFrame, method: str, control: str = "zero") -> pd.DataF
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("game")
 
 
-def differences(table: pd.DataFrame, method: str, control: str = "zero") -> pd.DataFrame:
+def differences(
+    table: pd.DataFrame, method: str, control: str = "zero", otherwise: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """By how much the agent plays better than each player it has to beat, with 95% intervals over training seeds.
 
     Welch's t interval where both have seeds, the one-sample t interval where the other is a number.
 
     Args:
         table, method, control: as for `players`.
+        otherwise: from `evaluated_otherwise`; runs that an arm without two seeds might have been.
 
     Returns:
         columns game, better than, difference, low, high (raw returns; NaN with less than two seeds), verdict: ``yes``
-        (the interval lies above 0), ``no`` (it lies below), ``inconclusive``, ``missing``.
+        (the interval lies above 0), ``no`` (it lies below), ``inconclusive``, ``missing``, ``refused`` (runs of either
+        side are cut, or evaluated otherwise), and refused: these runs and why.
     """
     rows = []
     for game, here in table.groupby("game"):
         agent, zero, clone = _arms(here, method, control)
         mine = agent["agent_return"].to_numpy()
+        arms = dict(zip(("agent", f"{control} rewards", "cloning"), (agent, zero, clone)))
+        foreign = dict(zip(arms, (None, None, None) if otherwise is None else _arms(otherwise, method, control)))
+        refused = {name: _refused(arm, foreign[name]) for name, arm in arms.items()}
         others = {
             f"{control} rewards": zero["agent_return"].to_numpy(),
             "cloning": clone["agent_return"].to_numpy(),
@@ -117,12 +151,25 @@ def differences(table: pd.DataFrame, method: str, control: str = "zero") -> pd.D
         for name, other in others.items():
             measured_once = name in ("data", "best constant action")
             row = {"game": game, "better than": name, "difference": np.nan, "low": np.nan, "high": np.nan}
-            if len(mine) > 1 and (measured_once or len(other) > 1) and np.isfinite(other).all():
+            why = refused["agent"] + refused.get(name.removesuffix(", sampled"), [])
+            row["refused"] = "; ".join(why)
+            if why:
+                row["verdict"] = "refused"
+            elif len(mine) > 1 and (measured_once or len(other) > 1) and np.isfinite(other).all():
                 low, high = interval(mine, other)
                 row |= {"difference": mine.mean() - other.mean(), "low": low, "high": high}
                 row["verdict"] = "yes" if low > 0 else "no" if high < 0 else "inconclusive"
             rows.append(row | {"verdict": row.get("verdict", "missing")})
     return pd.DataFrame(rows)
+
+
+def _refused(arm: pd.DataFrame, foreign: pd.DataFrame | None) -> list[str]:
+    """Runs, in words, for which an arm has no score: they are cut, or stand in for ones that are missing."""
+    cut = arm[arm["cut"].astype(bool)]
+    named = [f"{run} ({share:.0%} of its episodes truncated)" for run, share in zip(cut["run"], cut["truncated_share"])]
+    if foreign is not None and len(arm) < 2:
+        named += [f"{run} ({why})" for run, why in zip(foreign["run"], foreign["why"])]
+    return named
 
 
 def interval(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
@@ -150,6 +197,11 @@ def verdict(compared: pd.DataFrame, control: str = "zero") -> list[str]:
         own = rows.loc[f"{control} rewards"]
         if own["verdict"] == "missing":
             sentences.append(f"**{game}**: learned from reward: runs are missing.")
+            continue
+        if own["verdict"] == "refused":
+            sentences.append(
+                f"**{game}**: learned from reward: no verdict, these runs have no score: {own['refused']}."
+            )
             continue
         beaten = [name for name, row in rows.iterrows() if row["verdict"] == "yes"]
         limits = f"{own['low']:+.1f} to {own['high']:+.1f}"
