@@ -415,7 +415,7 @@ def test_arrays_longer_than_the_journal_are_harmless(tmp_path, lost_length):
 
 def test_run_without_a_complete_episode_is_left_out(tmp_path):
     open_writer(tmp_path, run=1).close()
-    with pytest.raises(ReplayError, match="complete episodes"):
+    with pytest.raises(ReplayError, match="no complete episode in Pong"):
         open_replay(tmp_path)
     write(tmp_path, [0], run=2)
     replay = open_replay(tmp_path)
