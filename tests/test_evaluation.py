@@ -229,10 +229,11 @@ def test_the_interval_covers_the_mean_and_shrinks_with_the_data() -> None:
 def test_the_score_curve_is_in_order_of_steps_and_knows_complete_plain_evaluations_only(tmp_path: Path) -> None:
     for step, game, returns in ((1000, "Pong", [1, 3]), (200, "Pong", [0]), (200, "Breakout", [2, 2, 8])):
         (tmp_path / f"step-{step}").mkdir(exist_ok=True)
-        pd.DataFrame({"episode_return": returns}).to_csv(tmp_path / f"step-{step}" / f"{game}.csv")
+        table = pd.DataFrame({"episode_return": returns, "truncated": [value == 8 for value in returns]})
+        table.to_csv(tmp_path / f"step-{step}" / f"{game}.csv")
     for other in ("Pong_sampled.csv", ".Qbert.csv.7.partial"):
         (tmp_path / "step-200" / other).write_text("episode_return\n9\n")
-    rows = [("Breakout", 200, 4.0, 3), ("Pong", 200, 0.0, 1), ("Pong", 1000, 2.0, 2)]
+    rows = [("Breakout", 200, 4.0, 3, 1 / 3), ("Pong", 200, 0.0, 1, 0.0), ("Pong", 1000, 2.0, 2, 0.0)]
     assert list(evaluation.score_curve(tmp_path).itertuples(index=False, name=None)) == rows
     assert evaluation.score_curve(tmp_path / "nothing").empty
 

@@ -114,10 +114,12 @@ def test_scores_name_every_bar_and_show_every_episode() -> None:
 
 def test_a_score_curve_has_a_panel_per_game_with_the_datas_mean() -> None:
     curve = pd.DataFrame({"game": ["Pong", "Pong", "Qbert"], "step": [10, 20, 20], "agent_return": [-3.0, 2.0, 50.0]})
+    curve["truncated"] = [0.75, 0.5, 0.0]
     pong, qbert = plots.score_curve(curve, pd.Series({"Pong": -20.0, "Qbert": 70.0})).axes
     assert pong.get_title() == "Pong" and qbert.get_title() == "Qbert"
     assert [line.get_xydata().tolist() for line in pong.lines[:1]] == [[[10, -3], [20, 2]]]
     assert set(pong.lines[1].get_ydata()) == {-20} and set(qbert.lines[1].get_ydata()) == {70}
+    assert pong.lines[2].get_xydata().tolist() == [[10, -3]], "mostly truncated"
 
 
 def test_scaling_is_by_the_papers_count_and_says_what_impala_is() -> None:

@@ -174,15 +174,16 @@ def score_curve(folder: Path) -> pd.DataFrame:
         folder: holds ``step-<gradient steps>/<game>.csv``, each a table of `evaluate`; other files are ignored.
 
     Returns:
-        columns game, step, agent_return, episodes; sorted by game and step.
+        columns game, step, agent_return, episodes, truncated (share of them); sorted by game and step.
     """
     rows = []
     for file in folder.glob("step-*/*.csv"):
         if file.stem.isalnum():  # no partial file and no other kind of play
-            returns = pd.read_csv(file)["episode_return"]
+            played = pd.read_csv(file)
+            means = {"agent_return": played["episode_return"].mean(), "truncated": played["truncated"].mean()}
             step = int(file.parent.name.removeprefix("step-"))
-            rows.append({"game": file.stem, "step": step, "agent_return": returns.mean(), "episodes": len(returns)})
-    columns = ["game", "step", "agent_return", "episodes"]
+            rows.append({"game": file.stem, "step": step, "episodes": len(played)} | means)
+    columns = ["game", "step", "agent_return", "episodes", "truncated"]
     return pd.DataFrame(rows, columns=columns).sort_values(["game", "step"], ignore_index=True)
 
 

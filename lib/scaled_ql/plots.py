@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from scaled_ql.metrics import iqm
+from scaled_ql.metrics import MOSTLY, iqm
 
 PLAYERS = {
     "random": "#999999",
@@ -250,6 +250,8 @@ def scores(table: pd.DataFrame, episodes: pd.DataFrame) -> Figure:
 def score_curve(curve: pd.DataFrame, dataset: pd.Series) -> Figure:
     """The agent's mean raw return against gradient steps, a panel per game, with the data's mean as a dashed line.
 
+    Points of mostly truncated episodes are hollow.
+
     Args:
         curve: from `evaluation.score_curve`.
         dataset: index game; mean return of the data.
@@ -259,6 +261,8 @@ def score_curve(curve: pd.DataFrame, dataset: pd.Series) -> Figure:
     for axis, (game, rows) in zip(axes, curve.groupby("game", sort=False)):
         axis.plot(rows["step"], rows["agent_return"], color=PLAYERS["agent"], marker="o", ms=4, label="agent")
         axis.axhline(dataset[game], color=PLAYERS["dataset"], ls="--", lw=1, label="dataset")
+        cut = rows[rows["truncated"] > MOSTLY]
+        axis.plot(cut["step"], cut["agent_return"], "o", color=PLAYERS["agent"], mfc="white", ms=4)
         axis.set(title=game, xlabel="gradient step", ylabel="episode return (raw)")
     axes[0].legend(fontsize="x-small")
     return figure
