@@ -1,8 +1,11 @@
 """Run folders: locks, parameters that may not change, tables computed once, reports that open offline."""
 
+import errno
+import fcntl
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +16,11 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from scaled_ql import documents, runs
+from scaled_ql import documents, parameters, runs
 from scaled_ql.command import main
 from scaled_ql.parameters import ParameterError
+from scaled_ql.replay import ReplayError
+from scaled_ql.replay.writer import lock_run
 
 
 def namespace(tmp_path: Path, **values: object) -> dict:
@@ -35,6 +40,24 @@ def test_a_run_writes_what_is_needed_to_repeat_it(tmp_path: Path) -> None:
     run.finish({"score": 1})
     assert runs.read_json(run.folder / "status.json")["state"] == "finished"
     assert runs.read_json(run.folder / "summary.json") == {"score": 1}
+
+
+def test_a_file_system_without_locks_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS without a lock daemon answers so; a file lock there would be none."""
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    values = parameters.check("00_data_collection", {"run": "a", "outputs": str(tmp_path)})
+    folder = re.escape(str(runs.run_folder("00_data_collection", values)))
+    sentence = rf"{folder}: cannot be locked against a second process \(.*No locks available\)\. Set outputs to"
+    with pytest.raises(runs.RunError, match=sentence):
+        runs.start("00_data_collection", namespace(tmp_path, run="a"))
+    with pytest.raises(runs.RunError, match=sentence):
+        runs.execute("00_data_collection", values)
+    with pytest.raises(ReplayError, match=r"store: cannot write here \(.*No locks available"):
+        lock_run(tmp_path / "store", 0.0)
 
 
 def test_a_package_that_is_read_from_a_path_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:

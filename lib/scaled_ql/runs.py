@@ -275,17 +275,14 @@ class Run:
         self.notebook, self.parameters = notebook, values
         self.folder, self.own = run_folder(notebook, values), own_folder(notebook, values)
         make_folder(self.own)
-        self._lock = filelock.FileLock(self.own / ".lock", is_singleton=True)
         try:
-            self._lock.acquire(timeout=LOCK_SECONDS)
+            self._lock = _lock(self.own / ".lock", is_singleton=True).lock
         except filelock.Timeout:
             pid = read_json(self.own / "status.json").get("pid")
             raise RunError(
                 f"{self.own}: another process (pid {pid}) is running in this folder. Wait for it, stop it, "
                 "or choose another run name."
             ) from None
-        except (OSError, NotImplementedError) as error:
-            raise _no_locks(self.own, error) from error
         self._started = time.time()
 
     def _status(self, state: str, **more: Any) -> None:
@@ -381,8 +378,6 @@ def _has_runner(folder: Path) -> bool:
             return False
     except filelock.Timeout:
         return True
-    except (OSError, NotImplementedError):
-        return False
 
 
 def make_folder(folder: Path) -> None:
@@ -403,11 +398,22 @@ def make_folder(folder: Path) -> None:
         raise RunError(f"{folder}: cannot be made ({error}). Set outputs to a folder that can be written.") from error
 
 
-def _no_locks(folder: Path, error: Exception) -> RunError:
-    return RunError(
-        f"{folder}: cannot be locked against a second process ({error}). Set outputs to a folder that can be written, "
-        "on a file system with locks."
-    )
+def _lock(file: Path, **options: Any) -> filelock.AcquireReturnProxy:
+    """Take a lock; the result is a context manager that gives it back.
+
+    Raises:
+        filelock.Timeout: another process has it.
+        RunError: nothing can be locked there.
+    """
+    try:
+        return filelock.FileLock(file, timeout=LOCK_SECONDS, **options).acquire()
+    except filelock.Timeout:
+        raise
+    except OSError as error:
+        raise RunError(
+            f"{file.parent}: cannot be locked against a second process ({error}). Set outputs to a folder that can be "
+            "written, on a file system with locks."
+        ) from error
 
 
 def start(notebook: str, namespace: dict[str, Any]) -> Run:
@@ -508,16 +514,18 @@ def execute(notebook: str, values: Parameters) -> Path:
     make_folder(folder)
     began = time.perf_counter()
     try:
-        with filelock.FileLock(folder / ".runner.lock", timeout=LOCK_SECONDS), _progress_bar(folder, title):
+        lock = _lock(folder / ".runner.lock")
+    except filelock.Timeout:
+        raise RunError(f"{folder}: another scaled-ql run is executing this run; wait for it or stop it.") from None
+    try:
+        with lock, _progress_bar(folder, title):
             _papermill(notebook, values, folder)
             if folder == run_folder(notebook, values):
                 publish(folder / "run.ipynb")
-    except filelock.Timeout:
-        raise RunError(f"{folder}: another scaled-ql run is executing this run; wait for it or stop it.") from None
-    except (OSError, NotImplementedError) as error:
+    except OSError as error:
         raise RunError(
             f"{folder}: the run cannot be executed here ({error}). Make room or the folder writable, or set outputs to "
-            "another folder, on a file system with locks."
+            "another folder."
         ) from error
     print(f"{title}: {time.perf_counter() - began:.0f} s: {run_folder(notebook, values) / 'run.html'}")
     return folder
