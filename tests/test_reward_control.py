@@ -9,7 +9,7 @@ import yaml
 from scipy import stats
 
 from scaled_ql import objectives, parameters, reward_control
-from scaled_ql.ablations import GatherError
+from scaled_ql.ablations import GatherError, gather
 from scaled_ql.replay.store import Batch
 
 BASE = parameters.check("02_scaled_training", {"run": "base", "encoder": "nature"})
@@ -40,7 +40,7 @@ def outputs(tmp_path):
 
 
 def test_arms_are_told_apart_and_other_runs_stay_out(outputs):
-    scores = reward_control.scores(outputs, BASE)
+    scores = reward_control.scores(gather(outputs), BASE)
     assert len(scores) == 9
     assert "other" not in set(scores["run"])
     (row,) = reward_control.players(scores, "cql").to_dict("records")
@@ -52,7 +52,7 @@ def test_arms_are_told_apart_and_other_runs_stay_out(outputs):
 
 
 def test_verdicts_follow_from_the_intervals(outputs):
-    compared = reward_control.differences(reward_control.scores(outputs, BASE), "cql").set_index("better than")
+    compared = reward_control.differences(reward_control.scores(gather(outputs), BASE), "cql").set_index("better than")
     assert dict(compared["verdict"]) == {
         "zero rewards": "yes", "cloning": "inconclusive", "cloning, sampled": "yes", "data": "yes",
         "best constant action": "yes",
@@ -65,7 +65,7 @@ def test_a_control_that_scores_as_much_is_no_learning_from_reward(tmp_path):
     for seed, value in enumerate((20.0, 24.0, 28.0)):
         write(tmp_path, f"real{seed}", value, seed=seed)
         write(tmp_path, f"zero{seed}", value + 1, seed=seed, rewards="zero")
-    compared = reward_control.differences(reward_control.scores(tmp_path, BASE), "cql")
+    compared = reward_control.differences(reward_control.scores(gather(tmp_path), BASE), "cql")
     assert compared["verdict"].tolist()[:2] == ["inconclusive", "missing"]
 
 
@@ -76,7 +76,9 @@ def test_runs_that_were_cut_short_get_no_verdict_and_are_named(tmp_path):
             write(folder, f"real{seed}", 10.0 + seed, seed=seed, eval_max_steps=limit)
             share = 75.0 if seed == 1 else 50.0
             write(folder, f"zero{seed}", -seed, seed=seed, rewards="zero", eval_max_steps=limit, truncated=share)
-        compared = reward_control.differences(reward_control.scores(folder, base), "cql").set_index("better than")
+        compared = reward_control.differences(reward_control.scores(gather(folder), base), "cql").set_index(
+            "better than"
+        )
         assert compared.loc["zero rewards", "verdict"] == ("refused" if refused else "yes")
         assert compared.loc["data", "verdict"] == "yes", "the agent's own episodes were not cut"
         (sentence,) = reward_control.verdict(compared.reset_index())
@@ -90,13 +92,13 @@ def test_runs_that_were_evaluated_otherwise_are_named_where_they_would_be_needed
         write(tmp_path, f"zero{seed}", -1.0 * seed, seed=seed, rewards="zero", eval_episodes=3 if seed else 10)
     write(tmp_path, "aside", 99.0, eval_epsilon=0.5)  # the agent has its three seeds without it
     write(tmp_path, "longer", 99.0, rewards="zero", eval_episodes=3, num_steps=7)  # another training as well
-    otherwise = reward_control.evaluated_otherwise(tmp_path, BASE)
+    otherwise = reward_control.evaluated_otherwise(gather(tmp_path), BASE)
     assert dict(zip(otherwise["run"], otherwise["why"])) == {
         "aside": "eval_epsilon 0.5, not 0.001",
         "zero1": "eval_episodes 3, not 10",
         "zero2": "eval_episodes 3, not 10",
     }
-    compared = reward_control.differences(reward_control.scores(tmp_path, BASE), "cql", otherwise=otherwise)
+    compared = reward_control.differences(reward_control.scores(gather(tmp_path), BASE), "cql", otherwise=otherwise)
     verdicts = compared.set_index("better than")["verdict"]
     assert verdicts["zero rewards"] == "refused" and verdicts["cloning"] == "missing" and verdicts["data"] == "yes"
     (sentence,) = reward_control.verdict(compared)
@@ -116,10 +118,10 @@ def test_intervals_are_scipys():
 def test_runs_of_two_recordings_or_twice_the_same_are_refused(outputs):
     write(outputs, "again", 1.0, seed=0)
     with pytest.raises(GatherError, match="again, real0"):
-        reward_control.scores(outputs, BASE)
+        reward_control.scores(gather(outputs), BASE)
     write(outputs, "elsewhere", 1.0, seed=9, data="xyz")
     with pytest.raises(GatherError, match="different contents"):
-        reward_control.scores(outputs, BASE)
+        reward_control.scores(gather(outputs), BASE)
 
 
 def seen_by(objective_rewards, seed=0, size=64):
@@ -147,3 +149,12 @@ def test_zero_and_shuffled_rewards(seed):
         assert sorted(mixed[game == number]) == sorted(reward[game == number])
     assert (mixed != reward).mean() > 0.7
     assert (mixed != seen_by("shuffled", seed + 100)[0]).any()
+
+
+def test_without_runs_nothing_is_compared(tmp_path):
+    gathered = gather(tmp_path)
+    scores, otherwise = reward_control.scores(gathered, BASE), reward_control.evaluated_otherwise(gathered, BASE)
+    assert scores.empty and otherwise.empty
+    compared = reward_control.differences(scores, "cql", otherwise=otherwise)
+    assert compared.empty and reward_control.verdict(compared) == []
+    assert reward_control.players(scores, "cql").empty

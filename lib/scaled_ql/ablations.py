@@ -4,7 +4,7 @@ Runs are compared only where all that matters is equal but what a comparison nam
 the same steps. Seeds are what they are averaged over.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from itertools import product
 from pathlib import Path
@@ -40,7 +40,8 @@ class Gathered(NamedTuple):
         runs: index name of the run; all parameters, `data_id`, `num_parameters` (in all), `paper_parameters` (as the
             paper counts, encoder and first dense layer; NaN of a run that did not record it).
         scores: columns run, game, agent_return (raw), human_normalized (a fraction, NaN where not known or cut),
-            episodes, truncated (share of them), cut (whether most were truncated before the protocol's limit).
+            episodes, truncated (share of them), cut (whether most were truncated before the protocol's limit), and
+            whatever else the run's summary says of the game.
         left_out: columns run, why: unfinished, failed or unreadable runs.
     """
 
@@ -74,14 +75,14 @@ def gather(folder: Path) -> Gathered:
         sizes = {"num_parameters": summary["parameters"], "paper_parameters": summary.get("paper_parameters", np.nan)}
         found[name] = values | {"data_id": summary["dataset"]} | sizes
         for game, row in summary["games"].items():
-            score = {"run": name, "game": game, "agent_return": row["agent_return"], "episodes": row["agent_episodes"]}
+            score = row | {"run": name, "game": game, "episodes": row["agent_episodes"]}
             truncated = row.get("truncated_percent", 0) / 100
             cut = truncated > metrics.MOSTLY and values["eval_max_steps"] < MAX_STEPS
             normalized = float("nan") if cut else _normalized(game, row["agent_return"])
             scores.append(score | {"human_normalized": normalized, "truncated": truncated, "cut": cut})
     return Gathered(
         pd.DataFrame.from_dict(found, orient="index"),
-        pd.DataFrame(scores, columns=list(SCORE_COLUMNS)),
+        pd.DataFrame(scores, columns=None if scores else list(SCORE_COLUMNS)),
         pd.DataFrame(left_out, columns=["run", "why"]),
     )
 
@@ -93,35 +94,55 @@ def _normalized(game: str, score: float) -> float:
         return float("nan")
 
 
-def select(gathered: Gathered, base: Parameters, changes: Mapping[str, Any]) -> pd.DataFrame:
-    """The finished runs that are `base` with some parameters changed, one per seed, sorted by seed.
+def differences_from(
+    gathered: Gathered, base: Parameters, changes: Mapping[str, Any], free: Iterable[str] = ()
+) -> dict[str, dict[str, str]]:
+    """In what each run differs from `base` with some parameters changed, but for its name, folder, seed and the like.
+
+    Args:
+        gathered: all runs.
+        base, changes: what is wanted.
+        free: parameters that may differ.
+
+    Returns:
+        by run, by parameter: "eval_episodes 3, not 10"; of a run that is wanted, nothing.
+    """
+    wanted = base.model_dump() | dict(changes)
+    compared = sorted(wanted.keys() - INCIDENTAL - set(free))
+    return {
+        name: {field: f"{field} {run[field]}, not {wanted[field]}" for field in compared if run[field] != wanted[field]}
+        for name, run in gathered.runs.iterrows()
+    }
+
+
+def select(gathered: Gathered, base: Parameters, changes: Mapping[str, Any], free: Sequence[str] = ()) -> pd.DataFrame:
+    """The finished runs that are `base` with some parameters changed, one per seed, sorted by `free` and seed.
+
+    Args:
+        gathered: all runs.
+        base, changes: what is wanted.
+        free: parameters that may differ, such as what tells arms apart; then one run per seed and values of these.
 
     Raises:
         GatherError: two runs of one seed, or of different contents of the dataset.
     """
-    wanted = base.model_dump() | dict(changes)
-    chosen = gathered.runs
-    for name in wanted.keys() - INCIDENTAL:
-        if len(chosen):
-            chosen = chosen[[value == wanted[name] for value in chosen[name]]]
+    differ, one_each = differences_from(gathered, base, changes, free), [*free, "seed"]
+    chosen = gathered.runs.loc[[name for name, how in differ.items() if not how]]
     if not len(chosen):
         return chosen
-    twice = chosen[chosen["seed"].duplicated(keep=False)]
+    _same_data(chosen)
+    twice = chosen[chosen[one_each].duplicated(keep=False)]
     if len(twice):
         raise GatherError(f"runs {', '.join(twice.index)} have equal parameters and seeds; delete or move one of them.")
-    _same_data(chosen)
-    return chosen.sort_values("seed")
+    return chosen.sort_values(one_each)
 
 
-def otherwise_evaluated(gathered: Gathered, base: Parameters, changes: Mapping[str, Any]) -> list[str]:
-    """Runs that `select` would take but for how they were evaluated, in words: "name (eval_episodes 3, not 10)"."""
-    wanted, found = base.model_dump() | dict(changes), []
-    for name, run in gathered.runs.iterrows():
-        differ = [field for field in wanted.keys() - INCIDENTAL if run[field] != wanted[field]]
-        if differ and set(differ) <= PROTOCOL:
-            how = ", ".join(f"{field} {run[field]}, not {wanted[field]}" for field in sorted(differ))
-            found.append(f"{name} ({how})")
-    return found
+def otherwise_evaluated(
+    gathered: Gathered, base: Parameters, changes: Mapping[str, Any], free: Sequence[str] = ()
+) -> dict[str, str]:
+    """The runs that `select` would take but for how they were evaluated, and how: "eval_episodes 3, not 10"."""
+    differ = differences_from(gathered, base, changes, free)
+    return {name: ", ".join(how.values()) for name, how in differ.items() if how and how.keys() <= PROTOCOL}
 
 
 def _same_data(chosen: pd.DataFrame) -> None:
@@ -187,7 +208,8 @@ def compare(
         columns variant, the parameter of `across`, runs (how many), seeds, score, low, high, over (``runs``, or
         ``tasks`` where there is one run), names (of the runs), truncated (mean share of their episodes),
         without (games left out of all scores, see `cut_games`), paper_parameters, num_parameters (see `Gathered`),
-        otherwise (see `otherwise_evaluated`). Without runs, or without a game: score and interval NaN.
+        otherwise (the runs of `otherwise_evaluated`, in words). Without runs, or without a game: score and interval
+        NaN.
 
     Raises:
         GatherError: see `select` and `score_matrix`.
@@ -205,9 +227,8 @@ def compare(
         row |= {"score": np.nan, "low": np.nan, "high": np.nan, "over": "", "names": list(chosen.index)}
         row |= {"truncated": np.nan, "without": ", ".join(without)}
         row |= {"paper_parameters": np.nan, "num_parameters": np.nan}
-        row["otherwise"] = otherwise_evaluated(
-            gathered, base, variants[row["variant"]] | ({axis: row[axis]} if axis else {})
-        )
+        changes = variants[row["variant"]] | ({axis: row[axis]} if axis else {})
+        row["otherwise"] = [f"{name} ({how})" for name, how in otherwise_evaluated(gathered, base, changes).items()]
         if len(chosen):
             everyone.append(chosen)
             scores = score_matrix(gathered, chosen.index, without=without).to_numpy()

@@ -5,27 +5,26 @@ or shuffled, and behaviour cloning. They share data, steps and evaluation; where
 episodes were cut short, there is no verdict.
 """
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pandas as pd
 
-from scaled_ql import metrics, parameters, runs
-from scaled_ql.ablations import NOTEBOOK, PROTOCOL, GatherError
-from scaled_ql.environments import MAX_STEPS
-from scaled_ql.parameters import INCIDENTAL, Parameters
+from scaled_ql.ablations import Gathered, otherwise_evaluated, select
+from scaled_ql.parameters import Parameters
 
 ARM_PARAMETERS = ("method", "rewards")
 SCORE_COLUMNS = (
     "run", "method", "rewards", "seed", "game", "random_return", "constant_return", "dataset_return", "agent_return",
     "sampled_return", "agent_episodes", "truncated_share", "cut", "dataset_truncated_percent",
 )  # fmt: skip
+DIFFERENCE_COLUMNS = ("game", "better than", "difference", "low", "high", "refused", "verdict")
 
 
-def scores(folder: Path, base: Parameters) -> pd.DataFrame:
-    """The finished runs below an outputs folder that are `base` in all but arm and seed, a row per run and game.
+def scores(gathered: Gathered, base: Parameters) -> pd.DataFrame:
+    """The runs that are `base` in all but arm and seed, a row per run and game.
+
+    Args:
+        gathered: from `ablations.gather`.
+        base: parameters of the agent.
 
     Returns:
         columns `SCORE_COLUMNS`; returns are raw means over episodes. `sampled_return` is that of a clone that draws its
@@ -35,55 +34,21 @@ def scores(folder: Path, base: Parameters) -> pd.DataFrame:
     Raises:
         GatherError: two runs of one arm and seed, or runs of different contents of the dataset.
     """
-    rows, identities = [], {}
-    for place, values, differ in _finished(folder, base):
-        if differ:
-            continue
-        summary = runs.read_json(place / "summary.json")
-        identities[place.name] = summary["dataset"]
-        about = {"run": place.name} | {name: values[name] for name in (*ARM_PARAMETERS, "seed")}
-        for game, row in summary["games"].items():
-            share = row["truncated_percent"] / 100
-            cut = share > metrics.MOSTLY and values["eval_max_steps"] < MAX_STEPS
-            rows.append(about | {"game": game, "truncated_share": share, "cut": cut} | row)
-    if len(set(map(str, identities.values()))) > 1:
-        raise GatherError(
-            f"runs {', '.join(identities)} were trained on different contents of the dataset {base.dataset!r}; compare "
-            "runs of one recording."
-        )
-    table = pd.DataFrame(rows, columns=list(SCORE_COLUMNS)).astype({"dataset_return": float})
-    twice = table[table.duplicated([*ARM_PARAMETERS, "seed", "game"], keep=False)]
-    if len(twice):
-        raise GatherError(f"runs {', '.join(twice['run'].unique())} are equal in arm and seed; delete or move one.")
+    arms = select(gathered, base, {}, ARM_PARAMETERS).reindex(columns=[*ARM_PARAMETERS, "seed"])
+    played = gathered.scores[gathered.scores["run"].isin(arms.index)].rename(columns={"truncated": "truncated_share"})
+    table = played.join(arms, on="run").reindex(columns=list(SCORE_COLUMNS)).astype({"dataset_return": float})
     return table.sort_values([*ARM_PARAMETERS, "seed", "game"], ignore_index=True)
 
 
-def evaluated_otherwise(folder: Path, base: Parameters) -> pd.DataFrame:
-    """The finished runs that `scores` leaves out for their evaluation alone.
+def evaluated_otherwise(gathered: Gathered, base: Parameters) -> pd.DataFrame:
+    """The runs that `scores` leaves out for their evaluation alone.
 
     Returns:
         columns run, method, rewards, why: "eval_episodes 3, not 10".
     """
-    rows, wanted = [], base.model_dump()
-    for place, values, differ in _finished(folder, base):
-        if differ and differ <= PROTOCOL:
-            why = ", ".join(f"{name} {values[name]}, not {wanted[name]}" for name in sorted(differ))
-            rows.append({"run": place.name, "why": why} | {name: values[name] for name in ARM_PARAMETERS})
-    return pd.DataFrame(rows, columns=["run", *ARM_PARAMETERS, "why"])
-
-
-def _finished(folder: Path, base: Parameters) -> Iterator[tuple[Path, dict[str, Any], set[str]]]:
-    """Folder and parameters of each finished run, and in which it is not `base`, but for its arm and seed."""
-    wanted = base.model_dump()
-    for file in sorted((folder / NOTEBOOK).glob("*/parameters.yaml")):
-        if runs.read_json(file.parent / "status.json").get("state") != "finished":
-            continue
-        try:
-            values = parameters.check(NOTEBOOK, parameters.load(file), str(file)).model_dump()
-        except parameters.ParameterError:  # of another version
-            continue
-        compared = wanted.keys() - INCIDENTAL - set(ARM_PARAMETERS)
-        yield file.parent, values, {name for name in compared if values[name] != wanted[name]}
+    why = otherwise_evaluated(gathered, base, {}, ARM_PARAMETERS)
+    arms = gathered.runs.reindex(columns=list(ARM_PARAMETERS)).loc[list(why)]
+    return arms.assign(why=list(why.values())).rename_axis("run").reset_index()
 
 
 def players(table: pd.DataFrame, method: str, control: str = "zero") -> pd.DataFrame:
@@ -160,7 +125,7 @@ def differences(
                 row |= {"difference": mine.mean() - other.mean(), "low": low, "high": high}
                 row["verdict"] = "yes" if low > 0 else "no" if high < 0 else "inconclusive"
             rows.append(row | {"verdict": row.get("verdict", "missing")})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=list(DIFFERENCE_COLUMNS))
 
 
 def _refused(arm: pd.DataFrame, foreign: pd.DataFrame | None) -> list[str]:
