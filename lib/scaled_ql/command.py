@@ -14,6 +14,8 @@ from scaled_ql import documents, parameters, runs
 
 SHOWN = 10  # entries of a list that is in a file as well
 
+INPUTS = ("dataset", "view", "game")  # what a run reads, by the parameters that name it
+
 
 @click.group()
 def main() -> None:
@@ -50,7 +52,8 @@ def run(
             if len(step.cells) == 1:
                 runs.execute(step.notebook, step.cells[0])
             else:
-                for cell in step.cells:
+                inputs = {tuple(getattr(cell, name, "") for name in INPUTS): cell for cell in step.cells}
+                for cell in inputs.values():  # each once, not for every seed
                     runs.check_inputs(cell)
                 _run_grid(step, workers, scheduler)
 
