@@ -13,7 +13,7 @@ import yaml
 from scaled_ql import ablations, metrics, parameters, plots
 from scaled_ql.games import reference_score
 
-BASE = parameters.check("02_scaled_training", {"run": "base", "encoder": "nature", "alpha": 1.0})
+BASE = parameters.check("04_scaled_training", {"run": "base", "encoder": "nature", "alpha": 1.0})
 GAMES = ("Breakout", "Freeway", "Pong")
 VARIANTS = {"MSE": {"head": "mse"}, "C51": {}}
 FEW = {"replicates": 200}
@@ -21,7 +21,7 @@ FEW = {"replicates": 200}
 
 def write(outputs, name, scores, *, state="finished", data="abc", **changes):
     """A run's folder, with human-normalised scores of GAMES."""
-    folder = outputs / "02_scaled_training" / name
+    folder = outputs / "04_scaled_training" / name
     folder.mkdir(parents=True)
     values = BASE.model_dump() | changes | {"run": name}
     (folder / "parameters.yaml").write_text(yaml.safe_dump(values))
@@ -57,16 +57,16 @@ def outputs(tmp_path):
     write(tmp_path, "base.encoder", scores_of(0.5, 0.5, 0.5), encoder="resnet_narrow")
     write(tmp_path, "under-way", {}, state="running", seed=7)
     write(tmp_path, "broken", {}, state="failed", seed=8)
-    (tmp_path / "02_scaled_training" / "broken" / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "04_scaled_training" / "broken" / "metrics.jsonl").write_text('{"step": 1}\n')
     return tmp_path
 
 
 def test_unfinished_and_failed_runs_are_named_and_left_out(outputs: Path) -> None:
-    (outputs / "02_scaled_training" / "old").mkdir()
-    (outputs / "02_scaled_training" / "old" / "parameters.yaml").write_text("heda: mse\n")
-    (outputs / "02_scaled_training" / "old" / "status.json").write_text('{"state": "finished"}')
+    (outputs / "04_scaled_training" / "old").mkdir()
+    (outputs / "04_scaled_training" / "old" / "parameters.yaml").write_text("heda: mse\n")
+    (outputs / "04_scaled_training" / "old" / "status.json").write_text('{"state": "finished"}')
     write(outputs, "half", {})
-    (outputs / "02_scaled_training" / "half" / "status.json").write_text("")
+    (outputs / "04_scaled_training" / "half" / "status.json").write_text("")
     write(outputs, "nothing", {}, state="failed")  # it failed before it recorded anything: no run
     gathered = ablations.gather(outputs)
     assert len(gathered.runs) == 6
@@ -128,9 +128,9 @@ def test_missing_runs_are_commands_that_make_them(outputs: Path) -> None:
     made = []
     for command in commands:
         words = shlex.split(command)
-        assert words[:4] == ["scaled-ql", "run", "02_scaled_training", "params/02_scaled_training/base.yaml"]
+        assert words[:4] == ["scaled-ql", "run", "04_scaled_training", "params/04_scaled_training/base.yaml"]
         given = {name: yaml.safe_load(value) for flag, name, value in zip(*[iter(words[4:])] * 3)}
-        values = parameters.check("02_scaled_training", BASE.model_dump() | given)
+        values = parameters.check("04_scaled_training", BASE.model_dump() | given)
         made.append((values.head, values.encoder, values.seed))
     assert made[0] == ("mse", "nature", 2)
     assert set(made[1:4]) == {("mse", "resnet_narrow", seed) for seed in range(3)}
@@ -174,7 +174,7 @@ def test_a_claim_whose_runs_were_evaluated_otherwise_is_refused_and_names_them(o
 
 
 def test_sizes_are_the_papers_count_with_the_total_beside(outputs: Path) -> None:
-    folder = outputs / "02_scaled_training" / "base.encoder"
+    folder = outputs / "04_scaled_training" / "base.encoder"
     summary = json.loads((folder / "summary.json").read_text())
     del summary["paper_parameters"]  # as in runs before it was recorded
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -187,7 +187,7 @@ def test_sizes_are_the_papers_count_with_the_total_beside(outputs: Path) -> None
 
 def cut_short(outputs: Path, run: str, game: str, percent: float) -> None:
     """As a run whose episodes in a game were truncated says it."""
-    file = outputs / "02_scaled_training" / run / "summary.json"
+    file = outputs / "04_scaled_training" / run / "summary.json"
     summary = json.loads(file.read_text())
     summary["games"][game]["truncated_percent"] = percent
     file.write_text(json.dumps(summary))

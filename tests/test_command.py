@@ -47,9 +47,9 @@ def test_a_bad_file_stops_or_is_left_out(recording: Path, tmp_path: Path) -> Non
 
 
 def test_a_parameter_of_the_command_line_is_yaml_and_given_once(tmp_path: Path) -> None:
-    twice = call("run", "00_data_collection", "-p", "seed", "1", "-p", "seed", "2", "--outputs", tmp_path)
+    twice = call("run", "01_data_collection", "-p", "seed", "1", "-p", "seed", "2", "--outputs", tmp_path)
     assert twice.exit_code == 1 and "-p seed is given twice" in twice.output
-    broken = call("run", "00_data_collection", "-p", "games", "[Pong", "--outputs", tmp_path)
+    broken = call("run", "01_data_collection", "-p", "games", "[Pong", "--outputs", tmp_path)
     assert broken.exit_code == 1 and "error: -p games '[Pong': not a YAML value" in broken.output
 
 
@@ -74,23 +74,23 @@ def test_a_repeated_store_is_a_sound_one(recording: Path, tmp_path: Path) -> Non
     assert replay.validate() == []
 
 
-QUICKSTART = "params/02_scaled_training/quickstart.yaml"
+QUICKSTART = "params/04_scaled_training/quickstart.yaml"
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["02_scaled_trainig"], "no such batch or notebook. Did you mean: scaled-ql run 02_scaled_training"),
+        (["02_scaled_trainig"], "no such batch or notebook. Did you mean: scaled-ql run 04_scaled_training"),
         (["quickstart"], "Did you mean: scaled-ql run params/batches/quickstart.yaml"),
         (["params/batches/quickstrat.yaml"], "Did you mean: scaled-ql run params/batches/quickstart.yaml"),
         (["quickstart.yaml"], "Did you mean: scaled-ql run params/batches/quickstart.yaml"),
-        ([QUICKSTART], "parameters of a notebook, not a batch. Did you mean: scaled-ql run 02_scaled_training"),
-        ([QUICKSTART, "02_scaled_training"], f"Did you mean: scaled-ql run 02_scaled_training {QUICKSTART}"),
-        (["02_scaled_training", "quickstart.yaml"], f"Did you mean: scaled-ql run 02_scaled_training {QUICKSTART}"),
-        (["02_scaled_training", f"{QUICKSTART}x"], f"Did you mean: scaled-ql run 02_scaled_training {QUICKSTART}"),
-        (["x" * 300], "no such batch or notebook. There are 00_data_collection"),
-        (["x" * 300 + ".yaml"], "no such batch or notebook. There are 00_data_collection"),
-        (["06_performance", "x" * 300], "no such file. There are"),
+        ([QUICKSTART], "parameters of a notebook, not a batch. Did you mean: scaled-ql run 04_scaled_training"),
+        ([QUICKSTART, "04_scaled_training"], f"Did you mean: scaled-ql run 04_scaled_training {QUICKSTART}"),
+        (["04_scaled_training", "quickstart.yaml"], f"Did you mean: scaled-ql run 04_scaled_training {QUICKSTART}"),
+        (["04_scaled_training", f"{QUICKSTART}x"], f"Did you mean: scaled-ql run 04_scaled_training {QUICKSTART}"),
+        (["x" * 300], "no such batch or notebook. There are 01_data_collection"),
+        (["x" * 300 + ".yaml"], "no such batch or notebook. There are 01_data_collection"),
+        (["09_performance", "x" * 300], "no such file. There are"),
     ],
 )  # fmt: skip
 def test_a_misspelt_target_names_what_was_meant(
@@ -109,11 +109,11 @@ def test_a_misspelt_target_names_what_was_meant(
         ("- a", "expected a mapping"),
         ("steps: 5", "steps: Input should be a valid list, got 5"),
         ("steps: []", "steps: List should have at least 1 item"),
-        ("steps: [{notebook: 02_scaled_training}]", "steps.0.parameters: Field required"),
-        ("steps: [{notebook: 02_scaled, parameters: x}]", "'02_scaled'; did you mean 02_scaled_training?"),
-        ("steps: [{notebook: 02_scaled_training, parameters: x.yaml}]", "x.yaml: cannot be read as YAML"),
+        ("steps: [{notebook: 04_scaled_training}]", "steps.0.parameters: Field required"),
+        ("steps: [{notebook: 02_scaled, parameters: x}]", "'02_scaled'; did you mean 04_scaled_training?"),
+        ("steps: [{notebook: 04_scaled_training, parameters: x.yaml}]", "x.yaml: cannot be read as YAML"),
         ("steps: [", "cannot be read as YAML"),
-        ("steps:\n  - notebook: 02_scaled_training\n    parameters: tiny.yaml\n    grid: {}\n", "steps.0.grid: "),
+        ("steps:\n  - notebook: 04_scaled_training\n    parameters: tiny.yaml\n    grid: {}\n", "steps.0.grid: "),
     ],
 )  # fmt: skip
 def test_a_malformed_batch_is_one_line(tmp_path: Path, text: str, said: str) -> None:

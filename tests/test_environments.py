@@ -227,8 +227,8 @@ def test_nothing_waits_without_a_limit(monkeypatch):
 SCRIPTS = {
     "environments": "from scaled_ql.environments import *; make_vector_environment('Breakout', 2, mode=0)",
     "players": "from scaled_ql.collect import *; list(record(sys.argv[1], ['Breakout'], 50, seed=0, max_steps=30))",
-    "grids": "from scaled_ql import grids, parameters; grids.run_grid([('00_data_collection', "
-    "parameters.check('00_data_collection', {'outputs': sys.argv[1]}))], workers=1)",
+    "grids": "from scaled_ql import grids, parameters; grids.run_grid([('01_data_collection', "
+    "parameters.check('01_data_collection', {'outputs': sys.argv[1]}))], workers=1)",
     "imports": "from scaled_ql.replay import *; import_dqn_replay(sys.argv[2], sys.argv[1], workers=1)",
 }
 

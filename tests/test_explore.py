@@ -70,8 +70,8 @@ def test_figures_show_the_numbers_they_are_given(recording: Path) -> None:
 
 
 def test_progress_reaches_the_status_file_and_draws_at_the_end(tmp_path: Path) -> None:
-    values = runs.parameters.check("00_data_collection", {"outputs": str(tmp_path)})
-    run, drawn = runs.Run("00_data_collection", values), []
+    values = runs.parameters.check("01_data_collection", {"outputs": str(tmp_path)})
+    run, drawn = runs.Run("01_data_collection", values), []
 
     def draw() -> plt.Figure:
         drawn.append(1)
@@ -87,8 +87,8 @@ def test_progress_reaches_the_status_file_and_draws_at_the_end(tmp_path: Path) -
 
 
 def test_a_picture_that_comes_late_is_shown_and_then_replaced(tmp_path: Path) -> None:
-    values = runs.parameters.check("00_data_collection", {"outputs": str(tmp_path)})
-    run = runs.Run("00_data_collection", values)
+    values = runs.parameters.check("01_data_collection", {"outputs": str(tmp_path)})
+    run = runs.Run("01_data_collection", values)
     progress = explore.Progress(run, "steps")
     InteractiveShell.instance()  # which collects what is displayed
     with capture_output(stdout=False, stderr=False) as captured:

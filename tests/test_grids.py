@@ -18,39 +18,39 @@ from scaled_ql.replay import open_replay
 
 def collection(outputs: Path, **values: object) -> parameters.Parameters:
     tiny = {"games": ["Breakout"], "num_transitions": 300, "max_steps": 100, "processes": 1, "outputs": str(outputs)}
-    return parameters.check("00_data_collection", tiny | values)
+    return parameters.check("01_data_collection", tiny | values)
 
 
 def cell(outputs: Path, run: str, **values: object) -> tuple[str, parameters.Parameters]:
-    return "00_data_collection", collection(outputs, run=run, **values)
+    return "01_data_collection", collection(outputs, run=run, **values)
 
 
 def test_a_grid_is_all_combinations_of_each_mapping_once(tmp_path: Path) -> None:
-    base = parameters.check("02_scaled_training", {"run": "base", "alpha": 1.0})
+    base = parameters.check("04_scaled_training", {"run": "base", "alpha": 1.0})
     grid = [{"head": ["c51", "mse"], "seed": [0, 1]}, {"seed": [0, 1, 2]}, {"alpha": [0.0, 1.0]}]
-    cells = runs.expand(base, grid, "02_scaled_training", "batch.yaml")
+    cells = runs.expand(base, grid, "04_scaled_training", "batch.yaml")
     names = ["base", "base.seed-1", "base.head-mse", "base.seed-1.head-mse", "base.seed-2", "base.alpha-0.0"]
     assert [values.run for values in cells] == names
     assert [(values.head, values.seed, values.alpha) for values in cells] == [
         ("c51", 0, 1.0), ("c51", 1, 1.0), ("mse", 0, 1.0), ("mse", 1, 1.0), ("c51", 2, 1.0), ("c51", 0, 0.0)
     ]  # fmt: skip
-    assert runs.expand(base, [], "02_scaled_training", "batch.yaml") == [base]
+    assert runs.expand(base, [], "04_scaled_training", "batch.yaml") == [base]
     with pytest.raises(ParameterError, match=r"(?s)batch\.yaml with .*'heda'.*did you mean head"):
-        runs.expand(base, [{"heda": ["mse"]}], "02_scaled_training", "batch.yaml")
+        runs.expand(base, [{"heda": ["mse"]}], "04_scaled_training", "batch.yaml")
 
 
 def test_names_tell_apart_what_differs() -> None:
-    base = parameters.check("02_scaled_training", {})
+    base = parameters.check("04_scaled_training", {})
     changes = [{"learning_rate": 1e30}, {"learning_rate": 1e-30}, {"hidden_sizes": [5, 12]}, {"view": "a/b"}]
     names = [runs.cell_name(base, change) for change in changes]
     assert len(set(names)) == 4
     for name in names:
-        parameters.check("02_scaled_training", {"run": name})
+        parameters.check("04_scaled_training", {"run": name})
 
 
 def test_a_failing_run_is_retried_and_reported_and_the_others_go_on(recording: Path, tmp_path: Path) -> None:
     absent = {"dataset": str(recording), "episode": 99_999, "outputs": str(tmp_path), "run": "bad"}
-    cells = [cell(tmp_path, "one"), ("01_data_exploration", parameters.check("01_data_exploration", absent))]
+    cells = [cell(tmp_path, "one"), ("03_data_exploration", parameters.check("03_data_exploration", absent))]
     outcomes = grids.run_grid(cells, workers=2, retries=1)
     assert [outcome.values.run for outcome in outcomes] == ["one", "bad"]
     assert [outcome.state for outcome in outcomes] == ["finished", "failed"]
@@ -90,12 +90,12 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
 
 def test_the_table_shows_where_runs_are(tmp_path: Path) -> None:
     cells = [cell(tmp_path, run) for run in ("running", "waiting", "ended", "broken")]
-    folder = tmp_path / "00_data_collection" / "running"
+    folder = tmp_path / "01_data_collection" / "running"
     folder.mkdir(parents=True)
     (folder / "status.json").write_text(json.dumps({"state": "running", "done": 500, "total": 2_000}))
     line = json.dumps({"step": 500, "loss": 3.25, "steps_per_second": 8.0})
     (folder / "metrics.jsonl").write_text(line + "\n" + '{"step": 550, "lo')
-    done = tmp_path / "00_data_collection" / "ended"
+    done = tmp_path / "01_data_collection" / "ended"
     done.mkdir()
     scores = {game: {"human-normalised %": score} for game, score in zip("abcde", (0.0, 10.0, 20.0, 90.0, None))}
     scores["f"] = {}  # no reference scores
@@ -124,7 +124,7 @@ def test_every_worker_has_cores_of_its_own_and_an_accelerator(monkeypatch: pytes
 
 def test_a_batch_with_a_grid(tmp_path: Path) -> None:
     file = tmp_path / "batch.yaml"
-    step = {"notebook": "02_scaled_training", "parameters": "tiny.yaml", "grid": [{"seed": [0, 1, 2]}], "retries": 4}
+    step = {"notebook": "04_scaled_training", "parameters": "tiny.yaml", "grid": [{"seed": [0, 1, 2]}], "retries": 4}
     file.write_text(yaml.safe_dump({"steps": [step]}))
     (loaded,) = runs.load_batch(file, {"outputs": str(tmp_path)})
     assert [values.run for values in loaded.cells] == ["tiny", "tiny.seed-1", "tiny.seed-2"]

@@ -76,12 +76,12 @@ def test_every_notebook_runs_and_leaves_its_report(outputs: Path, notebook: str)
     for word in ('src="http', 'href="http', "@import", "url(http"):
         assert word not in html
     assert html.count(str(outputs)) == 1, "a path of this machine, beside the parameter that asked for it"
-    films = 2 if notebook == "02_scaled_training" else 0
+    films = 2 if notebook == "04_scaled_training" else 0
     assert html.count("data:video/mp4;base64") == html.count('poster="data:image/jpeg;base64') == films
 
 
 def test_the_summary_compares_agent_dataset_and_random_player(outputs: Path) -> None:
-    summary = json.loads((outputs / "02_scaled_training" / "tiny" / "summary.json").read_text())
+    summary = json.loads((outputs / "04_scaled_training" / "tiny" / "summary.json").read_text())
     assert list(summary["games"]) == ["Breakout", "Pong"]
     for row in summary["games"].values():
         assert row["agent_episodes"] == 2
@@ -89,7 +89,7 @@ def test_the_summary_compares_agent_dataset_and_random_player(outputs: Path) -> 
 
 
 def test_a_narrow_start_is_one_and_belongs_to_the_checkpoint(outputs: Path) -> None:
-    target = "02_scaled_training"
+    target = "04_scaled_training"
     done = run(target, outputs, TINY[target], "-p", "run", "narrow", "-p", "narrow_start", "true")
     assert done.returncode == 0, done.stderr
     first_entropies = {name: metrics(outputs / target / name)[0]["entropy"] for name in ("tiny", "narrow")}
@@ -117,7 +117,7 @@ def test_finished_runs_are_recognised(outputs: Path, tmp_path: Path) -> None:
 
 
 def test_a_finished_run_that_is_shown_again_has_its_curves(outputs: Path) -> None:
-    target = "02_scaled_training"
+    target = "04_scaled_training"
     folder = outputs / target / "shown"
     shutil.copytree(outputs / target / "tiny", folder)
     for name in ("run.ipynb", "run.html", "summary.json", "status.json", "parameters.yaml"):
@@ -131,16 +131,16 @@ def test_a_finished_run_that_is_shown_again_has_its_curves(outputs: Path) -> Non
 
 def test_papermill_alone_works_from_any_folder(outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    values = {"run": "alone", "dataset": "00_data_collection/tiny/replay", "outputs": str(outputs)}
-    source = runs.workspace() / "notebooks" / "01_data_exploration.ipynb"
+    values = {"run": "alone", "dataset": "01_data_collection/tiny/replay", "outputs": str(outputs)}
+    source = runs.workspace() / "notebooks" / "03_data_exploration.ipynb"
     papermill.execute_notebook(source, tmp_path / "out.ipynb", values, progress_bar=False)
-    assert json.loads((outputs / "01_data_exploration" / "alone" / "status.json").read_text())["state"] == "finished"
+    assert json.loads((outputs / "03_data_exploration" / "alone" / "status.json").read_text())["state"] == "finished"
     with pytest.raises(papermill.PapermillExecutionError, match="did you mean dataset"):
         papermill.execute_notebook(source, tmp_path / "out.ipynb", {"datasett": "x"}, progress_bar=False)
 
 
 def test_two_runs_side_by_side_do_not_meet(outputs: Path) -> None:
-    target = "01_data_exploration"
+    target = "03_data_exploration"
     both = [
         subprocess.Popen(
             arguments(target, outputs, TINY[target], "-p", "run", f"side-{number}"),
@@ -204,7 +204,7 @@ def stop(command: list[str], folder: Path, log: Path, way: str) -> None:
 
 def test_a_run_stopped_in_three_ways_resumes_bit_identically(outputs: Path) -> None:
     """SIGKILL of the runner, Ctrl-C, SIGKILL of the kernel, each in the middle of training; then to its end."""
-    target = "02_scaled_training"
+    target = "04_scaled_training"
     more = ["-p", "num_steps", "400", "-p", "eval_max_steps", "5", "-p", "video_steps", "2"]
     done = run(target, outputs, TINY[target], "-p", "run", "undisturbed", *more)
     assert done.returncode == 0, done.stderr
@@ -220,7 +220,7 @@ def test_a_run_stopped_in_three_ways_resumes_bit_identically(outputs: Path) -> N
 
 def test_bcq_stopped_in_both_phases_resumes_bit_identically(outputs: Path) -> None:
     """The behaviour policy comes first, in a folder of its own; the Q-network has it as it then is."""
-    target = "02_scaled_training"
+    target = "04_scaled_training"
     more = ["-p", "method", "bcq", "-p", "num_steps", "400", "-p", "eval_max_steps", "5", "-p", "video_steps", "2"]
     done = run(target, outputs, TINY[target], "-p", "run", "bcq", *more)
     assert done.returncode == 0, done.stderr
@@ -242,7 +242,7 @@ def test_bcq_stopped_in_both_phases_resumes_bit_identically(outputs: Path) -> No
 
 
 def test_the_score_of_an_iteration_is_measured_once(outputs: Path) -> None:
-    target, more = "02_scaled_training", ["-p", "run", "iterations", "-p", "eval_every", "10"]
+    target, more = "04_scaled_training", ["-p", "run", "iterations", "-p", "eval_every", "10"]
     done = run(target, outputs, TINY[target], *more)
     assert done.returncode == 0, done.stderr
     folder = outputs / target / "iterations"
@@ -265,15 +265,15 @@ def test_the_score_of_an_iteration_is_measured_once(outputs: Path) -> None:
 
 def test_the_training_cell_goes_on_after_an_interrupt(recording: Path, tmp_path: Path) -> None:
     """As in JupyterLab: the cell is interrupted, and executed again in the same kernel."""
-    values = parameters.load(runs.workspace() / TINY["02_scaled_training"])
+    values = parameters.load(runs.workspace() / TINY["04_scaled_training"])
     values |= {"dataset": str(recording), "outputs": str(tmp_path), "num_steps": 400, "log_every": 1, "run": "again"}
-    book = nbformat.read(runs.workspace() / "notebooks" / "02_scaled_training.ipynb", as_version=4)
+    book = nbformat.read(runs.workspace() / "notebooks" / "04_scaled_training.ipynb", as_version=4)
     code = [cell for cell in book.cells if cell.cell_type == "code"]
     (training,) = (number for number, cell in enumerate(code) if 'steps = train("", state' in cell.source)
     given = nbformat.v4.new_code_cell("\n".join(f"{name} = {value!r}" for name, value in values.items()))
     book.cells = [code[0], given, *code[1 : training + 1]]
     client = NotebookClient(book, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
-    log = tmp_path / "02_scaled_training" / "again" / "metrics.jsonl"
+    log = tmp_path / "04_scaled_training" / "again" / "metrics.jsonl"
     with client.setup_kernel():
         for number, cell in enumerate(book.cells[:-1]):
             client.execute_cell(cell, number)

@@ -70,7 +70,7 @@ def test_all_mistakes_are_reported_at_once_with_the_nearest_name() -> None:
         "learning_rate": "1e-4",
     }  # fmt: skip
     with pytest.raises(ParameterError) as error:
-        check("02_scaled_training", wrong, "mine.yaml")
+        check("04_scaled_training", wrong, "mine.yaml")
     message = str(error.value)
     assert message.startswith("mine.yaml")
     assert "lerning_rate: no such parameter; did you mean learning_rate?" in message
@@ -79,7 +79,7 @@ def test_all_mistakes_are_reported_at_once_with_the_nearest_name() -> None:
 
 
 def test_unknown_notebook() -> None:
-    with pytest.raises(ParameterError, match="00_data_collection"):
+    with pytest.raises(ParameterError, match="01_data_collection"):
         check("07_nothing", {})
 
 
@@ -93,29 +93,29 @@ def test_unknown_notebook() -> None:
 )
 def test_values_that_do_not_fit_together(values: dict, words: str) -> None:
     with pytest.raises(ParameterError, match=words):
-        check("02_scaled_training", values)
+        check("04_scaled_training", values)
 
 
 def test_any_number_of_steps_works() -> None:
-    check("02_scaled_training", {"num_steps": 600})
-    check("02_scaled_training", {"num_steps": 10_501, "checkpoint_every": 1_500, "log_every": 400})
+    check("04_scaled_training", {"num_steps": 600})
+    check("04_scaled_training", {"num_steps": 10_501, "checkpoint_every": 1_500, "log_every": 400})
 
 
 def test_table_b1_is_the_default() -> None:
-    p = check("02_scaled_training", {})
+    p = check("04_scaled_training", {})
     assert (p.v_min, p.v_max, p.num_atoms, p.n_step, p.discount) == (-20, 20, 51, 3, 0.99)
     assert (p.games_per_batch, p.transitions_per_game, p.target_update_period) == (128, 4, 2_000)
     assert (p.learning_rate, p.cql_alpha) == (2e-4, 0.05)
-    assert check("02_scaled_training", {"head": "mse"}).cql_alpha == 0.1
-    assert check("02_scaled_training", {"alpha": 0.0}).cql_alpha == 0
-    assert check("02_scaled_training", {"method": "bcq"}).cql_alpha == 0, "BCQ replaces CQL"
-    assert check("02_scaled_training", {"method": "bcq", "alpha": 0.05}).cql_alpha == 0.05, "unless both are asked for"
+    assert check("04_scaled_training", {"head": "mse"}).cql_alpha == 0.1
+    assert check("04_scaled_training", {"alpha": 0.0}).cql_alpha == 0
+    assert check("04_scaled_training", {"method": "bcq"}).cql_alpha == 0, "BCQ replaces CQL"
+    assert check("04_scaled_training", {"method": "bcq", "alpha": 0.05}).cql_alpha == 0.05, "unless both are asked for"
 
 
 @pytest.mark.parametrize("name", ["forty_games", "forty_games_suboptimal", "six_games", "six_games_long"])
 def test_the_papers_sizes_have_its_protocol(name: str) -> None:
     """Table B.1: iterations of 62,500 steps, each measured over 125,000 agent steps of whole episodes."""
-    p = check("02_scaled_training", parameters.load(PARAMS / "02_scaled_training" / f"{name}.yaml"))
+    p = check("04_scaled_training", parameters.load(PARAMS / "04_scaled_training" / f"{name}.yaml"))
     assert (p.eval_every, p.eval_min_steps, p.eval_max_steps) == (62_500, 125_000, 27_000)
     assert (p.eval_epsilon, p.eval_sticky_actions) == (0.001, 0.0)
     assert p.num_steps % p.eval_every == 0, "the last iteration is whole"
@@ -134,21 +134,21 @@ def test_a_misspelt_parameter_in_a_cell_is_an_error_until_corrected() -> None:
     cell = 'run: str = "a"  # name\nseeed: int = 2  # typo'
     namespace = notebook_namespace(cell)
     with pytest.raises(ParameterError, match="did you mean seed"):
-        from_notebook("00_data_collection", namespace)
+        from_notebook("01_data_collection", namespace)
     namespace["In"].append(cell.replace("seeed", "seed"))
     exec(cell.replace("seeed", "seed"), namespace)
-    assert from_notebook("00_data_collection", namespace).seed == 2
+    assert from_notebook("01_data_collection", namespace).seed == 2
 
 
 def test_a_cell_injected_by_papermill_counts_even_where_all_its_names_are_unknown() -> None:
     namespace = notebook_namespace('run: str = "a"  # name', "# Parameters\nseeed = 3")
     with pytest.raises(ParameterError, match="seeed"):
-        from_notebook("00_data_collection", namespace)
+        from_notebook("01_data_collection", namespace)
 
 
 def test_running_all_cells_again_is_no_error() -> None:
     namespace = notebook_namespace('run: str = "a"  # name', "import math\ntotal = 3", "rows = [1, 2]")
-    assert from_notebook("00_data_collection", namespace).run == "a"
+    assert from_notebook("01_data_collection", namespace).run == "a"
 
 
 def test_yaml_is_read_safely(tmp_path: Path) -> None:
@@ -166,20 +166,20 @@ def test_yaml_is_read_safely(tmp_path: Path) -> None:
 def test_what_is_written_counts_and_hints_say_how_to_write_it(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("seed: 010\nscale_rewards: no\nlearning_rate: 1e-4\n")
-    values = check("02_scaled_training", parameters.load(file))
+    values = check("04_scaled_training", parameters.load(file))
     assert (values.seed, values.scale_rewards, values.learning_rate) == (10, "no", 1e-4)
     file.write_text("seed: 1\nrun: a\nseed: 2\n")
     with pytest.raises(ParameterError, match=r"mine\.yaml: .*'seed' is given twice"):
         parameters.load(file)
     with pytest.raises(ParameterError) as error:
-        check("02_scaled_training", {"run": 10, "double_q": "yes", "scale_rewards": False, "num_steps": "5"})
+        check("04_scaled_training", {"run": 10, "double_q": "yes", "scale_rewards": False, "num_steps": "5"})
     for part in ("run: ", "needs quotes", "double_q: ", "(write true)", "scale_rewards: ", "without quotes"):
         assert part in str(error.value)
 
 
 def test_a_batch_with_a_mistake_is_refused_before_anything_runs(tmp_path: Path) -> None:
     file = tmp_path / "batch.yaml"
-    file.write_text(yaml.safe_dump({"steps": [{"notebook": "00_data_collection", "paramters": "tiny.yaml"}]}))
+    file.write_text(yaml.safe_dump({"steps": [{"notebook": "01_data_collection", "paramters": "tiny.yaml"}]}))
     with pytest.raises(ParameterError, match="paramters"):
         runs.load_batch(file, {})
 
@@ -195,9 +195,9 @@ def test_the_parameters_cells_hold_plain_scalars_and_lists(workspace: Path) -> N
 
 def test_what_one_kind_of_player_does_not_use_is_refused() -> None:
     with pytest.raises(ParameterError, match=r"encoder, batch_size: without effect for scripted players"):
-        check("00_data_collection", {"encoder": "impala_x1", "batch_size": 64})
+        check("01_data_collection", {"encoder": "impala_x1", "batch_size": 64})
     with pytest.raises(ParameterError, match=r"processes: without effect for online players"):
-        check("00_data_collection", {"player": "online", "processes": 3})
-    assert check("00_data_collection", {}).last_epsilon == 0.1
-    assert check("00_data_collection", {"player": "online"}).last_epsilon == 0.01
-    assert check("00_data_collection", {"player": "online", "final_epsilon": 0.0}).last_epsilon == 0.0
+        check("01_data_collection", {"player": "online", "processes": 3})
+    assert check("01_data_collection", {}).last_epsilon == 0.1
+    assert check("01_data_collection", {"player": "online"}).last_epsilon == 0.01
+    assert check("01_data_collection", {"player": "online", "final_epsilon": 0.0}).last_epsilon == 0.0

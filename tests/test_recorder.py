@@ -19,7 +19,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from scaled_ql import parameters, recorder, runs
 
-NAME = "00_data_collection"
+NAME = "01_data_collection"
 TINY = {"games": ["Breakout"], "num_transitions": 300, "max_steps": 100, "processes": 1}
 
 
@@ -165,7 +165,7 @@ def test_changed_cells_take_the_places_of_those_they_were() -> None:
 
 def test_the_document_is_this_notebooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = runs.workspace() / "notebooks" / f"{NAME}.ipynb"
-    other = shutil.copy(runs.workspace() / "notebooks" / "01_data_exploration.ipynb", tmp_path / "other.ipynb")
+    other = shutil.copy(runs.workspace() / "notebooks" / "03_data_exploration.ipynb", tmp_path / "other.ipynb")
     mine = shutil.copy(original, tmp_path / "mine.ipynb")
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
     assert recorder.document(NAME, original, {}) == original

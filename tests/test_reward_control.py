@@ -12,12 +12,12 @@ from scaled_ql import objectives, parameters, reward_control
 from scaled_ql.ablations import GatherError, gather
 from scaled_ql.replay.store import Batch
 
-BASE = parameters.check("02_scaled_training", {"run": "base", "encoder": "nature"})
+BASE = parameters.check("04_scaled_training", {"run": "base", "encoder": "nature"})
 
 
 def write(outputs, name, agent, *, data="abc", sampled=None, truncated=25.0, **changes):
     """A finished run's folder with an agent's return in Pong."""
-    folder = outputs / "02_scaled_training" / name
+    folder = outputs / "04_scaled_training" / name
     folder.mkdir(parents=True)
     (folder / "parameters.yaml").write_text(yaml.safe_dump(BASE.model_dump() | changes | {"run": name}))
     (folder / "status.json").write_text(json.dumps({"state": "finished"}))

@@ -29,7 +29,7 @@ def namespace(tmp_path: Path, **values: object) -> dict:
 
 
 def test_a_run_writes_what_is_needed_to_repeat_it(tmp_path: Path) -> None:
-    run = runs.start("00_data_collection", namespace(tmp_path, run="a", seed=4))
+    run = runs.start("01_data_collection", namespace(tmp_path, run="a", seed=4))
     assert runs.parameters.load(run.folder / "parameters.yaml")["seed"] == 4
     origin = runs.read_json(run.folder / "provenance.json")
     assert len(origin["git_commit"] or "0" * 40) == 40
@@ -49,13 +49,13 @@ def test_a_file_system_without_locks_is_one_sentence(tmp_path: Path, monkeypatch
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    values = parameters.check("00_data_collection", {"run": "a", "outputs": str(tmp_path)})
-    folder = re.escape(str(runs.run_folder("00_data_collection", values)))
+    values = parameters.check("01_data_collection", {"run": "a", "outputs": str(tmp_path)})
+    folder = re.escape(str(runs.run_folder("01_data_collection", values)))
     sentence = rf"{folder}: cannot be locked against a second process \(.*No locks available\)\. Set outputs to"
     with pytest.raises(runs.RunError, match=sentence):
-        runs.start("00_data_collection", namespace(tmp_path, run="a"))
+        runs.start("01_data_collection", namespace(tmp_path, run="a"))
     with pytest.raises(runs.RunError, match=sentence):
-        runs.execute("00_data_collection", values)
+        runs.execute("01_data_collection", values)
     with pytest.raises(ReplayError, match=r"store: cannot write here \(.*No locks available"):
         lock_run(tmp_path / "store", 0.0)
 
@@ -66,30 +66,30 @@ def test_a_package_that_is_read_from_a_path_has_no_version(monkeypatch: pytest.M
 
 
 def test_a_run_does_not_change_its_parameters(tmp_path: Path) -> None:
-    runs.start("00_data_collection", namespace(tmp_path, run="a", seed=4)).finish({})
+    runs.start("01_data_collection", namespace(tmp_path, run="a", seed=4)).finish({})
     with pytest.raises(runs.RunError, match=r"seed: 4 there, 5 now.*another run name"):
-        runs.start("00_data_collection", namespace(tmp_path, run="a", seed=5))
-    runs.start("00_data_collection", namespace(tmp_path, run="b", seed=5)).finish({})
+        runs.start("01_data_collection", namespace(tmp_path, run="a", seed=5))
+    runs.start("01_data_collection", namespace(tmp_path, run="b", seed=5)).finish({})
 
 
 def test_starting_again_in_the_same_kernel_goes_on(tmp_path: Path) -> None:
-    runs.start("00_data_collection", namespace(tmp_path))
-    runs.start("00_data_collection", namespace(tmp_path)).finish({})
+    runs.start("01_data_collection", namespace(tmp_path))
+    runs.start("01_data_collection", namespace(tmp_path)).finish({})
 
 
 def test_a_second_process_is_kept_out_and_told_by_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
         "import sys, time; from scaled_ql import runs;"
-        f"run = runs.start('00_data_collection', {namespace(tmp_path)!r});"
+        f"run = runs.start('01_data_collection', {namespace(tmp_path)!r});"
         "print('started', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"started\n"
         monkeypatch.setattr(runs, "LOCK_SECONDS", 0.2)
         with pytest.raises(runs.RunError, match=f"another process .pid {other.pid}."):
-            runs.start("00_data_collection", namespace(tmp_path))
+            runs.start("01_data_collection", namespace(tmp_path))
         other.kill()
-    runs.start("00_data_collection", namespace(tmp_path)).finish({})
+    runs.start("01_data_collection", namespace(tmp_path)).finish({})
 
 
 def test_a_table_is_computed_once_and_never_half_written(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def command(*arguments: object, **environment: str) -> subprocess.CompletedProce
 
 
 def test_the_command_lists_all_mistakes_and_runs_nothing(tmp_path: Path) -> None:
-    done = command("run", "00_data_collection", "-p", "seeed", "1", "-p", "processes", "many", "--outputs", tmp_path)
+    done = command("run", "01_data_collection", "-p", "seeed", "1", "-p", "processes", "many", "--outputs", tmp_path)
     assert done.returncode == 1
     assert "did you mean seed?" in done.stderr
     assert "processes: " in done.stderr
@@ -139,8 +139,8 @@ def test_the_command_lists_all_mistakes_and_runs_nothing(tmp_path: Path) -> None
 
 def test_a_failing_notebook_says_why_and_can_be_read(recording: Path, tmp_path: Path) -> None:
     values = ["-p", "dataset", recording, "-p", "episode", "99999", "-p", "run", "x"]
-    done = command("run", "01_data_exploration", *values, "--outputs", tmp_path)
-    folder = tmp_path / "01_data_exploration" / "x"
+    done = command("run", "03_data_exploration", *values, "--outputs", tmp_path)
+    folder = tmp_path / "03_data_exploration" / "x"
     assert done.returncode == 1
     assert "IndexError" in done.stderr
     assert str(folder / "run.ipynb") in done.stderr
@@ -154,17 +154,17 @@ def test_a_failing_notebook_says_why_and_can_be_read(recording: Path, tmp_path: 
     ("notebook", "values", "said"),
     [
         (
-            "00_data_collection",
+            "01_data_collection",
             {"games": "[Pong, Breakuot]"},
             "run default: ALE does not know the game 'Breakuot'. Did",
         ),
-        ("00_data_collection", {"games": "[Warlords]"}, "run default: Warlords needs two players"),
-        ("01_data_exploration", {"dataset": "nowhere"}, "nowhere: no such replay folder."),
-        ("01_data_exploration", {"dataset": "n" * 300}, "n: no such replay folder."),
-        ("02_scaled_training", {"dataset": "RECORDING", "view": "pong_one_percnt"}, "Did you mean pong_one_percent?"),
-        ("02_scaled_training", {"dataset": "RECORDING", "view": "pong_one_percent"}, "the view asks for Pong; it has"),
-        ("02_scaled_training", {"dataset": "RECORDING", "view": "/nowhere.yaml"}, "/nowhere.yaml: cannot be read"),
-        ("01_data_exploration", {"dataset": "RECORDING", "game": "Pong"}, "game 'Pong' is not in"),
+        ("01_data_collection", {"games": "[Warlords]"}, "run default: Warlords needs two players"),
+        ("03_data_exploration", {"dataset": "nowhere"}, "nowhere: no such replay folder."),
+        ("03_data_exploration", {"dataset": "n" * 300}, "n: no such replay folder."),
+        ("04_scaled_training", {"dataset": "RECORDING", "view": "pong_one_percnt"}, "Did you mean pong_one_percent?"),
+        ("04_scaled_training", {"dataset": "RECORDING", "view": "pong_one_percent"}, "the view asks for Pong; it has"),
+        ("04_scaled_training", {"dataset": "RECORDING", "view": "/nowhere.yaml"}, "/nowhere.yaml: cannot be read"),
+        ("03_data_exploration", {"dataset": "RECORDING", "game": "Pong"}, "game 'Pong' is not in"),
     ],
 )
 def test_what_a_run_names_is_checked_before_a_kernel_starts(
@@ -180,7 +180,7 @@ def test_what_a_run_names_is_checked_before_a_kernel_starts(
 
 
 def test_a_batch_is_checked_before_its_first_step(tmp_path: Path) -> None:
-    steps = [{"notebook": name, "parameters": "tiny.yaml"} for name in ("00_data_collection", "02_scaled_training")]
+    steps = [{"notebook": name, "parameters": "tiny.yaml"} for name in ("01_data_collection", "04_scaled_training")]
     steps[1]["grid"] = [{"view": ["", "nothing_like_it"]}]
     (tmp_path / "batch.yaml").write_text(documents.dump({"steps": steps}))
     done = CliRunner().invoke(main, ["run", str(tmp_path / "batch.yaml"), "--outputs", str(tmp_path / "outputs")])
@@ -190,17 +190,17 @@ def test_a_batch_is_checked_before_its_first_step(tmp_path: Path) -> None:
 
 def test_a_run_name_cannot_leave_its_folder(tmp_path: Path) -> None:
     with pytest.raises(ParameterError):
-        runs.start("00_data_collection", namespace(tmp_path, run="../../elsewhere"))
+        runs.start("01_data_collection", namespace(tmp_path, run="../../elsewhere"))
 
 
 def test_a_failed_run_that_recorded_nothing_reserves_nothing(tmp_path: Path) -> None:
-    run = runs.start("00_data_collection", namespace(tmp_path, run="a", seed=4))
+    run = runs.start("01_data_collection", namespace(tmp_path, run="a", seed=4))
     run._status("failed")
-    again = runs.start("00_data_collection", namespace(tmp_path, run="a", seed=5))
+    again = runs.start("01_data_collection", namespace(tmp_path, run="a", seed=5))
     assert runs.parameters.load(again.folder / "parameters.yaml")["seed"] == 5
     (again.folder / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(runs.RunError, match="seed: 5 there, 6 now"):
-        runs.start("00_data_collection", namespace(tmp_path, run="a", seed=6))
+        runs.start("01_data_collection", namespace(tmp_path, run="a", seed=6))
     again.finish({})
 
 
@@ -220,19 +220,19 @@ def test_a_half_written_status_is_named(tmp_path: Path, content: str) -> None:
 
 
 def test_empty_parameters_of_a_run_are_named(tmp_path: Path) -> None:
-    run = runs.start("00_data_collection", namespace(tmp_path, run="a"))
+    run = runs.start("01_data_collection", namespace(tmp_path, run="a"))
     run.finish({"score": 1})
     (run.folder / "parameters.yaml").write_text("")
     with pytest.raises(runs.RunError, match=r"parameters\.yaml: empty"):
-        runs.start("00_data_collection", namespace(tmp_path, run="a"))
+        runs.start("01_data_collection", namespace(tmp_path, run="a"))
 
 
 def test_a_name_that_is_too_long_and_a_folder_that_is_a_file(tmp_path: Path) -> None:
     with pytest.raises(runs.RunError, match=r"Choose another run name|cannot be made"):
-        runs.start("00_data_collection", namespace(tmp_path, run="x" * 300))
+        runs.start("01_data_collection", namespace(tmp_path, run="x" * 300))
     (tmp_path / "file").write_text("")
     with pytest.raises(runs.RunError, match="cannot be made"):
-        runs.start("00_data_collection", namespace(tmp_path / "file"))
+        runs.start("01_data_collection", namespace(tmp_path / "file"))
 
 
 def test_a_long_temporary_folder_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,8 +256,8 @@ def test_python3_is_this_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_parameters_that_are_given_as_a_batch_name_the_command(workspace: Path) -> None:
-    file = workspace / "params" / "02_scaled_training" / "quickstart.yaml"
-    with pytest.raises(ParameterError, match=r"scaled-ql run 02_scaled_training .*quickstart\.yaml") as error:
+    file = workspace / "params" / "04_scaled_training" / "quickstart.yaml"
+    with pytest.raises(ParameterError, match=r"scaled-ql run 04_scaled_training .*quickstart\.yaml") as error:
         runs.load_batch(file, {})
     assert "\n" not in str(error.value)
 
@@ -267,16 +267,16 @@ ASCII = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "
 
 def test_a_locale_of_ascii_changes_nothing(recording: Path, tmp_path: Path) -> None:
     given = ("-p", "dataset", recording, "--outputs", tmp_path)
-    done = command("run", "01_data_exploration", *given, **ASCII)
+    done = command("run", "03_data_exploration", *given, **ASCII)
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / "01_data_exploration" / "default"
+    folder = tmp_path / "03_data_exploration" / "default"
     assert "84 × 84" in (folder / "run.html").read_text(encoding="utf-8")
     assert "84 × 84" in (folder / "run.ipynb").read_text(encoding="utf-8")
-    again = command("run", "01_data_exploration", *given, **ASCII)
+    again = command("run", "03_data_exploration", *given, **ASCII)
     assert again.returncode == 0 and "finished before" in again.stdout
 
 
 def test_a_path_that_the_locale_does_not_know_is_one_line(tmp_path: Path) -> None:
-    done = command("run", "00_data_collection", "--outputs", tmp_path / "é", **ASCII)
+    done = command("run", "01_data_collection", "--outputs", tmp_path / "é", **ASCII)
     assert done.returncode == 1 and "Set PYTHONUTF8=1" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "é").exists()

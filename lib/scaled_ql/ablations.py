@@ -18,7 +18,7 @@ from scaled_ql.environments import MAX_STEPS
 from scaled_ql.games import UnknownGame
 from scaled_ql.parameters import INCIDENTAL, ParameterError, Parameters
 
-NOTEBOOK = "02_scaled_training"
+NOTEBOOK = "04_scaled_training"
 # What makes scores comparable: runs that differ in one of these stand in no table together.
 PROTOCOL = frozenset((
     "eval_episodes", "eval_min_steps", "eval_epsilon", "eval_sticky_actions", "eval_max_steps", "eval_seed",
@@ -51,7 +51,7 @@ class Gathered(NamedTuple):
 
 
 def gather(folder: Path) -> Gathered:
-    """Read all runs of `02_scaled_training` below an outputs folder, which may have none."""
+    """Read all runs of `04_scaled_training` below an outputs folder, which may have none."""
     found, scores, left_out = {}, [], []
     for place in sorted((folder / NOTEBOOK).glob("*/parameters.yaml")):
         name = place.parent.name
@@ -349,7 +349,7 @@ def missing(
 
     Args:
         compared, base, variants: as given to, and returned by, `compare`.
-        source: the file of `params/02_scaled_training/` that holds `base`.
+        source: the file of `params/04_scaled_training/` that holds `base`.
         axis: the parameter of `across`, or "".
         seeds: that every variant should have.
     """
@@ -366,7 +366,7 @@ def missing(
 
 
 def base(source: str) -> Parameters:
-    """The checked parameters of a file of `params/02_scaled_training/`."""
+    """The checked parameters of a file of `params/04_scaled_training/`."""
     file = runs.workspace() / "params" / NOTEBOOK / source
     return parameters.check(NOTEBOOK, parameters.load(file), str(file))
 

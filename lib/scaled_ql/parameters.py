@@ -50,7 +50,7 @@ ONLINE_ONLY = (
 
 
 class DataCollection(Parameters):
-    """`00_data_collection`; where the agents' defaults are Dopamine's C51, and where not, `online` says."""
+    """`01_data_collection`; where the agents' defaults are Dopamine's C51, and where not, `online` says."""
 
     player: Literal["scripted", "two_minds", "online"] = "scripted"
     games: Annotated[list[str], Field(min_length=1)] = ["Breakout", "Freeway", "Pong"]
@@ -106,9 +106,9 @@ class DataCollection(Parameters):
 
 
 class DataExploration(Parameters):
-    """`01_data_exploration`."""
+    """`03_data_exploration`."""
 
-    dataset: str = "00_data_collection/default/replay"
+    dataset: str = "01_data_collection/default/replay"
     view: str = ""
     game: str = ""
     episode: int = -1
@@ -126,9 +126,9 @@ Q_LEARNING_ONLY = ("head", "double_q", "scale_rewards", "dr3")
 
 
 class ScaledTraining(Parameters):
-    """`02_scaled_training`."""
+    """`04_scaled_training`."""
 
-    dataset: str = "00_data_collection/default/replay"
+    dataset: str = "01_data_collection/default/replay"
     view: str = ""
     replay_storage: Literal["auto", "disk", "memory", "device"] = "auto"
     sampling_processes: Annotated[int, Field(ge=0)] = 0
@@ -218,7 +218,7 @@ class ScaledTraining(Parameters):
 
 
 class PaperReport(Parameters):
-    """`05_paper_report`."""
+    """`08_paper_report`."""
 
     sub_optimal: str = "forty_games_suboptimal"
     near_optimal: str = "forty_games_near_optimal"
@@ -227,7 +227,7 @@ class PaperReport(Parameters):
 
 
 class Ablations(Parameters):
-    """`03_ablations`."""
+    """`05_ablations`."""
 
     forty_games: str = "forty_games.yaml"
     six_games: str = "six_games.yaml"
@@ -245,14 +245,14 @@ class Ablations(Parameters):
 
 
 class LearningFromReward(Parameters):
-    """`04_learning_from_reward`."""
+    """`05_learning_from_reward`."""
 
     base: str = "quickstart.yaml"
     control: Literal["zero", "shuffled"] = "zero"
 
 
 class Performance(Parameters):
-    """`06_performance`."""
+    """`09_performance`."""
 
     encoders: Annotated[list[Encoder], Field(min_length=1)] = [
         "resnet34", "resnet50", "resnet101", "resnet152", "impala_x4", "impala_x8", "impala_x16",
@@ -265,7 +265,7 @@ class Performance(Parameters):
     num_games: Annotated[list[Annotated[int, Field(ge=1, le=40)]], Field(min_length=1)] = [1, 10, 40]
     torch_encoder: Literal["resnet_narrow", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet101"
     torch_batch: Count = 512
-    dataset: str = "00_data_collection/default/replay"
+    dataset: str = "01_data_collection/default/replay"
     view: str = ""
     encoder: Encoder = "resnet101"
     games_per_batch: Count = 128
@@ -277,13 +277,13 @@ class Performance(Parameters):
 
 
 NOTEBOOKS: dict[str, type[Parameters]] = {
-    "00_data_collection": DataCollection,
-    "01_data_exploration": DataExploration,
-    "02_scaled_training": ScaledTraining,
-    "03_ablations": Ablations,
-    "04_learning_from_reward": LearningFromReward,
-    "05_paper_report": PaperReport,
-    "06_performance": Performance,
+    "01_data_collection": DataCollection,
+    "03_data_exploration": DataExploration,
+    "04_scaled_training": ScaledTraining,
+    "05_ablations": Ablations,
+    "05_learning_from_reward": LearningFromReward,
+    "08_paper_report": PaperReport,
+    "09_performance": Performance,
 }
 
 

@@ -1,4 +1,4 @@
-"""What training costs: reckoned, measured, and beside the device's own limits. `06_performance` shows it.
+"""What training costs: reckoned, measured, and beside the device's own limits. `09_performance` shows it.
 
 Every time is a median of runs on random data that were waited for, after some that were not counted. Compile times are
 those of `lower` and `compile` without a cache, unless JAX_COMPILATION_CACHE_DIR is set.
@@ -324,7 +324,7 @@ def measure_pipeline(
     data: Replay, encoder: str, games_per_batch: int, transitions_per_game: int, *, seconds: float = 10.0,
     processes: int = 0, **architecture: Any,
 ) -> pd.DataFrame:  # fmt: skip
-    """Batches alone, steps alone, and steps on fresh batches, as `02_scaled_training` runs them, in turn.
+    """Batches alone, steps alone, and steps on fresh batches, as `04_scaled_training` runs them, in turn.
 
     Returns:
         rows batches alone, step alone, together: `ms` a batch; `added`: by the pipeline, of the step alone.

@@ -47,7 +47,7 @@ PACKAGES = (
     "ale-py", "gymnasium", "papermill",
 )  # fmt: skip
 # Reports on whatever runs there are: executed again each time.
-GATHERING = ("03_ablations", "04_learning_from_reward", "05_paper_report")
+GATHERING = ("05_ablations", "05_learning_from_reward", "08_paper_report")
 # For kernels' GLIBC_TUNABLES. On a CPU, XLA allocates the memory of each step anew, and glibc has the system map and
 # clear it page by page: 84,000 faults and a third of the time of a narrow ResNet's step with heads for 40 games. With
 # pages of 2 MB there are 340. Only what a process starts with counts.

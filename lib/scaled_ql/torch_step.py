@@ -1,6 +1,6 @@
 """The training step of a ResNet with C51 and CQL once more, plainly in PyTorch: what to compare ours with.
 
-It is there for `06_performance` alone and needs the extra ``torch``. The network is that of `networks.make_q_network`
+It is there for `09_performance` alone and needs the extra ``torch``. The network is that of `networks.make_q_network`
 (pointwise embedding, feature normalisation, heads for all games) with PyTorch's own layers.
 """
 

@@ -701,7 +701,7 @@ def open_replay(path: str | os.PathLike, view: View | str | os.PathLike | None =
             folder = fmt.local_folder(path)
             if not os.path.isdir(folder):  # noqa: PTH112 - pathlib's raises where a name is too long
                 raise ReplayError(
-                    f"{folder}: no such replay folder. Record one with notebooks/00_data_collection.ipynb."
+                    f"{folder}: no such replay folder. Record one with notebooks/01_data_collection.ipynb."
                 )
             kvstore = ts.KvStore.open(folder.as_uri() + "/").result()
             keys = [str(file.relative_to(folder)) for file in folder.glob("*/*/manifest.json")]  # behind links too
