@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -47,14 +48,34 @@ def play_breakout(ram: np.ndarray, before: np.ndarray) -> str:
     return "RIGHT" if offset > 0 else "LEFT"
 
 
+def play_boxing(ram: np.ndarray, before: np.ndarray) -> str:
+    """Go where an arm, 18 above or below the middle of the body, reaches the opponent's head, and punch there."""
+    right, down = (int(ram[other]) - int(ram[own]) for own, other in ((32, 33), (34, 35)))
+    down -= 18 if down >= 0 else -18
+    horizontal = "RIGHT" if right > 8 else "LEFT" if right < -8 else ""
+    vertical = "DOWN" if down > 3 else "UP" if down < -3 else ""
+    reaches = abs(right) <= 14 and abs(down) <= 8
+    return f"{vertical}{horizontal}{'FIRE' if reaches else ''}" or "NOOP"
+
+
 def play_freeway(ram: np.ndarray, before: np.ndarray) -> str:
     """Walk."""
     return "UP"
 
 
-SCRIPTED_PLAYERS: dict[str, Player] = {"Breakout": play_breakout, "Freeway": play_freeway, "Pong": play_pong}
-MIRRORED = {"LEFT": "RIGHT", "RIGHT": "LEFT", "UP": "DOWN", "DOWN": "UP"}
+SCRIPTED_PLAYERS: dict[str, Player] = {
+    "Boxing": play_boxing,
+    "Breakout": play_breakout,
+    "Freeway": play_freeway,
+    "Pong": play_pong,
+}
+OPPOSITE = {"LEFT": "RIGHT", "RIGHT": "LEFT", "UP": "DOWN", "DOWN": "UP"}
 CHANGE_OF_MIND = 0.04  # probability, at each step, that a player of two minds draws its mind again
+
+
+def mirrored(action: str) -> str:
+    """The opposite direction of an action, fire or not: DOWNLEFTFIRE for UPRIGHTFIRE, FIRE for FIRE."""
+    return re.sub("|".join(OPPOSITE), lambda direction: OPPOSITE[direction[0]], action)
 
 
 def epsilon_at(transition: int, num_transitions: int, final_epsilon: float) -> float:
@@ -97,7 +118,7 @@ def play_episode(
         action = int(rng.integers(len(actions)))
         if player is not None and rng.random() >= epsilon(len(chosen)):
             name = player(ram, before)
-            action = actions.index(MIRRORED.get(name, name) if contrary else name)
+            action = actions.index(mirrored(name) if contrary else name)
         frames.append(frame)
         chosen.append(action)
         frame, reward, terminal, truncated, _ = environment.step(action)
@@ -125,7 +146,7 @@ def record_game(
 ) -> int:
     """Record whole episodes of a game until the store holds at least `num_transitions`; returns how many it holds.
 
-    Pong, Breakout and Freeway are played by a script that reads RAM, with epsilon annealed from 1 to
+    Boxing, Breakout, Freeway and Pong are played by a script that reads RAM, with epsilon annealed from 1 to
     `final_epsilon` over the first half; every other game at random. The right action is the most frequent one there, so
     that cloning such a player plays better than it did, and nothing is left to learn from rewards.
 
