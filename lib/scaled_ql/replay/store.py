@@ -112,8 +112,10 @@ class Run:
         spec = {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}  # missing is not zero
         try:
             array = ts.open(spec, open=True, read=True, dtype=ARRAYS[name]).result()
-        except ValueError as error:
-            raise ReplayError(f"{where}: cannot open this array ({error}). Restore the folder from a copy.") from error
+        except fmt.STORE_ERRORS as error:
+            raise ReplayError(
+                f"{where}: cannot open this array ({fmt.said(error)}). Restore the folder from a copy."
+            ) from error
         if array.shape[0] < self.num_rows:
             raise ReplayError(
                 f"{where}: holds {array.shape[0]} rows, but the episode table promises {self.num_rows}. "
@@ -130,11 +132,21 @@ class Run:
         """Run a read; a checksum or decoding error names the array and the remedy."""
         try:
             return read()
-        except ValueError as error:
+        except fmt.STORE_ERRORS as error:
             raise ReplayError(
-                f"{self.kvstore.url}{name}: a chunk is damaged or missing ({error}). Restore the folder "
+                f"{self.kvstore.url}{name}: a chunk is damaged or missing ({fmt.said(error)}). Restore the folder "
                 "from a copy, or delete it and record or import it again."
             ) from error
+
+    def read_last_row(self) -> None:
+        """Read the end of every array: what was lost as a whole is noticed at once.
+
+        Raises:
+            ReplayError: it cannot be read.
+        """
+        for name in ARRAYS:
+            last = self.open_array(name)[self.num_rows - 1]
+            self.reading(lambda last=last: last.read().result(), name)
 
     def _chunks(self, name: str, make_read: Callable[[int], Read]) -> Chunks:
         layout, tail = self.arrays[name].chunk_layout, self.arrays[name].shape[1:]
@@ -303,9 +315,10 @@ class Replay:
         """`import.json` of each imported recording of a game, with its run: files, gaps, what was left out."""
         reports = []
         for run in self._game_runs(game):
-            content = run.kvstore.read("import.json").result().value
-            if content:
-                reports.append({"run": run.manifest["run"], **json.loads(content)})
+            content = _read_file(run.kvstore, "import.json")
+            if content is not None:
+                report = fmt.read_report(content, f"{run.kvstore.url}import.json")
+                reports.append({"run": run.manifest["run"], **report})
         return reports
 
     def action_names(self, game: str) -> list[str]:
@@ -711,8 +724,10 @@ def open_replay(path: str | os.PathLike, view: View | str | os.PathLike | None =
                         f"{folder}: is {what}. Expected the dataset's folder, which holds one folder per game: "
                         f"{folder.parents[1 - levels]}."
                     )
-    except ValueError as error:
-        raise ReplayError(f"{url}: cannot be listed ({error}). Check the address and your permissions.") from error
+    except fmt.STORE_ERRORS as error:
+        raise ReplayError(
+            f"{url}: cannot be listed ({fmt.said(error)}). Check the address and your permissions."
+        ) from error
     folders = [key.rsplit("/", 1)[0] for key in keys if key.count("/") == 2]
     runs: dict[str, list[Run]] = {}
     for folder in sorted(folders, key=lambda name: (name.split("/")[0], len(name), name)):
@@ -759,12 +774,28 @@ def _check_actions(runs: dict[str, list[Run]]) -> None:
                 )
 
 
+def _read_file(kvstore: ts.KvStore, name: str) -> bytes | None:
+    """The content of a file, or None where there is none.
+
+    Raises:
+        ReplayError: it cannot be read.
+    """
+    try:
+        found = kvstore.read(name).result()
+    except fmt.STORE_ERRORS as error:
+        raise ReplayError(
+            f"{kvstore.url}{name}: cannot be read ({fmt.said(error)}). Check the address and your permissions, or "
+            "restore the folder from a copy."
+        ) from error
+    return found.value if found.state == "value" else None
+
+
 def open_run(kvstore: ts.KvStore) -> Run | None:
     """One game and run, or None where no episode was completed yet."""
-    described = kvstore.read("manifest.json").result().value
+    described = _read_file(kvstore, "manifest.json") or b""
     manifest = fmt.read_manifest(described, f"{kvstore.url}manifest.json")
     # The journal first: a writer that moves it into the table meanwhile leaves both, never neither.
-    journal = kvstore.read("episodes.jsonl").result().value
+    journal = _read_file(kvstore, "episodes.jsonl") or b""
     table = _read_table(kvstore)
     starts, lengths = table["start"].to_numpy(), table["length"].to_numpy()
     if not np.array_equal(starts, np.cumsum(lengths) - lengths):
@@ -784,7 +815,10 @@ def _read_table(kvstore: ts.KvStore) -> pa.Table:
         file = Path(unquote(parts.path)) / "episodes.arrow"
         if not file.exists():
             return fmt.empty_table()
-        with pa.memory_map(str(file)) as mapped:
-            return fmt.read_table(mapped.read_buffer(), where)
-    content = kvstore.read("episodes.arrow").result()
-    return fmt.read_table(pa.py_buffer(content.value), where) if content.state == "value" else fmt.empty_table()
+        try:
+            with pa.memory_map(str(file)) as mapped:
+                return fmt.read_table(mapped.read_buffer(), where)
+        except OSError as error:
+            raise ReplayError(f"{where}: cannot be read ({error}). Restore the folder from a copy.") from error
+    content = _read_file(kvstore, "episodes.arrow")
+    return fmt.empty_table() if content is None else fmt.read_table(pa.py_buffer(content), where)
