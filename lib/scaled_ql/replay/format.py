@@ -191,6 +191,9 @@ def make_manifest(
 
 
 LINE_CRC32 = b"line_crc32"
+REPORT = frozenset(
+    ("complete", "format", "source", "files", "gaps", "excluded", "left_out", "transitions", "episodes")
+)  # of an import
 KNOWN = frozenset((*make_manifest("", 0, actions=[], source="", sticky_actions=0.0), "crc32"))
 
 
@@ -281,9 +284,9 @@ def read_report(content: bytes, where: str) -> dict[str, Any]:
         crc32 = report.pop("crc32", absent := object())
         if crc32 is not absent and crc32 != _crc32(report):
             raise ValueError("it differs from its checksum")
-        missing = {"complete", "files", "gaps", "excluded", "left_out", "transitions"} - report.keys()
-        if missing:
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        wrong = (REPORT ^ report.keys()) - ({"source"} - report.keys())  # which earlier versions did not have
+        if wrong:
+            raise ValueError(f"more or less than it should: {', '.join(sorted(wrong))}")
     except (ValueError, TypeError, AttributeError) as error:
         raise ReplayError(
             f"{where}: not the report of an import ({type(error).__name__}: {error}). Run the same import again, which "
