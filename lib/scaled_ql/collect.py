@@ -262,7 +262,7 @@ def _record_here(number: int, *arguments: Any, **options: Any) -> int:
 
 
 def _timed(call: Callable, *arguments: Any, **options: Any) -> Any:
-    """Call an environment, so that a parent who waits sees since when: the emulator lets no thread of its own do that."""
+    """Call an environment, so that a parent who waits sees since when; no thread beside the emulator could."""
     if _since is None:
         return call(*arguments, **options)
     _since[_number] = time.monotonic()

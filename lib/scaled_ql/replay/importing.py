@@ -204,8 +204,8 @@ class RowWriter:
 
     def _error(self, error: Exception) -> ReplayError:
         return ReplayError(
-            f"{self._folder}: cannot be written ({fmt.said(error)}). What was imported before is safe; make room, or mend the "
-            "permissions, and run the same import again to go on."
+            f"{self._folder}: cannot be written ({fmt.said(error)}). What was imported before is safe; make room, or "
+            "mend the permissions, and run the same import again to go on."
         )
 
 
