@@ -12,11 +12,11 @@ import pytest
 ORDER = (
     "documents", "games", "processes", "environments", "metrics", "plots",
     "replay.format", "replay.views", "replay.chunks", "replay.shared", "replay.store",
-    "replay.writer", "replay.sampling", "replay.workers", "replay.ring",
+    "replay.writer", "replay.sampling", "replay.workers",
     "replay.returns", "replay.importing", "replay.dqn_replay", "replay.export", "replay.rl_unplugged", "replay.minari",
     "replay", "replay.memory", "replay.device", "collect",
     "networks.encoders", "networks.q_network", "networks", "losses", "objectives", "devices", "training", "evaluation",
-    "online",
+    "online", "online.ring", "online.log", "online.agents", "online.play",
     "benchmarks", "torch_step", "performance",
     "parameters", "paper", "recorder", "runs", "ablations", "reward_control", "grids", "explore", "command",
 )  # fmt: skip

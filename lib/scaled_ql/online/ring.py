@@ -8,6 +8,7 @@ spend a step on resetting.
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import repeat
 
 import numpy as np
@@ -219,6 +220,42 @@ class Ring:
     def nbytes(self) -> int:
         """Bytes in use."""
         return self._frames.nbytes + ROW_BYTES * self._action.size
+
+
+def sample_rings(
+    rings: list[Ring],
+    seed: list[int],
+    size: int,
+    pool: ThreadPoolExecutor,
+    *,
+    shared: bool,
+    n_step: int = 1,
+    discount: float = 0.99,
+    stack_size: int = 4,
+) -> Batch:
+    """A batch from the rings of G games: [G, size] transitions, or with `shared` [size], games drawn uniformly."""
+    rng = np.random.default_rng(seed)
+    shape = stack_size + n_step, *FRAME_SHAPE
+    if shared:
+        counts = np.bincount(rng.integers(len(rings), size=size), minlength=len(rings))
+        frames = np.empty((size, *shape), np.uint8)
+        parts = np.split(frames, np.cumsum(counts)[:-1])
+    else:
+        counts = np.full(len(rings), size)
+        frames = np.empty((len(rings), size, *shape), np.uint8)
+        parts = list(frames)
+    options = {"n_step": n_step, "discount": discount, "stack_size": stack_size}
+    jobs = [
+        partial(ring.sample, own, count, out=part, **options)
+        for ring, own, count, part in zip(rings, rng.spawn(len(rings)), counts.tolist(), parts)
+        if count
+    ]
+    drawn = [jobs[0]()] if len(jobs) == 1 else list(pool.map(lambda job: job(), jobs))
+    join = np.concatenate if shared else np.stack
+    rest = {name: join([getattr(batch, name) for batch in drawn]) for name in Batch._fields[1:]}
+    if shared:
+        rest["game"] = np.repeat(np.arange(len(rings), dtype=np.int32), counts)
+    return Batch(frames, **rest)
 
 
 def kept_rows(num_environments: int, capacity: int, max_steps: int) -> int:
