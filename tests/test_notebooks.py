@@ -199,7 +199,7 @@ def stop(command: list[str], folder: Path, log: Path, way: str) -> None:
     assert json.loads((folder / "status.json").read_text())["state"] != "finished"
     if way == "interrupt":
         assert process.returncode == 130
-        assert "goes on from here" in stderr
+        assert "resumes from here" in stderr
 
 
 def test_a_run_stopped_in_three_ways_resumes_bit_identically(outputs: Path) -> None:

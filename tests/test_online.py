@@ -25,7 +25,7 @@ from scaled_ql.online import agents
 from scaled_ql.online import play as playing
 from scaled_ql.online.ring import Ring, sample_rings
 from scaled_ql.replay import ReplayError, open_replay
-from scaled_ql.replay.store import Batch
+from scaled_ql.replay.batch import Batch
 
 NAMES = ["Freeway", "Skiing", "Breakout"]  # in ALE they have 3, 3 and 4 actions, and so has Catch under these names
 

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 import yaml
 
-from scaled_ql import parameters, runs
+from scaled_ql import batches, parameters
 from scaled_ql.games import HELD_OUT_GAMES, TRAINING_GAMES
 from scaled_ql.parameters import NOTEBOOKS, ParameterError, check, from_notebook
 from scaled_ql.replay import load_view
@@ -39,7 +39,7 @@ def test_every_view_is_valid_and_says_how_to_use_it(file: Path) -> None:
 
 @pytest.mark.parametrize("file", sorted((PARAMS / "batches").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_batch_is_valid(file: Path) -> None:
-    steps = runs.load_batch(file, {})
+    steps = batches.load_batch(file, {})
     assert [step.notebook for step in steps] == sorted(step.notebook for step in steps)
 
 
@@ -182,7 +182,7 @@ def test_a_batch_with_a_mistake_is_refused_before_anything_runs(tmp_path: Path) 
     file = tmp_path / "batch.yaml"
     file.write_text(yaml.safe_dump({"steps": [{"notebook": "01_data_collection", "paramters": "tiny.yaml"}]}))
     with pytest.raises(ParameterError, match="paramters"):
-        runs.load_batch(file, {})
+        batches.load_batch(file, {})
 
 
 def test_the_parameters_cells_hold_plain_scalars_and_lists(workspace: Path) -> None:

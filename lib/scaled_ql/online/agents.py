@@ -24,7 +24,7 @@ from flax import nnx
 from scaled_ql import objectives
 from scaled_ql.evaluation import QFunction, make_q_function
 from scaled_ql.networks.q_network import Head, QNetwork
-from scaled_ql.replay.store import Batch
+from scaled_ql.replay.batch import Batch
 from scaled_ql.training import PyTree, TrainState, make_update
 
 
@@ -32,11 +32,11 @@ class Learner(NamedTuple):
     """Agents of G games.
 
     Attributes:
-        state: to begin with.
+        state: initial state.
         update: (state, batch) -> (state, metrics); donates the state. A batch has [G, B] transitions, or of a learner
             that is `shared` [B], and metrics have [G] losses, or one.
-        greedy: (params, uint8 [G, E, 4, 84, 84]) -> int32 [G, E], the best actions.
-        q_function: (params, number of a game) -> its agent's values, for `evaluation.evaluate`.
+        greedy: (params, uint8 [G, E, 4, 84, 84]) -> int32 [G, E], the actions of highest value.
+        q_function: (params, index of a game) -> its agent's values, for `evaluation.evaluate`.
         shared: whether all games have one network.
     """
 
@@ -63,10 +63,10 @@ def independent_learners(
     Args:
         build: makes a network with one head from a seed, an int32 scalar.
         num_actions: size of each game's minimal action set.
-        optimizer: of each.
-        seed: game g begins with `build(seed + g)`.
+        optimizer: optimizer of each agent.
+        seed: game g starts from `build(seed + g)`.
         head: ``c51``, ``mse`` (plain DQN), or another of `objectives.q_learning`.
-        atoms: of a categorical head.
+        atoms: atoms of a categorical head.
         double_q: as in `objectives.q_learning`.
         target_update_period: updates between copies to the target networks.
     """
@@ -108,9 +108,9 @@ def independent_learners(
 
 
 def _one_by_one(function: Callable, in_axes: tuple, out_axes: PyTree) -> Callable:
-    """What `jax.vmap` computes, as one program without batched operations.
+    """Compute what `jax.vmap` does, as one program without batched operations.
 
-    On a CPU, convolutions that are mapped over their kernels take two to three times as long as one after the other.
+    On a CPU, convolutions that are mapped over their kernels take two to three times as long as one after another.
     """
 
     def change(each: Callable, axes: PyTree, *trees: PyTree) -> PyTree:
@@ -140,7 +140,7 @@ def multi_task_learner(
     double_q: bool = False,
     target_update_period: int = 2_000,
 ) -> Learner:
-    """One agent for all games, with a head for each; arguments as of `independent_learners`, `build` with G heads."""
+    """One agent for all games, with a head for each; see `independent_learners`, but `build` makes G heads."""
     graph, variables = nnx.split(build(jnp.int32(seed)), nnx.Param)
     params = jax.tree.map(jnp.copy, nnx.to_pure_dict(variables))
     state = TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer.init(params))

@@ -17,7 +17,8 @@ from scaled_ql.games import action_names, check_variant, rom_md5
 from scaled_ql.online.agents import Learner
 from scaled_ql.online.log import EpisodeLog, logged_episodes
 from scaled_ql.online.ring import Ring, ring_bytes, sample_rings
-from scaled_ql.replay.store import Batch, open_replay
+from scaled_ql.replay.batch import Batch
+from scaled_ql.replay.store import open_replay
 from scaled_ql.replay.writer import ReplayWriter
 from scaled_ql.training import Checkpoints, Diverged, TrainState
 
@@ -45,10 +46,10 @@ def memory_bytes(
 
 
 def check_memory(*arguments: Any) -> int:
-    """As `memory_bytes`.
+    """Return `memory_bytes`, if so much is free.
 
     Raises:
-        OutOfMemory: more than is free.
+        OutOfMemory: less is free.
     """
     needed, free = memory_bytes(*arguments), psutil.virtual_memory().available
     if needed > free:
@@ -132,7 +133,7 @@ class _Learning:
         """Wait for the last update and look at its losses.
 
         Raises:
-            Diverged: one of them, or of the gradients' norms, is not finite.
+            Diverged: a non-finite loss or gradient norm.
         """
         if self._unchecked is None:
             return
@@ -204,36 +205,36 @@ def play(
 ) -> Iterator[tuple[TrainState, dict[str, Any]]]:
     """Act, learn and log until the store holds at least `num_transitions` of every game.
 
-    All games advance together. Environments step on threads of their own while the learner works, on the parameters of
+    All games advance together. Environments step on separate threads while the learner works, on the parameters of
     one step ago. Episodes are logged whole, in the order in which they end, with raw rewards; what is under way at the
-    end is not. A run that was stopped, however roughly, goes on: with the episodes that were logged (which also
-    refill the replay), the last checkpoint, and the updates that are due since then.
+    end is not. A run that was stopped, however roughly, resumes from the episodes that were logged (which also
+    refill the replay), the last checkpoint, and the updates that have been due since.
 
     Args:
         path: the dataset's folder.
-        games: names.
-        learner: of those games.
-        checkpoints: of this run.
-        num_transitions: logged, of each game.
-        seed: of everything random.
-        source: who plays, in words; goes into the manifest. A store of the same game and run is continued only if it
-            says the same.
+        games: names of the games.
+        learner: agents of these games.
+        checkpoints: this run's checkpoints.
+        num_transitions: transitions to log of each game.
+        seed: seed of everything random.
+        source: who plays, in words; goes into the manifest. A recording is continued only if its manifest says the
+            same.
         run: number of the recording.
-        environments: of each game.
-        num_threads: of each game's environments; 0: one per core.
+        environments: environments per game.
+        num_threads: threads per game for its environments; 0: one per core.
         sticky_actions, max_steps, mode, difficulty: see `make_vector_environment`.
         make: makes the environments; others than ALE's need a game that ALE has, for its name and action set.
-        capacity: transitions that can be learned from, of each game: 7.1 GB a million, compressed at most 0.5 GB.
+        capacity: transitions per game that can be learned from: 7.1 GB a million, compressed at most 0.5 GB.
         compressed: keep these frames compressed; sampling takes longer (`scaled-ql benchmark online`).
-        batch_size: transitions of an update, of each game, or of a shared learner of all.
+        batch_size: transitions of an update, per game; of a shared learner, of all games together.
         n_step: steps summed before bootstrapping.
-        discount: per step.
-        min_history: transitions of each game before anything is learned.
-        update_period: transitions between updates, of each game, or of a shared learner of all games together.
-        final_epsilon: share of random actions in the end.
-        epsilon_decay: transitions of a game over which it falls from 1.
+        discount: discount per step.
+        min_history: transitions per game before learning begins.
+        update_period: transitions between updates, per game; of a shared learner, of all games together.
+        final_epsilon: final share of random actions.
+        epsilon_decay: transitions of a game over which that share falls from 1.
         checkpoint_every: updates between checkpoints.
-        report_seconds: between reports.
+        report_seconds: seconds between reports.
 
     Yields:
         (state, report) now and then and at the end. A report has `logged`, `played` and `epsilon` by game, `updates`,
@@ -242,9 +243,9 @@ def play(
     Raises:
         UnknownGame, UnknownVariant: before anything is played.
         OutOfMemory: likewise.
-        ReplayError: a store of something else, or a disk that does not take an episode.
+        ReplayError: another recording is there, or an episode could not be written.
         EnvironmentDied: an environment ended.
-        Diverged: a loss is not finite. What was logged before is whole.
+        Diverged: a non-finite loss. What was logged before is whole.
     """
     num_actions = np.array([len(action_names(game)) for game in games])
     for game in games:
