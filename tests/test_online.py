@@ -24,7 +24,7 @@ from scaled_ql.games import RULES, UnknownGame, UnknownVariant
 from scaled_ql.online import agents
 from scaled_ql.online import play as playing
 from scaled_ql.online.ring import Ring, sample_rings
-from scaled_ql.replay import ReplayError, open_replay
+from scaled_ql.replay import ReplayError, ReplayWriter, open_replay
 from scaled_ql.replay.batch import Batch
 
 NAMES = ["Freeway", "Skiing", "Breakout"]  # in ALE they have 3, 3 and 4 actions, and so has Catch under these names
@@ -291,6 +291,29 @@ def test_a_stopped_run_goes_on(tmp_path):
     assert last["updates"] == (min(last["played"].values()) - 100) // 16 or last["updates"] >= saved
     finished = [report for _, report in play(tmp_path, games, make_learner([4, 6]), **options)]
     assert len(finished) == 1 and finished[0]["logged"] == last["logged"]
+
+
+def test_an_interrupted_run_writes_what_it_handed_over_before_it_gives_the_store_back(tmp_path, monkeypatch):
+    happened = []
+
+    class Slow(ReplayWriter):
+        def append(self, *arguments, **options):
+            time.sleep(0.1)
+            super().append(*arguments, **options)
+            happened.append("append")
+
+        def close(self):
+            happened.append("close")
+            super().close()
+
+    monkeypatch.setattr(playing, "ReplayWriter", Slow)
+    running = play(tmp_path, ["Breakout"], make_learner([4]), num_transitions=10**6, update_period=10**6)
+    while "append" not in happened:
+        next(running)
+    running.close()  # environments end their episodes together, so some are still to be written
+    assert happened == ["append"] * happened.count("append") + ["close"] and happened.count("append") > 1
+    replay = open_replay(tmp_path / "replay")
+    assert len(replay.episodes("Breakout")) == happened.count("append") and replay.validate() == []
 
 
 CHILD = """

@@ -20,7 +20,8 @@ ORDER = (
     "runs", "batches", "ablations", "reward_control", "grids", "explore", "command",
 )  # fmt: skip
 WITHOUT_JAX = (
-    "documents", "games", "processes", "environments", "replay", "collect", "metrics", "plots", "parameters", "runs",
+    "documents", "games", "processes", "environments", "replay", "replay.formats.minari", "collect", "metrics", "plots",
+    "parameters", "runs", "batches",
 )  # fmt: skip
 
 
