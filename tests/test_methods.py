@@ -30,7 +30,7 @@ from test_losses import (
 from scaled_ql import losses, objectives, training
 from scaled_ql.games import NUM_ACTIONS
 from scaled_ql.networks import BCQNetwork, make_q_network, q_network
-from scaled_ql.replay.store import Batch
+from scaled_ql.replay.batch import Batch
 
 ATOMS = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
 

@@ -24,7 +24,7 @@ from test_losses import Table, reference_batch
 from scaled_ql import devices, losses, objectives, training
 from scaled_ql.games import NUM_ACTIONS
 from scaled_ql.networks import make_q_network
-from scaled_ql.replay.store import Batch
+from scaled_ql.replay.batch import Batch
 from scaled_ql.training import CheckpointError, Checkpoints, Diverged, MetricsLog
 
 GAMES = ["Amidar", "Pong", "Qbert"]

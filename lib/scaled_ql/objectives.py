@@ -22,7 +22,7 @@ from flax import nnx
 from scaled_ql import losses
 from scaled_ql.games import NUM_ACTIONS
 from scaled_ql.networks.q_network import Head
-from scaled_ql.replay.store import Batch
+from scaled_ql.replay.batch import Batch
 
 PyTree = Any
 Metrics = dict[str, jax.Array]

@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scaled_ql import devices
 from scaled_ql.networks import BCQNetwork, QNetwork
 from scaled_ql.objectives import Metrics, Objective, PyTree
-from scaled_ql.replay.store import Batch
+from scaled_ql.replay.batch import Batch
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save there
 
