@@ -1,11 +1,15 @@
 """The command's data side: import, verify, export and the benchmarks, as a user calls them."""
 
+import contextlib
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
-from scaled_ql import benchmarks
+from scaled_ql import benchmarks, runs
 from scaled_ql.command import main
 from scaled_ql.replay import open_replay
 
@@ -51,6 +55,130 @@ def test_a_parameter_of_the_command_line_is_yaml_and_given_once(tmp_path: Path) 
     assert twice.exit_code == 1 and "-p seed is given twice" in twice.output
     broken = call("run", "01_data_collection", "-p", "games", "[Pong", "--outputs", tmp_path)
     assert broken.exit_code == 1 and "error: -p games '[Pong': not a YAML value" in broken.output
+
+
+def check_is_one_line(done: Result, *words: object) -> None:
+    assert done.exit_code == 1 and done.output.startswith("error: ") and done.output.count("\n") == 1, done.output
+    for word in words:
+        assert str(word) in done.output
+
+
+@pytest.fixture(scope="module")
+def logs(recording: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("logs")
+    assert call("export", "dqn-replay", recording, folder, "--rows-per-file", "300").exit_code == 0
+    return folder
+
+
+def mount(*arguments: object) -> None:
+    done = subprocess.run(["mount", *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"nothing can be mounted here: {done.stderr}")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount("-t", "tmpfs", "-o", "size=64k", "tmpfs", disk)
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("how", ["small", "full", "read-only"])
+def test_a_disk_that_takes_nothing_is_one_line(
+    recording: Path, logs: Path, small_disk: Path, tmp_path: Path, how: str
+) -> None:
+    if how == "full":
+        with (small_disk / "all").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(4_096)) == 4_096:
+                pass
+    if how == "read-only":
+        mount("-o", "remount,ro", small_disk)
+    check_is_one_line(call("import", "dqn-replay", logs, small_disk / "store"), small_disk)
+    for folder in () if how == "full" else small_disk.iterdir():
+        shutil.rmtree(folder)
+    check_is_one_line(call("export", "dqn-replay", recording, small_disk / "logs"), small_disk)
+    for folder in () if how == "full" else small_disk.iterdir():
+        shutil.rmtree(folder)
+    check_is_one_line(call("benchmark", "import", recording, small_disk / "x", "--rows", "500"), small_disk)
+    if how != "small":  # it would have room for what begins a run
+        tiny = "params/01_data_collection/tiny.yaml"
+        given = "run", "01_data_collection", runs.workspace() / tiny, "--outputs", small_disk / "outputs"
+        check_is_one_line(call(*given), small_disk, "Set outputs to" if how == "read-only" else "Make room")
+
+
+def test_a_read_only_recording_is_read(recording: Path, logs: Path, small_disk: Path, tmp_path: Path) -> None:
+    mount("--bind", "-o", "ro", recording, small_disk)
+    try:
+        mount("-o", "remount,bind,ro", small_disk)
+        with pytest.raises(OSError, match="Read-only"):
+            (small_disk / "file").write_text("")
+        assert call("verify", small_disk).exit_code == 0
+        check_is_one_line(call("import", "dqn-replay", logs, small_disk), small_disk, "cannot write here")
+    finally:
+        subprocess.run(["umount", str(small_disk)], check=True)
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("import", "dqn-replay", LONG, "STORE"),
+        ("import", "rl-unplugged", LONG, "STORE"),
+        ("import", "minari", LONG, "STORE"),
+        ("import", "dqn-replay", "LOGS", LONG),
+        ("import", "dqn-replay", "LOGS", "STORE", "--game", LONG),
+        ("export", "dqn-replay", "RECORDING", LONG),
+        ("verify", LONG),
+        ("benchmark", "sampling", LONG),
+        ("benchmark", "scale", "RECORDING", LONG, "--copies", "1"),
+        ("benchmark", "import", "RECORDING", LONG, "--rows", "500"),
+        ("run", "01_data_collection", "--outputs", LONG),
+        ("run", "01_data_collection", "-p", "run", LONG, "--outputs", "STORE"),
+        ("run", "01_data_collection", "-p", "games", f"[{LONG}]", "--outputs", "STORE"),
+        ("run", "04_scaled_training", "-p", "dataset", "RECORDING", "-p", "view", LONG, "--outputs", "STORE"),
+        ("run", "04_scaled_training", "-p", "dataset", "RECORDING", "-p", "view", f"{LONG}.yaml", "--outputs", "STORE"),
+    ],
+    ids=lambda arguments: "-".join(arguments[:4]).replace(LONG, "long").replace("[", "").replace("]", ""),
+)
+def test_a_name_of_300_characters_is_one_line(
+    recording: Path, logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = {"LOGS": logs, "RECORDING": recording, "STORE": tmp_path / "store"}
+    check_is_one_line(call(*(places.get(argument, argument) for argument in arguments)), LONG)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"complete": tr', b"null", b"[]", b"{}", b"more"])
+def test_a_damaged_report_of_an_import_is_named_and_made_again(logs: Path, tmp_path: Path, content: bytes) -> None:
+    assert call("import", "dqn-replay", logs, tmp_path).exit_code == 0
+    file = next(tmp_path.glob("*/1/import.json"))
+    before = file.read_bytes()
+    file.write_bytes(before.replace(b'"gaps": []', b'"gaps": [1]') if content == b"more" else content)
+    assert file.read_bytes() != before
+    check_is_one_line(call("verify", tmp_path), "import.json: not the report of an import", "Run the same import again")
+    assert call("import", "dqn-replay", logs, tmp_path).exit_code == 0
+    assert file.read_bytes() == before
+    assert call("verify", tmp_path).exit_code == 0
+
+
+def test_importing_again_mends_a_table_and_names_what_is_gone(logs: Path, tmp_path: Path) -> None:
+    """As the message about a damaged table says."""
+    assert call("import", "dqn-replay", logs, tmp_path).exit_code == 0
+    table = next(tmp_path.glob("*/1/episodes.arrow"))
+    before = table.read_bytes()
+    table.write_bytes(before[:100])
+    check_is_one_line(call("verify", tmp_path), "episodes.arrow: its checksum is wrong", "import it again")
+    assert call("import", "dqn-replay", logs, tmp_path).exit_code == 0
+    assert table.read_bytes() == before
+    shutil.rmtree(table.parent / "observation")
+    check_is_one_line(call("import", "dqn-replay", logs, tmp_path), table.parent, "observation", "missing", "Delete")
 
 
 @pytest.mark.parametrize("kind", ["dqn-replay", "rl-unplugged", "minari"])

@@ -460,6 +460,19 @@ def test_full_disk(tmp_path, limit, note):
     assert open_replay(tmp_path / "full").identity() == identity_of(tmp_path / "undisturbed", count)
 
 
+@pytest.mark.parametrize("kind", format.STORE_ERRORS)
+def test_whatever_tensorstore_raises_is_one_sentence(tmp_path, monkeypatch, kind):
+    """Its kind depends on what the system answered; the specification that it appends is left out."""
+
+    class Refused:
+        def result(self):
+            raise kind("Error opening \"zarr3\" driver: [1] no locks [os_error_code='38'] [tensorstore_spec='{\n}']")
+
+    monkeypatch.setattr(format.ts, "open", lambda *_, **__: Refused())
+    with pytest.raises(ReplayError, match=r"observation: cannot open or create .*driver: \[1\] no locks\)\. Make room"):
+        open_writer(tmp_path)
+
+
 # Bad episodes and other people's folders
 
 FRAMES = np.ones((3, 84, 84), np.uint8)
