@@ -16,9 +16,10 @@ ORDER = (
     "replay.returns", "replay.importing", "replay.dqn_replay", "replay.export", "replay.rl_unplugged", "replay.minari",
     "replay", "replay.memory", "replay.device", "collect",
     "networks.encoders", "networks.q_network", "networks", "losses", "objectives", "devices", "training", "evaluation",
-    "online",
+    "walkthrough", "online",
     "benchmarks", "torch_step", "performance",
-    "parameters", "paper", "recorder", "runs", "ablations", "reward_control", "grids", "explore", "command",
+    "parameters", "paper", "recorder", "equations", "runs",
+    "ablations", "reward_control", "grids", "explore", "command",
 )  # fmt: skip
 WITHOUT_JAX = (
     "documents", "games", "processes", "environments", "replay", "collect", "metrics", "plots", "parameters", "runs",
