@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 from flax import nnx
 
 from scaled_ql.games import NUM_ACTIONS
@@ -236,3 +237,32 @@ def count_parameters(*modules: Any) -> int:
     trees = [nnx.state(module, nnx.Param) if isinstance(module, nnx.Module) else module for module in modules]
     leaves = jax.tree_util.tree_leaves_with_path(trees)
     return sum(leaf.size for path, leaf in leaves if "mean_frames" not in jax.tree_util.keystr(path))
+
+
+def layers(network: QNetwork, stack_size: int = 4) -> pd.DataFrame:
+    """The parts of a network in their order, from the observation to the heads.
+
+    Args:
+        network: whose parts.
+        stack_size: frames in an observation.
+
+    Returns:
+        columns layer, output (its shape for one observation, in words; of the heads that of one game's), parameters
+        (trained ones; of the heads those of all games).
+    """
+    image = jax.ShapeDtypeStruct((1, 84, 84, stack_size), network.dtype)
+    pixels = "pixels" if network.mean_frames is None else "pixels less their mean"
+    rows = [
+        (f"observation, {pixels}", image.shape[1:], ()),
+        ("encoder", jax.eval_shape(network.encoder, image).shape[1:], (network.encoder,)),
+        (f"spatial embedding: {network.embedding.kind}", (network.embedding.features,), (network.embedding,)),
+    ]
+    for number, layer in enumerate(network.hidden):
+        norm = (network.layer_norm,) if number == 0 and network.layer_norm else ()
+        rows.append(("dense, layer norm, ReLU" if norm else "dense, ReLU", (layer.out_features,), (layer, *norm)))
+    if network.normalize:
+        rows.append(("feature normalisation", (network.hidden[-1].out_features,), ()))
+    head = (NUM_ACTIONS,) if network.num_outputs == 1 else (NUM_ACTIONS, network.num_outputs)
+    rows.append(("heads", head, (network.head_kernel, network.head_bias)))
+    named = [(layer, " × ".join(map(str, shape)), count_parameters(*parts)) for layer, shape, parts in rows]
+    return pd.DataFrame(named, columns=["layer", "output", "parameters"])
