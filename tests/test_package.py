@@ -16,8 +16,9 @@ ORDER = (
     "replay.formats", "replay.formats.importing", "replay.formats.dqn_replay", "replay.formats.export",
     "replay.formats.rl_unplugged", "replay.formats.minari", "collect", "networks.encoders", "networks.q_network",
     "networks", "losses", "objectives", "devices", "training", "evaluation", "walkthrough", "online",
-    "online.ring", "online.log", "online.agents", "online.play", "benchmarks", "torch_step", "performance", "parameters",
-    "paper", "recorder", "equations", "runs", "batches", "ablations", "reward_control", "grids", "explore", "command",
+    "online.ring", "online.log", "online.agents", "online.play", "benchmarks", "torch_step", "performance",
+    "parameters", "paper", "recorder", "equations", "runs", "batches", "ablations", "reward_control", "grids",
+    "explore", "command",
 )  # fmt: skip
 WITHOUT_JAX = (
     "documents", "games", "processes", "environments", "replay", "replay.formats.minari", "collect", "metrics", "plots",
