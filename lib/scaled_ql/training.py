@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,12 +57,61 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, or is not of this run."""
 
 
+class Optimizer(NamedTuple):
+    """An `optax.GradientTransformation` that also says which parameters it leaves alone.
+
+    Attributes:
+        init, update: as in Optax; gradients and parameters may have `optax.MaskedNode` in place of what is frozen.
+        frozen: as in `make_optimizer`.
+    """
+
+    init: Callable
+    update: Callable
+    frozen: tuple[str, ...] = ()
+
+
+def is_part(path: str, names: Sequence[str]) -> bool:
+    """Whether a parameter's path (``q/encoder/conv/kernel``) is, or lies below, one of the names (``q/encoder``)."""
+    return any(f"{path}/".startswith(f"{name}/") for name in names)
+
+
+def flat_params(params: PyTree) -> dict[str, Any]:
+    """Parameters by their path, such as ``hidden/0/kernel``; what `trained_part` left out is a `MaskedNode`."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_masked)
+    return {_path_name(path): leaf for path, leaf in leaves}
+
+
+def trained_part(params: PyTree, frozen: Sequence[str]) -> PyTree:
+    """`params` with `optax.MaskedNode`, which has no arrays, in place of each frozen one.
+
+    Gradients are taken with respect to this tree, so that none is computed, or stored, for what is frozen.
+    """
+
+    def masked(path: tuple, leaf: Any) -> Any:
+        return optax.MaskedNode() if is_part(_path_name(path), frozen) else leaf
+
+    return jax.tree_util.tree_map_with_path(masked, params)
+
+
+def joined(trained: PyTree, params: PyTree) -> PyTree:
+    """All parameters: those of `trained`, a `trained_part`, and of `params` those that it leaves out."""
+    return jax.tree.map(lambda ours, all_: all_ if _is_masked(ours) else ours, trained, params, is_leaf=_is_masked)
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _path_name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def make_optimizer(
     learning_rate: float = 2e-4,
     adam_epsilon: float = 3.125e-4,
     decay_steps: int = 0,
     frozen: tuple[str, ...] = (),
-) -> optax.GradientTransformation:
+) -> Optimizer:
     """Adam; its learning rate is constant, or falls linearly to 0 over `decay_steps`.
 
     The paper does not say epsilon. 0.01 / 32 is what its single-game ancestors use at batch 32; the same rule gives
@@ -71,23 +121,28 @@ def make_optimizer(
         learning_rate: initial learning rate.
         adam_epsilon: added to the root of the second moment.
         decay_steps: steps until the learning rate is 0; 0: it is constant.
-        frozen: top-level names of parameters that are not updated and have no moments: ``("behaviour",)`` in BCQ.
+        frozen: names of parameters, or of parts of the network, that are not updated and have neither gradients nor
+            moments: ``("behaviour",)`` in BCQ, ``("encoder", "embedding")`` or ``("q/encoder",)`` in transfer.
 
     Raises:
-        ValueError: when the state is made, a frozen name is not among the parameters.
+        ValueError: when the state is made, a frozen name is not among the parameters, or all of them are frozen.
     """
     rate = optax.linear_schedule(learning_rate, 0.0, decay_steps) if decay_steps else learning_rate
     adam = optax.adam(rate, eps=adam_epsilon)
     if not frozen:
-        return adam
+        return Optimizer(*adam)
 
     def labels(params: PyTree) -> PyTree:
-        missing = set(frozen) - params.keys()
+        paths = flat_params(params)
+        missing = [name for name in frozen if not any(is_part(path, [name]) for path in paths)]
         if missing:
             raise ValueError(f"nothing to freeze by the name of {', '.join(sorted(missing))} in {', '.join(params)}.")
-        return {name: "frozen" if name in frozen else "trained" for name in params}
+        if all(is_part(path, frozen) for path in paths):
+            raise ValueError(f"everything is frozen ({', '.join(params)}): nothing is left to train. Freeze less.")
+        label = lambda path, _: "frozen" if is_part(_path_name(path), frozen) else "trained"  # noqa: E731
+        return jax.tree_util.tree_map_with_path(label, params)
 
-    return optax.partition({"trained": adam, "frozen": optax.set_to_zero()}, labels)
+    return Optimizer(*optax.partition({"trained": adam, "frozen": optax.set_to_zero()}, labels), frozen)
 
 
 def epsilon_warning(head_grad_rms: float, adam_epsilon: float) -> str:
@@ -145,21 +200,26 @@ def make_update(
     Returns:
         (state, batch, key of the run) -> (state, metrics): the objective's, `grad_norm`, and of a `QNetwork` or a
         `BCQNetwork`'s Q-network `head_grad_rms`, the root of the mean square of the head kernel's gradient, those
-        outputs included that no game of the batch has.
+        outputs included that no game of the batch has. What the optimizer has `frozen` has no gradient.
     """
-    gradient = jax.grad(objective, has_aux=True)
+    frozen = getattr(optimizer, "frozen", ())  # Optax's own optimizers train everything
 
-    def of_parts(params: PyTree, target_params: PyTree, batch: Batch, key: jax.Array) -> tuple[PyTree, Metrics]:
+    def loss(trained: PyTree, params: PyTree, target_params: PyTree, batch: Batch, key: jax.Array) -> tuple:
+        return objective(joined(trained, params), target_params, batch, key)
+
+    gradient = jax.grad(loss, has_aux=True)
+
+    def of_parts(trained: PyTree, params: PyTree, target_params: PyTree, batch: Batch, key: jax.Array) -> tuple:
         # Every accumulate-th transition, so that each device has its share of each part.
         parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def add(total: tuple, part: tuple[Batch, jax.Array]) -> tuple[tuple, None]:
-            return jax.tree.map(jnp.add, total, gradient(params, target_params, *part)), None
+            return jax.tree.map(jnp.add, total, gradient(trained, params, target_params, *part)), None
 
         keys = jax.random.split(key, accumulate)
         first = jax.tree.map(lambda x: x[0], (parts, keys))
         zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, target_params, *first)
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, trained, params, target_params, *first)
         )
         (gradients, metrics), _ = jax.lax.scan(add, zeros, (parts, keys))
         summed = ("_sum", "_count")
@@ -169,17 +229,15 @@ def make_update(
     def update(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         take = gradient if accumulate == 1 else of_parts
-        gradients, metrics = take(state.params, state.target_params, batch, key)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        trained = trained_part(state.params, frozen)
+        gradients, metrics = take(trained, state.params, state.target_params, batch, key)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+        params = joined(optax.apply_updates(trained, updates), state.params)
         step = state.step + 1
         target_params = optax.periodic_update(params, state.target_params, step, target_update_period)
         # Row by row: as one sum, XLA takes 2 s on a CPU for 40 games' heads (40 x 918 is no multiple of 32).
         squares = {
-            jax.tree_util.keystr(path, simple=True, separator="/"): (
-                jax.lax.optimization_barrier(jnp.square(x).sum(-1)).sum(),
-                x.size,
-            )
+            _path_name(path): (jax.lax.optimization_barrier(jnp.square(x).sum(-1)).sum(), x.size)
             for path, x in jax.tree_util.tree_leaves_with_path(gradients)
         }
         metrics["grad_norm"] = jnp.sqrt(sum(total for total, _ in squares.values()))
@@ -226,6 +284,7 @@ def memory_needed(
     accumulate: int = 1,
     parts: int = 1,
     split: bool = False,
+    frozen: tuple[str, ...] = (),
 ) -> dict[str, int]:
     """Bytes that a step takes on a device, reckoned before anything is compiled.
 
@@ -235,6 +294,7 @@ def memory_needed(
         accumulate: as in `make_update`.
         parts: devices that share the batch.
         split: they share the state, too.
+        frozen: as in `make_optimizer`.
 
     Returns:
         `state` (parameters, target, Adam's moments) and `gradients`; `activations`: what the backward pass needs of
@@ -245,17 +305,23 @@ def memory_needed(
     part = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
 
     def kept(params: PyTree, target_params: PyTree, part: Batch) -> Any:
-        loss = lambda params: objective(params, target_params, part, jax.random.key(0))[0]  # noqa: E731
-        return jax.vjp(loss, params)[1]
+        loss = lambda trained: objective(joined(trained, params), target_params, part, jax.random.key(0))[0]  # noqa: E731
+        return jax.vjp(loss, trained_part(params, frozen))[1]
 
     residuals = jax.tree.leaves(jax.eval_shape(kept, state.params, state.target_params, part))
-    params = devices.tree_bytes(state.params)
     needed = {
         "state": devices.tree_bytes(state) // (parts if split else 1),
-        "gradients": params * (2 if accumulate > 1 else 1),
-        "activations": max(devices.tree_bytes(residuals) - params, 0),
+        "gradients": devices.tree_bytes(trained_part(state.params, frozen)) * (2 if accumulate > 1 else 1),
+        "activations": _bytes_without(residuals, state.params),
     }
     return needed | {"total": sum(needed.values())}
+
+
+def _bytes_without(residuals: list[jax.ShapeDtypeStruct], params: PyTree) -> int:
+    """Bytes of residuals that are not parameters, which are counted elsewhere; told apart by shape and dtype."""
+    kinds = Counter((tuple(x.shape), jnp.dtype(x.dtype)) for x in residuals)
+    kinds -= Counter((tuple(x.shape), jnp.dtype(x.dtype)) for x in jax.tree.leaves(params))
+    return sum(count * math.prod(shape) * dtype.itemsize for (shape, dtype), count in kinds.items())
 
 
 def check_memory(needed: dict[str, int], device: jax.Device) -> None:
@@ -640,7 +706,7 @@ class Checkpoints:
     def _compare_arrays(where: Path, metadata: PyTree, abstract: PyTree) -> None:
         """Refuse arrays of other names, shapes or dtypes than stored, before anything is read or cast."""
         stored, expected = (
-            {jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(x.dtype).name} {list(x.shape)}"
+            {_path_name(path): f"{np.dtype(x.dtype).name} {list(x.shape)}"
              for path, x in jax.tree_util.tree_leaves_with_path(tree)}
             for tree in (metadata, abstract)
         )  # fmt: skip
