@@ -16,7 +16,7 @@ ORDER = (
     "replay.returns", "replay.importing", "replay.dqn_replay", "replay.export", "replay.rl_unplugged", "replay.minari",
     "replay", "replay.memory", "replay.device", "collect",
     "networks.encoders", "networks.q_network", "networks", "losses", "objectives", "devices", "training", "evaluation",
-    "online",
+    "transfer", "online",
     "benchmarks", "torch_step", "performance",
     "parameters", "paper", "recorder", "runs", "ablations", "reward_control", "grids", "explore", "command",
 )  # fmt: skip

@@ -631,6 +631,7 @@ class Checkpoints:
             {name: [np.asarray(x).dtype.name, np.asarray(x).tolist()] for name, x in row.items()} for row in window
         ]
         step, about = int(state.step), {"run": self.about, "crc32": _crc32(state, steps), "window": steps}
+        about["params_crc32"] = _crc32(state.params, [])  # for those who read nothing else: `transfer.load`
         items = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), about=ocp.args.JsonSave(about))
         self._writing(lambda: self._manager.save(step, args=items, force=True), step)
 
@@ -724,7 +725,46 @@ class Checkpoints:
             )
 
 
-def _crc32(state: TrainState, window: list) -> int:
+def read_params(folder: str | Path) -> tuple[Path, dict[str, Any], dict[str, np.ndarray]]:
+    """The newest checkpoint's parameters, whatever network they are of; the folder may be a running run's.
+
+    Args:
+        folder: of `Checkpoints`.
+
+    Returns:
+        the checkpoint's folder, named after its step; `about` of `Checkpoints`; arrays by their path, as of
+        `flat_params`.
+
+    Raises:
+        CheckpointError: there is none, it is not one of ours, or it is damaged.
+    """
+    folder = Path(folder).resolve()
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    if not steps:
+        raise CheckpointError(f"{folder}: there is no checkpoint. Name a run that has trained until its first one.")
+    where = folder / str(max(steps))
+    try:
+        stored = json.loads((where / "about" / "metadata").read_text(encoding="utf-8"))
+        about = stored["run"]
+        metadata = ocp.StandardCheckpointer().metadata(where / "state").item_metadata["params"]
+        abstract = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), metadata)}
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
+        how = ocp.args.PyTreeRestore(item=abstract, restore_args=on_host, partial_restore=True)
+        params = ocp.PyTreeCheckpointer().restore(where / "state", args=how)["params"]
+    except Exception as error:  # Orbax raises many kinds
+        raise CheckpointError(
+            f"{where}: cannot be read as a checkpoint of a training run ({type(error).__name__}: {error}). Choose "
+            "another run, or move this folder elsewhere: the checkpoint before it is then read."
+        ) from error
+    if _crc32(params, []) != stored.get("params_crc32", _crc32(params, [])):  # older checkpoints do not have it
+        raise CheckpointError(
+            f"{where}: its parameters differ from their CRC-32. Move this folder elsewhere: the checkpoint before it "
+            "is then read."
+        )
+    return where, about, flat_params(params)
+
+
+def _crc32(state: PyTree, window: list) -> int:
     crc = zlib.crc32(json.dumps(window).encode()) if window else 0
     for leaf in jax.tree.leaves(devices.whole(state)):
         crc = zlib.crc32(np.ascontiguousarray(leaf), crc)
