@@ -224,6 +224,20 @@ def test_mean_frames_are_no_trained_parameters():
     assert count_parameters(nnx.to_pure_dict(nnx.state(centred, nnx.Param))) == count_parameters(plain)
 
 
+@pytest.mark.parametrize("head", ["c51", "mse"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_table_of_parts_counts_every_parameter_and_follows_the_image(head, normalize):
+    how = {"hidden_sizes": (8, 6), "num_atoms": 5, "normalize_features": normalize}
+    q, behaviour = (make_q_network("nature_narrow", 3, kind, **how) for kind in (head, "mse"))
+    table = networks.parameter_table(q)
+    assert table["parameters"].sum() == count_parameters(q)
+    assert list(table["output"]) == [
+        "2 x 2 x 16", "64", "8", "6", *(["6"] if normalize else []), "3 x 18" + (" x 5" if head == "c51" else ""),
+    ]  # fmt: skip
+    both = networks.parameter_table(networks.BCQNetwork(q, behaviour))
+    assert both["parameters"].sum() == count_parameters(q, behaviour) and "behaviour: encoder" in both.index
+
+
 # The spatial embedding.
 
 

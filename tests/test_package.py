@@ -10,18 +10,20 @@ import pytest
 
 # From the bottom up; a module imports only what stands before it.
 ORDER = (
-    "documents", "games", "processes", "environments", "metrics", "plots",
+    "defaults", "documents", "games", "processes", "environments", "metrics", "parameters", "plots",
     "replay.format", "replay.views", "replay.chunks", "replay.shared", "replay.store",
     "replay.writer", "replay.sampling", "replay.workers", "replay.ring",
     "replay.returns", "replay.importing", "replay.dqn_replay", "replay.export", "replay.rl_unplugged", "replay.minari",
     "replay", "replay.memory", "replay.device", "collect",
-    "networks.encoders", "networks.q_network", "networks", "losses", "objectives", "devices", "training", "evaluation",
+    "networks.encoders", "networks.q_network", "networks", "losses",
+    "methods.common", "methods.cloning", "methods.q_learning", "methods", "devices", "training", "evaluation",
     "transfer", "online",
     "benchmarks", "torch_step", "performance",
-    "parameters", "paper", "recorder", "runs", "ablations", "reward_control", "grids", "explore", "command",
+    "paper", "recorder", "runs", "ablations", "reward_control", "grids", "explore", "command",
 )  # fmt: skip
 WITHOUT_JAX = (
-    "documents", "games", "processes", "environments", "replay", "collect", "metrics", "plots", "parameters", "runs",
+    "defaults", "documents", "games", "processes", "environments", "replay", "collect", "metrics", "plots",
+    "parameters", "runs",
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from scaled_ql import devices, networks, objectives, training, transfer
+from scaled_ql import devices, methods, networks, training, transfer
 from scaled_ql.replay.store import Batch
 from scaled_ql.training import CheckpointError
 
@@ -65,7 +65,7 @@ def start(source, parts="encoder", freeze=True):
     """A new network for one game, with parts of the source: objective, optimizer, state."""
     optimizer = training.make_optimizer(0.01, frozen=source.names(parts) if freeze else ())
     graph, state = transfer.init_state(build(), optimizer, source, parts)
-    return objectives.q_learning(graph, [3], atoms=ATOMS), optimizer, state
+    return methods.q_learning(atoms=ATOMS).objective(graph, [3]), optimizer, state
 
 
 @functools.cache
@@ -150,7 +150,7 @@ def test_a_new_networks_own_mean_frames_stay(run):
     network, source = build(grey=3), transfer.load(folder)
     _, state = transfer.init_state(network, training.make_optimizer(), source, "all but the head")
     assert np.unique(state.params["mean_frames"]) == [3]
-    assert np.unique(source.params["mean_frames"]) == [100]
+    assert source.params["mean_frames"].mean() == pytest.approx(100, abs=1)
 
 
 def test_the_features_are_the_old_networks(tmp_path):

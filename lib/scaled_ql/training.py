@@ -10,6 +10,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +21,12 @@ import optax
 import orbax.checkpoint as ocp
 import pandas as pd
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from scaled_ql import devices
-from scaled_ql.networks import BCQNetwork, QNetwork
-from scaled_ql.objectives import Metrics, Objective, PyTree
-from scaled_ql.replay.store import Batch
+from scaled_ql import devices, replay
+from scaled_ql.defaults import ADAM_EPSILON, LEARNING_RATE, TARGET_UPDATE_PERIOD
+from scaled_ql.methods.common import MethodError, Metrics, Objective, PyTree, checked_objective
+from scaled_ql.replay.store import Batch, Replay
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save there
 
@@ -107,8 +108,8 @@ def _path_name(path: tuple) -> str:
 
 
 def make_optimizer(
-    learning_rate: float = 2e-4,
-    adam_epsilon: float = 3.125e-4,
+    learning_rate: float = LEARNING_RATE,
+    adam_epsilon: float = ADAM_EPSILON,
     decay_steps: int = 0,
     frozen: tuple[str, ...] = (),
 ) -> Optimizer:
@@ -167,9 +168,7 @@ def epsilon_warning(head_grad_rms: float, adam_epsilon: float) -> str:
     )
 
 
-def init_state(
-    network: QNetwork | BCQNetwork, optimizer: optax.GradientTransformation
-) -> tuple[nnx.GraphDef, TrainState]:
+def init_state(network: nnx.Module, optimizer: optax.GradientTransformation) -> tuple[nnx.GraphDef, TrainState]:
     """Split a network once into a static graph definition and the state of a fresh run."""
     graph, variables = nnx.split(network, nnx.Param)
     params = jax.tree.map(jnp.copy, nnx.to_pure_dict(variables))  # steps donate them; the network keeps its own
@@ -185,13 +184,14 @@ def apply(graph: nnx.GraphDef, params: PyTree, observation: jax.Array, game: jax
 def make_update(
     objective: Objective,
     optimizer: optax.GradientTransformation,
-    target_update_period: int = 2_000,
+    target_update_period: int = TARGET_UPDATE_PERIOD,
     accumulate: int = 1,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
     """One step as a pure function: the objective's gradient, Adam, and now and then a copy to the target network.
 
     Args:
-        objective: from `objectives`.
+        objective: (params, target_params, batch, key) -> (loss, metrics), of a method or one's own; what metrics must
+            hold says `methods.common.checked_objective`.
         optimizer: the one that made the state.
         target_update_period: steps between copies of the online to the target network.
         accumulate: parts of the batch whose gradients are taken one after another and averaged: the memory of one part,
@@ -201,7 +201,11 @@ def make_update(
         (state, batch, key of the run) -> (state, metrics): the objective's, `grad_norm`, and of a `QNetwork` or a
         `BCQNetwork`'s Q-network `head_grad_rms`, the root of the mean square of the head kernel's gradient, those
         outputs included that no game of the batch has. What the optimizer has `frozen` has no gradient.
+
+    Raises:
+        MethodError: when it is traced, the objective gives something else.
     """
+    objective = checked_objective(objective)
     frozen = getattr(optimizer, "frozen", ())  # Optax's own optimizers train everything
 
     def loss(trained: PyTree, params: PyTree, target_params: PyTree, batch: Batch, key: jax.Array) -> tuple:
@@ -253,7 +257,7 @@ def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     *,
-    target_update_period: int = 2_000,
+    target_update_period: int = TARGET_UPDATE_PERIOD,
     seed: int = 0,
     accumulate: int = 1,
     shardings: PyTree = None,
@@ -391,9 +395,11 @@ def train(
             return
         (step, metrics, transitions), unchecked = unchecked, None
         values = jax.device_get(metrics)
+        (counts,) = (value for name, value in values.items() if name.endswith("_count"))
+        if len(counts) != len(games):
+            raise MethodError(f"an objective's sums per game have {len(games)} numbers, this one's {len(counts)}.")
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             intact = False
-            (counts,) = (value for name, value in values.items() if name.endswith("_count"))
             names = ", ".join(game for game, count in zip(games, counts) if count)
             raise Diverged(
                 f"the loss is {values['loss']} at step {step} ({_scalars(values)}). "
@@ -501,6 +507,102 @@ def resume(
             log.append(row)
             yield state, log
     checkpoints.close()
+
+
+# Parameters that a checkpoint repeats: what the network is, what it was trained to do, and how its outputs are read.
+ABOUT = (
+    "method", "encoder", "head", "rewards", "hidden_sizes", "embedding", "normalize_features", "group_size",
+    "subtract_mean_frames", "narrow_start", "num_atoms", "v_min", "v_max", "dtype", "seed",
+)  # fmt: skip
+
+
+def start_devices(p: Any) -> Mesh:
+    """Join the other processes, if any, and make the mesh that a notebook's parameters ask for.
+
+    Raises:
+        DeviceError: there are no such devices, or the batch cannot be split over them.
+    """
+    devices.join_cluster(p.distributed)
+    mesh = devices.make_mesh(p.num_devices)
+    devices.check_batch(p.games_per_batch * p.transitions_per_game, mesh, p.accumulate)
+    cache_compiled_programs()
+    return mesh
+
+
+class Trainer:
+    """What a training loop needs beside network and objective: batches, devices, checkpoints and a log.
+
+    Attributes:
+        share: (number of this process, processes).
+    """
+
+    def __init__(self, p: Any, data: Replay, mesh: Mesh, folder: Path, own: Path):
+        """Nothing is read or written yet.
+
+        Args:
+            p: parameters as those of `04_scaled_training`.
+            data: an open store.
+            mesh: from `start_devices`.
+            folder: of the run, for checkpoints that all its processes share.
+            own: of this process, for its log.
+        """
+        self.p, self.data, self.mesh, self.folder, self.own = p, data, mesh, folder, own
+        self.share = (jax.process_index(), jax.process_count())
+        self._sampling = {name: getattr(p, name) for name in ("games_per_batch", "transitions_per_game", "n_step")}
+
+    def batch(self, kind: str = "transitions", step: int = 0) -> Batch:
+        """A step's whole batch; `kind` as of `Method.batches`."""
+        batch = replay.sample_batch(self.data, self.p.seed, step, discount=self.p.discount, **self._sampling)
+        return next(self._labelled(iter([batch]), step, np.s_[:])) if kind == "returns" else batch
+
+    def batches(self, kind: str, first: int) -> Iterator[Batch]:
+        """This process's shares of the batches of steps `first` to the last."""
+        how = {"processes": self.p.sampling_processes, "discount": self.p.discount, "shard": self.share}
+        batches = replay.sample_batches(self.data, self.p.seed, first, self.p.num_steps, **how, **self._sampling)
+        mine = replay.share_of(self.p.games_per_batch * self.p.transitions_per_game, self.share)
+        return self._labelled(batches, first, mine) if kind == "returns" else batches
+
+    def _labelled(self, batches: Iterator[Batch], first: int, mine: slice) -> Iterator[Batch]:
+        """Batches whose rewards are returns to go."""
+        returns = [replay.returns_to_go(self.data, game, self.p.discount) for game in self.data.games]
+        for step, batch in enumerate(batches, first):
+            index = replay.sample_indices(self.data, self.p.seed, step, **self._sampling)[1][mine]
+            yield replay.label_with_returns(batch, index, returns)
+
+    def check_memory(self, objective: Objective, optimizer: Optimizer, state: TrainState) -> dict[str, int]:
+        """`memory_needed`, if a device has it.
+
+        Raises:
+            OutOfMemory: it has not; see `check_memory`.
+        """
+        split = (self.p.accumulate, self.mesh.size, self.p.shard_parameters)
+        needed = memory_needed(objective, state, self.batch(), *split, frozen=optimizer.frozen)
+        check_memory(needed, self.mesh.local_devices[0])
+        return needed
+
+    def steps(
+        self, objective: Objective, optimizer: Optimizer, state: TrainState, kind: str = "transitions", part: str = ""
+    ) -> Iterator[tuple[TrainState, "MetricsLog"]]:
+        """Train, or resume, to the last step; yields and raises as `resume`, closed as there.
+
+        Args:
+            objective: what a step minimises.
+            optimizer: the one that made `state`.
+            state: of a network that has not been trained.
+            kind: as of `Method.batches`.
+            part: folder below the run's, of a network that is trained before the one that plays.
+        """
+        p = self.p
+        shardings = devices.state_shardings(state, self.mesh, split=p.shard_parameters)
+        options = {"target_update_period": p.target_update_period, "accumulate": p.accumulate, "seed": p.seed}
+        train_step = make_train_step(objective, optimizer, shardings=shardings, **options)
+        about = {name: getattr(p, name) for name in ABOUT}
+        about |= {"games": self.data.games, "dataset": self.data.identity()}
+        checkpoints = Checkpoints(self.folder / part / "checkpoints", about, p.keep_checkpoint_every)
+        kept = {"checkpoints": checkpoints, "log_file": self.own / part / "metrics.jsonl"}
+        periods = {"log_every": p.log_every, "checkpoint_every": p.checkpoint_every}
+        batches = partial(self.batches, kind)
+        return resume(state, train_step, batches, self.data.games, shardings=shardings, **kept, **periods)
 
 
 @contextlib.contextmanager

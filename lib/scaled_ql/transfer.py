@@ -76,7 +76,7 @@ def load(run: str | Path) -> Source:
     """Read the network of a run's newest checkpoint; of ``bcq`` the Q-network.
 
     Args:
-        run: the folder of a run of `02_scaled_training`, or of its checkpoints.
+        run: the folder of a run of `04_scaled_training`, or of its checkpoints.
 
     Raises:
         CheckpointError: there is no checkpoint, it is damaged, or it is not of a network that can be read here.
@@ -88,7 +88,7 @@ def load(run: str | Path) -> Source:
     if missing:
         raise CheckpointError(
             f"{where}: does not say how its network was built ({', '.join(missing)} missing). Choose a run of "
-            "02_scaled_training."
+            "04_scaled_training."
         )
     if any(path.startswith("q/") for path in params):
         params = {path.removeprefix("q/"): leaf for path, leaf in params.items() if path.startswith("q/")}

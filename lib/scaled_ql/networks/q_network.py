@@ -3,18 +3,17 @@
 import functools
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 from flax import nnx
 
+from scaled_ql.defaults import GROUP_SIZE, HIDDEN_SIZES, NUM_ATOMS, Embedding, Head
 from scaled_ql.games import NUM_ACTIONS
 from scaled_ql.networks.encoders import Dtype, make_encoder
-
-Embedding = Literal["pointwise", "sum", "none"]
-Head = Literal["c51", "hl_gauss", "two_hot", "mse"]
 
 
 class SpatialEmbedding(nnx.Module):
@@ -82,7 +81,7 @@ class QNetwork(nnx.Module):
         dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        self.num_outputs, self.normalize, self.dtype = num_outputs, normalize, dtype
+        self.num_outputs, self.normalize, self.dtype, self.channels = num_outputs, normalize, dtype, stack_size
         # A constant, kept among the parameters so that a checkpoint holds it; without a gradient Adam leaves it alone.
         self.mean_frames = None if mean_frames is None else nnx.Param(mean_frames)
         how = {"group_size": group_size, "remat": remat, "dtype": dtype}
@@ -164,11 +163,11 @@ def make_q_network(
     head: Head = "c51",
     seed: int = 0,
     *,
-    num_atoms: int = 51,
-    hidden_sizes: tuple[int, ...] = (2048, 1024, 1024, 1024),
+    num_atoms: int = NUM_ATOMS,
+    hidden_sizes: tuple[int, ...] = HIDDEN_SIZES,
     embedding: Embedding = "pointwise",
     normalize_features: bool = True,
-    group_size: int = 4,
+    group_size: int = GROUP_SIZE,
     stack_size: int = 4,
     mean_frames: np.ndarray | None = None,
     head_bias: np.ndarray | None = None,
@@ -182,9 +181,7 @@ def make_q_network(
     and heads from a truncated normal of variance 1 / fan in; biases at 0.
 
     Args:
-        encoder: a key of `networks.ENCODERS`: ``resnet34``, ``resnet50``, ``resnet101``, ``resnet152``,
-            ``resnet_narrow``, ``impala_x1``, ``impala_x4``, ``impala_x8``, ``impala_x16``, ``nature`` or
-            ``nature_narrow``.
+        encoder: a key of `networks.ENCODERS`.
         num_games: heads.
         head: ``c51``, ``hl_gauss``, ``two_hot``: logits [B, 18, num_atoms]; ``mse``: values [B, 18].
         seed: of the initial parameters.
@@ -229,6 +226,34 @@ def make_q_network(
     draw = nnx.jit(lambda key, **arrays: create(**arrays, rngs=nnx.Rngs(key)))
     arrays = {"mean_frames": mean_frames, "head_bias": head_bias}
     return draw(jax.random.key(seed), **jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays))
+
+
+def parameter_table(network: nnx.Module) -> pd.DataFrame:
+    """The parts of a `QNetwork`, or of a `BCQNetwork`'s two, in the order in which an image passes them.
+
+    Returns:
+        index part; columns output (shape of what an observation becomes), parameters (trained ones).
+    """
+    if isinstance(network, BCQNetwork):
+        both = {name: parameter_table(getattr(network, name)) for name in ("q", "behaviour")}
+        return pd.concat([table.rename(lambda part, name=name: f"{name}: {part}") for name, table in both.items()])
+    channels, games, width = network.channels, network.head_kernel.shape[1], network.head_kernel.shape[2]
+    image = jax.eval_shape(network.encoder, jax.ShapeDtypeStruct((1, 84, 84, channels), network.dtype)).shape[1:]
+    norm = [network.layer_norm] if network.layer_norm else []
+    rows = {
+        "encoder": (image, [network.encoder]),
+        "spatial embedding": ((network.embedding.features,), [network.embedding]),
+    }
+    for number, layer in enumerate(network.hidden):
+        name = f"dense {number + 1}, layer norm, ReLU" if norm and not number else f"dense {number + 1}, ReLU"
+        rows[name] = ((layer.out_features,), [layer, *norm] if not number else [layer])
+    rows["feature normalisation"] = ((network.hidden[-1].out_features,), [])
+    if not network.normalize:
+        del rows["feature normalisation"]
+    shape = (games, NUM_ACTIONS, network.num_outputs) if network.num_outputs > 1 else (games, width)
+    rows["a linear head per game"] = (shape, [network.head_kernel, network.head_bias])
+    sizes = {name: (" x ".join(map(str, shape)), count_parameters(*parts)) for name, (shape, parts) in rows.items()}
+    return pd.DataFrame.from_dict(sizes, orient="index", columns=["output", "parameters"]).rename_axis("part")
 
 
 def count_parameters(*modules: Any) -> int:
