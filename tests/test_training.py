@@ -172,7 +172,7 @@ def test_the_heads_gradient_is_measured_by_its_root_mean_square(where, accumulat
 
     def objective(params, target_params, batch, key):
         loss = sum((a * b).sum() for a, b in zip(*map(jax.tree.leaves, (params, slopes))))
-        return loss, {"loss": loss}
+        return loss, {"loss": loss, "of_sum": jnp.zeros(3), "of_count": jnp.zeros(3)}
 
     optimizer = training.make_optimizer()
     params = jax.tree.map(jnp.zeros_like, slopes)

@@ -13,27 +13,11 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from scaled_ql import documents
-from scaled_ql.defaults import (
-    ADAM_EPSILON,
-    ENCODERS,
-    GROUP_SIZE,
-    HIDDEN_SIZES,
-    KAPPA,
-    LEARNING_RATE,
-    METHODS,
-    NUM_ATOMS,
-    TARGET_UPDATE_PERIOD,
-    TAU,
-    V_MAX,
-    V_MIN,
-    Embedding,
-    Head,
-    Rewards,
-)
+from scaled_ql import defaults, documents
+from scaled_ql.defaults import Embedding, Head, Rewards
 from scaled_ql.environments import MAX_STEPS
 
-Encoder = Literal[tuple(ENCODERS)]
+Encoder = Literal[tuple(defaults.ENCODERS)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -93,16 +77,16 @@ class DataCollection(Parameters):
     hidden_sizes: Annotated[list[Count], Field(min_length=1)] = [512]
     dtype: Literal["float32", "bfloat16"] = "float32"
     v_max: Annotated[float, Field(gt=0)] = 10.0
-    num_atoms: Annotated[int, Field(ge=2)] = NUM_ATOMS
+    num_atoms: Annotated[int, Field(ge=2)] = defaults.NUM_ATOMS
     narrow_start: bool = False
     n_step: Count = 1
     discount: Share = 0.99
     double_q: bool = False
     learning_rate: Annotated[float, Field(gt=0)] = 2.5e-4
-    adam_epsilon: Annotated[float, Field(gt=0)] = ADAM_EPSILON
+    adam_epsilon: Annotated[float, Field(gt=0)] = defaults.ADAM_EPSILON
     batch_size: Count = 32
     update_period: Count = 4
-    target_update_period: Count = TARGET_UPDATE_PERIOD
+    target_update_period: Count = defaults.TARGET_UPDATE_PERIOD
     min_history: Count = 20_000
     epsilon_decay: Count = 250_000
     capacity: Count = 1_000_000
@@ -161,34 +145,34 @@ class ScaledTraining(Parameters):
     remat: bool = False
     seed: Seed = 0
 
-    method: Literal[tuple(METHODS)] = "cql"
+    method: Literal[tuple(defaults.METHODS)] = "cql"
     encoder: Encoder = "resnet101"
     head: Head = "c51"
-    hidden_sizes: Annotated[list[Count], Field(min_length=1)] = list(HIDDEN_SIZES)
+    hidden_sizes: Annotated[list[Count], Field(min_length=1)] = list(defaults.HIDDEN_SIZES)
     embedding: Embedding = "pointwise"
     normalize_features: bool = True
-    group_size: Count = GROUP_SIZE
+    group_size: Count = defaults.GROUP_SIZE
     subtract_mean_frames: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
 
-    v_min: float = V_MIN
-    v_max: float = V_MAX
-    num_atoms: Annotated[int, Field(ge=2)] = NUM_ATOMS
+    v_min: float = defaults.V_MIN
+    v_max: float = defaults.V_MAX
+    num_atoms: Annotated[int, Field(ge=2)] = defaults.NUM_ATOMS
     narrow_start: bool = False
     rewards: Rewards = "real"
     n_step: Count = 3
     discount: Share = 0.99
     alpha: Annotated[Any, pydantic.PlainValidator(_alpha)] = "paper"
     double_q: bool = False
-    tau: Share = TAU
-    kappa: Annotated[float, Field(ge=0)] = KAPPA
+    tau: Share = defaults.TAU
+    kappa: Annotated[float, Field(ge=0)] = defaults.KAPPA
     scale_rewards: Literal["auto", "yes", "no"] = "auto"
     dr3: Annotated[float, Field(ge=0)] = 0.0
     random_shift: Annotated[int, Field(ge=0, le=42)] = 0
-    learning_rate: Annotated[float, Field(gt=0)] = LEARNING_RATE
+    learning_rate: Annotated[float, Field(gt=0)] = defaults.LEARNING_RATE
     decay_learning_rate: bool = False
-    adam_epsilon: Annotated[float, Field(gt=0)] = ADAM_EPSILON
-    target_update_period: Count = TARGET_UPDATE_PERIOD
+    adam_epsilon: Annotated[float, Field(gt=0)] = defaults.ADAM_EPSILON
+    target_update_period: Count = defaults.TARGET_UPDATE_PERIOD
     games_per_batch: Count = 128
     transitions_per_game: Count = 4
 
@@ -215,7 +199,8 @@ class ScaledTraining(Parameters):
         idle = [
             name
             for name in CHECKED
-            if name not in METHODS[self.method][1] and getattr(self, name) != type(self).model_fields[name].default
+            if name not in defaults.METHODS[self.method][1]
+            and getattr(self, name) != type(self).model_fields[name].default
         ]
         if idle:
             raise ValueError(f"{', '.join(idle)}: without effect in method {self.method!r}; leave out")
@@ -264,7 +249,7 @@ class Performance(Parameters):
     ]  # fmt: skip
     dtypes: Annotated[list[Literal["float32", "bfloat16"]], Field(min_length=1)] = ["float32", "bfloat16"]
     batch_sizes: Annotated[list[Count], Field(min_length=1)] = [128, 512]
-    hidden_sizes: Annotated[list[Count], Field(min_length=1)] = list(HIDDEN_SIZES)
+    hidden_sizes: Annotated[list[Count], Field(min_length=1)] = list(defaults.HIDDEN_SIZES)
     heads_encoder: Encoder = "resnet34"
     heads_batch: Count = 512
     num_games: Annotated[list[Annotated[int, Field(ge=1, le=40)]], Field(min_length=1)] = [1, 10, 40]

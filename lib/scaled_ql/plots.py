@@ -222,18 +222,16 @@ def learning_curves(metrics: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
     return figure
 
 
-def transitions(batch: Any, games: list[str], action_names: Mapping[str, Sequence[str]], number: int = 6) -> Figure:
-    """Transitions of a batch: the last frame of the stack above, that of the stack n steps later below.
+def transitions(batch: Any, games: list[str], action_names: Mapping[str, Sequence[str]]) -> Figure:
+    """Each transition of a small batch: the last frame of the stack above, that of the stack n steps later below.
 
     Args:
         batch: a `replay.Batch`.
         games: names by number.
         action_names: of each game.
-        number: transitions at most, spread over the batch.
     """
-    rows = np.linspace(0, len(batch.game) - 1, min(number, len(batch.game))).astype(int)
-    figure, axes = plt.subplots(2, len(rows), figsize=(2.1 * len(rows), 5), squeeze=False)
-    for (above, below), row in zip(axes.T, rows):
+    figure, axes = plt.subplots(2, len(batch.game), figsize=(2.1 * len(batch.game), 5), squeeze=False)
+    for row, (above, below) in enumerate(axes.T):
         game, discount = games[batch.game[row]], float(batch.discount[row])
         above.imshow(batch.observation[row, :, :, -1], cmap="gray", vmin=0, vmax=255)
         above.set_title(f"{game}\n{action_names[game][batch.action[row]]}", fontsize="small")

@@ -9,18 +9,8 @@ from flax import nnx
 
 from scaled_ql import losses
 from scaled_ql.defaults import KAPPA
-from scaled_ql.methods.common import (
-    Method,
-    Metrics,
-    Objective,
-    PyTree,
-    action_masks,
-    build_network,
-    by_game,
-    masked_preferences,
-    outputs,
-    shifts,
-)
+from scaled_ql.methods import common
+from scaled_ql.methods.common import Method, Metrics, Objective, PyTree
 from scaled_ql.replay.store import Batch
 
 METRICS = {"nll": "negative log-likelihood, nats", "accuracy": "data's action is the likeliest"}
@@ -42,10 +32,10 @@ def bc(*, random_shift: int = 0) -> Method:
 
     return Method(
         minimises=r"$-\log \pi(a_\mathrm{data} \mid s)$",
-        build=partial(build_network, head="mse"),
+        build=partial(common.build_network, head="mse"),
         objective=partial(_objective, of_batch, random_shift),
         preferences=partial(
-            masked_preferences, lambda network, observation, game, mask: (network(observation, game), mask)
+            common.masked_preferences, lambda network, observation, game, mask: (network(observation, game), mask)
         ),
         metrics=METRICS,
         values="log π(a|s) + c",
@@ -77,9 +67,9 @@ def return_bc(*, atoms: jax.Array | None = None, kappa: float = KAPPA, random_sh
 
     return Method(
         minimises=r"$-\log p(a_\mathrm{data}, R \mid s)$, $R$ the discounted return from $s$ on",
-        build=partial(build_network, head="c51"),
+        build=partial(common.build_network, head="c51"),
         objective=partial(_objective, of_batch, random_shift),
-        preferences=partial(masked_preferences, values),
+        preferences=partial(common.masked_preferences, values),
         metrics=METRICS,
         batches="returns",
         values="log π(a|s, expert) + c",
@@ -95,15 +85,15 @@ def _objective(
 ) -> Objective:
     """Objective of a clone, from (outputs, batch, mask) -> (negative log-likelihoods [B], actions' logits [B, 18])."""
     del reward_scale
-    masks = action_masks(num_actions)
+    masks = common.action_masks(num_actions)
 
     def minimise(params: PyTree, target_params: PyTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         del target_params
         network, mask = nnx.merge(graph, nnx.State(params)), masks[batch.game]
-        augment, _ = shifts(key, len(batch.game), random_shift)
-        nll, logits = of_batch(outputs(network, batch.observation, batch.game, augment)[0], batch, mask)
+        augment, _ = common.shifts(key, len(batch.game), random_shift)
+        nll, logits = of_batch(common.outputs(network, batch.observation, batch.game, augment)[0], batch, mask)
         likeliest = jax.vmap(losses.greedy_action)(logits, mask)
         metrics = {"loss": nll.mean(), "nll": nll.mean(), "accuracy": (likeliest == batch.action).mean()}
-        return nll.mean(), metrics | by_game("nll", nll, batch.game, len(masks))
+        return nll.mean(), metrics | common.by_game("nll", nll, batch.game, len(masks))
 
     return minimise

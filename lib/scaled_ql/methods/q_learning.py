@@ -12,20 +12,9 @@ from flax import nnx
 
 from scaled_ql import losses
 from scaled_ql.defaults import TAU, Head
+from scaled_ql.methods import common
 from scaled_ql.methods.cloning import bc
-from scaled_ql.methods.common import (
-    Method,
-    MethodError,
-    Metrics,
-    Objective,
-    PyTree,
-    action_masks,
-    build_network,
-    by_game,
-    masked_preferences,
-    outputs,
-    shifts,
-)
+from scaled_ql.methods.common import Method, MethodError, Metrics, Objective, PyTree
 from scaled_ql.networks import BCQNetwork
 from scaled_ql.replay.store import Batch
 
@@ -89,32 +78,43 @@ def q_learning(
     def to_q(values: jax.Array) -> jax.Array:
         return values if head == "mse" else losses.expected_q(values, atoms)
 
-    def objective(graph: nnx.GraphDef, num_actions: list[int], reward_scale: np.ndarray | None = None) -> Objective:
-        masks = action_masks(num_actions)
-        scale = jnp.ones(len(masks)) if reward_scale is None else jnp.asarray(reward_scale)
+    def forward(
+        graph: nnx.GraphDef,
+        num_actions: list[int],
+        reward_scale: np.ndarray | None,
+        trees: tuple[PyTree, PyTree],
+        batch: Batch,
+        augment: tuple = (None, None),
+    ) -> tuple:
+        """A TD loss's arguments, the representations at both of their ends, and metrics."""
+        network, target = (nnx.merge(graph, nnx.State(tree)) for tree in trees)
+        allowed, metrics = common.action_masks(num_actions)[batch.game], {}
+        scale = jnp.ones(len(num_actions)) if reward_scale is None else jnp.asarray(reward_scale)
+        reward = batch.reward / scale[batch.game]
+        now, then = (batch.observation, batch.game, augment[0]), (batch.next_observation, batch.game, augment[1])
+        if likely is not None:
+            behaviour, network, target = network.behaviour, network.q, target.q
+            logits_tn = jax.lax.stop_gradient(common.outputs(behaviour, *then)[0])
+            mask, allowed = allowed, jax.vmap(partial(losses.likely_actions, tau=likely))(logits_tn, allowed)
+            metrics["allowed_share"] = (allowed.sum(-1) / mask.sum(-1)).mean()
+        outputs_t, features_t = common.outputs(network, *now)
+        target_tn, _ = common.outputs(target, *then)
+        online_tn, features_tn = common.outputs(network, *then) if double_q or dr3 else (None, None)
+        selector_q = to_q(online_tn if double_q else target_tn)
+        transition = (outputs_t, batch.action, reward, batch.discount, target_tn, selector_q, allowed)
+        return transition, (features_t, features_tn), metrics
 
+    def objective(graph: nnx.GraphDef, num_actions: list[int], reward_scale: np.ndarray | None = None) -> Objective:
         def minimise(params: PyTree, target_params: PyTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-            network, target = (nnx.merge(graph, nnx.State(tree)) for tree in (params, target_params))
-            now, then = shifts(key, len(batch.game), random_shift)
-            mask = masks[batch.game]
-            reward = batch.reward / scale[batch.game]
-            allowed, extra, metrics = mask, 0.0, {}
-            if likely is not None:
-                behaviour, network, target = network.behaviour, network.q, target.q
-                logits_tn = jax.lax.stop_gradient(outputs(behaviour, batch.next_observation, batch.game, then)[0])
-                allowed = jax.vmap(partial(losses.likely_actions, tau=likely))(logits_tn, mask)
-                metrics["allowed_share"] = (allowed.sum(-1) / mask.sum(-1)).mean()
-            outputs_t, features_t = outputs(network, batch.observation, batch.game, now)
-            target_tn, _ = outputs(target, batch.next_observation, batch.game, then)
-            q, selector_q = to_q(outputs_t), to_q(target_tn)
-            if double_q or dr3:
-                online_tn, features_tn = outputs(network, batch.next_observation, batch.game, then)
-            if double_q:
-                selector_q = to_q(online_tn)
+            augment = common.shifts(key, len(batch.game), random_shift)
+            about = (graph, num_actions, reward_scale, (params, target_params), batch, augment)
+            transition, features, metrics = forward(*about)
+            outputs_t, mask = transition[0], common.action_masks(num_actions)[batch.game]
+            q, extra = to_q(outputs_t), 0.0
             if dr3:
-                metrics["dr3_penalty"] = jax.vmap(losses.dr3_penalty)(features_t, features_tn).mean()
+                metrics["dr3_penalty"] = jax.vmap(losses.dr3_penalty)(*features).mean()
                 extra += dr3 * metrics["dr3_penalty"]
-            td = jax.vmap(loss)(outputs_t, batch.action, reward, batch.discount, target_tn, selector_q, allowed)
+            td = jax.vmap(loss)(*transition)
             _check_scalars(td, len(batch.game))
             cql = jax.vmap(losses.cql_loss)(q, batch.action, mask)
             total = td.mean() + alpha * cql.mean() + extra
@@ -128,35 +128,20 @@ def q_learning(
             if head != "mse":
                 taken = jnp.take_along_axis(outputs_t, batch.action[:, None, None], axis=1)[:, 0]
                 metrics["entropy"] = jax.vmap(losses.entropy)(taken).mean()
-            return total, metrics | by_game("td_loss", td, batch.game, len(masks))
+            return total, metrics | common.by_game("td_loss", td, batch.game, len(num_actions))
 
         return minimise
 
     def distributions(graph: nnx.GraphDef, num_actions: list[int], reward_scale: np.ndarray | None = None) -> Callable:
-        masks = action_masks(num_actions)
-        scale = jnp.ones(len(masks)) if reward_scale is None else jnp.asarray(reward_scale)
-
         def of_one(*transition: jax.Array) -> tuple[jax.Array, jax.Array]:
             # A cross-entropy's gradient is softmax(logits) - target, whatever the target is made of.
-            gradient = jax.grad(loss)(*transition)[transition[1]]
-            predicted = jax.nn.softmax(transition[0][transition[1]])
-            return predicted, predicted - gradient
+            logits, action = transition[:2]
+            predicted = jax.nn.softmax(logits[action])
+            return predicted, predicted - jax.grad(loss)(*transition)[action]
 
         @jax.jit
         def compare(params: PyTree, target_params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
-            network, target = (nnx.merge(graph, nnx.State(tree)) for tree in (params, target_params))
-            allowed = masks[batch.game]
-            if likely is not None:
-                logits_tn = outputs(network.behaviour, batch.next_observation, batch.game)[0]
-                allowed = jax.vmap(partial(losses.likely_actions, tau=likely))(logits_tn, allowed)
-                network, target = network.q, target.q
-            outputs_t, target_tn = (
-                outputs(network, batch.observation, batch.game)[0],
-                outputs(target, batch.next_observation, batch.game)[0],
-            )
-            chooser = outputs(network, batch.next_observation, batch.game)[0] if double_q else target_tn
-            reward = batch.reward / scale[batch.game]
-            return jax.vmap(of_one)(outputs_t, batch.action, reward, batch.discount, target_tn, to_q(chooser), allowed)
+            return jax.vmap(of_one)(*forward(graph, num_actions, reward_scale, (params, target_params), batch)[0])
 
         return compare
 
@@ -171,9 +156,9 @@ def q_learning(
     name = getattr(td_loss, "__name__", "td_loss") if td_loss else head
     return Method(
         minimises=_in_words(name, alpha, dr3),
-        build=partial(build_network, head=head),
+        build=partial(common.build_network, head=head),
         objective=objective,
-        preferences=partial(masked_preferences, values),
+        preferences=partial(common.masked_preferences, values),
         metrics=METRICS,
         scales_rewards=scale_rewards == "yes" or (scale_rewards == "auto" and head == "mse"),
         distributions=None if head == "mse" else distributions,
