@@ -14,7 +14,7 @@ import numpy as np
 
 from scaled_ql import devices, methods, networks, training
 from scaled_ql.replay import share_of
-from scaled_ql.replay.store import Batch
+from scaled_ql.replay.batch import Batch
 
 SIZE, NUM_ACTIONS = 16, [4, 3, 6]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scaled_ql.collect import SCRIPTED_PLAYERS, epsilon_at, play_episode, record, record_game
+from scaled_ql.collect import SCRIPTED_PLAYERS, epsilon_at, mirrored, play_episode, record, record_game
 from scaled_ql.environments import make_environment, rules
 from scaled_ql.games import RULES, UnknownGame, action_names, rom_md5
 from scaled_ql.replay import ReplayError, open_replay
@@ -128,7 +128,7 @@ def test_epsilon_falls_linearly_from_one_over_the_first_half():
     assert [epsilon_at(t, 100, 0.2) for t in (0, 25, 50, 150)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
 
 
-@pytest.mark.parametrize("game, margin", [("Breakout", 3), ("Freeway", 2), ("Pong", 2)])
+@pytest.mark.parametrize("game, margin", [("Boxing", 5), ("Breakout", 3), ("Freeway", 2), ("Pong", 2), ("Qbert", 100)])
 def test_scripted_player_beats_a_random_one(game, margin):
     environment, actions = make_environment(game, max_steps=300), action_names(game)
 
@@ -138,6 +138,14 @@ def test_scripted_player_beats_a_random_one(game, margin):
     seeds = range(2)
     scripted, random = (np.mean([score(p, s) for s in seeds]) for p in (SCRIPTED_PLAYERS[game], None))
     assert scripted >= random + margin
+
+
+@pytest.mark.parametrize("game", ["Boxing", "Breakout", "Qbert"])
+def test_the_mirror_image_of_an_action_is_the_opposite_and_one_of_the_game(game):
+    names = action_names(game)
+    assert all(mirrored(mirrored(name)) == name and mirrored(name) in names for name in names)
+    pairs = {"UPRIGHTFIRE": "DOWNLEFTFIRE", "LEFT": "RIGHT", "FIRE": "FIRE", "NOOP": "NOOP"}
+    assert {name: mirrored(name) for name in pairs} == pairs
 
 
 def test_the_scripted_pong_player_wins():

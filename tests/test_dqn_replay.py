@@ -19,14 +19,13 @@ from scaled_ql.games import FULL_ACTIONS, action_names
 from scaled_ql.replay import (
     ReplayError,
     ReplayWriter,
-    dqn_replay,
     export_dqn_replay,
     import_dqn_replay,
-    importing,
     open_replay,
 )
 from scaled_ql.replay import format as fmt
-from scaled_ql.replay import store as reading
+from scaled_ql.replay import recording as reading
+from scaled_ql.replay.formats import dqn_replay, importing
 
 SAMPLE = Path(__file__).parent / "data" / "dqn_replay"  # written by Dopamine's own buffer, C = 2,000
 EARLY = Path(__file__).parent / "data" / "dqn_replay_early"  # the same steps, C = 4,000, after 300, 600 and 900 of them

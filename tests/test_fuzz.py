@@ -24,19 +24,18 @@ import yaml
 from dopamine_log import DopamineLog
 from test_rl_unplugged import three_files, write_run
 
-from scaled_ql import documents, parameters, runs, training
+from scaled_ql import batches, documents, parameters, training
 from scaled_ql.games import action_names
 from scaled_ql.parameters import ParameterError
 from scaled_ql.replay import (
     ReplayError,
     ReplayWriter,
-    dqn_replay,
     import_dqn_replay,
     import_rl_unplugged,
-    importing,
     open_replay,
 )
 from scaled_ql.replay import format as fmt
+from scaled_ql.replay.formats import dqn_replay, importing
 from scaled_ql.replay.views import load_view
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.timeout(3_600)]
@@ -338,7 +337,7 @@ def test_batches(tmp_path: Path) -> None:
     for number, file in enumerate(files):
 
         def read(file: Path = file) -> None:
-            steps, values = runs.load_batch(file, {}), parameters.load(file)
+            steps, values = batches.load_batch(file, {}), parameters.load(file)
             check_says(file, values)
             assert [step.notebook for step in steps] == [step["notebook"] for step in values["steps"]]
             assert [step.retries for step in steps] == [step.get("retries", 2) for step in values["steps"]]

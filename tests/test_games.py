@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaled_ql import games, metrics
-from scaled_ql.replay import dqn_replay, rl_unplugged
+from scaled_ql.replay.formats import dqn_replay, rl_unplugged
 
 ALL_GAMES = games.TRAINING_GAMES + games.HELD_OUT_GAMES
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from scaled_ql import collect, grids, parameters, runs
+from scaled_ql import batches, collect, grids, parameters, runs
 from scaled_ql.parameters import ParameterError
 from scaled_ql.replay import open_replay
 
@@ -28,21 +28,21 @@ def cell(outputs: Path, run: str, **values: object) -> tuple[str, parameters.Par
 def test_a_grid_is_all_combinations_of_each_mapping_once(tmp_path: Path) -> None:
     base = parameters.check("04_scaled_training", {"run": "base", "alpha": 1.0})
     grid = [{"head": ["c51", "mse"], "seed": [0, 1]}, {"seed": [0, 1, 2]}, {"alpha": [0.0, 1.0]}]
-    cells = runs.expand(base, grid, "04_scaled_training", "batch.yaml")
+    cells = batches.expand(base, grid, "04_scaled_training", "batch.yaml")
     names = ["base", "base.seed-1", "base.head-mse", "base.seed-1.head-mse", "base.seed-2", "base.alpha-0.0"]
     assert [values.run for values in cells] == names
     assert [(values.head, values.seed, values.alpha) for values in cells] == [
         ("c51", 0, 1.0), ("c51", 1, 1.0), ("mse", 0, 1.0), ("mse", 1, 1.0), ("c51", 2, 1.0), ("c51", 0, 0.0)
     ]  # fmt: skip
-    assert runs.expand(base, [], "04_scaled_training", "batch.yaml") == [base]
+    assert batches.expand(base, [], "04_scaled_training", "batch.yaml") == [base]
     with pytest.raises(ParameterError, match=r"(?s)batch\.yaml with .*'heda'.*did you mean head"):
-        runs.expand(base, [{"heda": ["mse"]}], "04_scaled_training", "batch.yaml")
+        batches.expand(base, [{"heda": ["mse"]}], "04_scaled_training", "batch.yaml")
 
 
 def test_names_tell_apart_what_differs() -> None:
     base = parameters.check("04_scaled_training", {})
     changes = [{"learning_rate": 1e30}, {"learning_rate": 1e-30}, {"hidden_sizes": [5, 12]}, {"view": "a/b"}]
-    names = [runs.cell_name(base, change) for change in changes]
+    names = [batches.cell_name(base, change) for change in changes]
     assert len(set(names)) == 4
     for name in names:
         parameters.check("04_scaled_training", {"run": name})
@@ -105,7 +105,7 @@ def test_the_table_shows_where_runs_are(tmp_path: Path) -> None:
         (("ended", "finished", cells[2]), ("broken", "failed", cells[3]))
     }  # fmt: skip
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(grids.Progress(cells, {}).table({"running": 2}, outcomes))
+    console.print(grids.GridTable(cells, {}).table({"running": 2}, outcomes))
     text = console.export_text()
     assert "1 of 4 finished, 1 waiting" in text
     (row,) = [line for line in text.splitlines() if "running" in line and "500" in line]
@@ -126,7 +126,7 @@ def test_a_batch_with_a_grid(tmp_path: Path) -> None:
     file = tmp_path / "batch.yaml"
     step = {"notebook": "04_scaled_training", "parameters": "tiny.yaml", "grid": [{"seed": [0, 1, 2]}], "retries": 4}
     file.write_text(yaml.safe_dump({"steps": [step]}))
-    (loaded,) = runs.load_batch(file, {"outputs": str(tmp_path)})
+    (loaded,) = batches.load_batch(file, {"outputs": str(tmp_path)})
     assert [values.run for values in loaded.cells] == ["tiny", "tiny.seed-1", "tiny.seed-2"]
     assert all(values.outputs == str(tmp_path) for values in loaded.cells)
     assert loaded.retries == 4

@@ -13,7 +13,7 @@ from flax import nnx
 from scaled_ql import losses, methods, training
 from scaled_ql.games import NUM_ACTIONS
 from scaled_ql.networks.q_network import normalize_features
-from scaled_ql.replay.store import Batch
+from scaled_ql.replay.batch import Batch
 
 # A corridor: action 1 leads to the right, where a reward of 1 ends the episode; action 0 to the left.
 

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from scaled_ql import losses, methods, training
 from scaled_ql.games import NUM_ACTIONS
-from scaled_ql.replay.store import Batch
+from scaled_ql.replay.batch import Batch
 
 ATOMS = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
 PRECISIONS = pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-4), ("float64", 1e-10)])

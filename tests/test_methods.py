@@ -35,7 +35,7 @@ from scaled_ql import losses, methods, parameters, training
 from scaled_ql.games import NUM_ACTIONS
 from scaled_ql.methods import common
 from scaled_ql.networks import BCQNetwork, make_q_network, q_network
-from scaled_ql.replay.store import Batch
+from scaled_ql.replay.batch import Batch
 
 ATOMS = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
 

@@ -17,7 +17,7 @@ from test_rl_unplugged import check_episodes, contents, mtimes
 from scaled_ql.environments import differing_rules, rules
 from scaled_ql.games import action_names
 from scaled_ql.replay import ReplayError, open_replay
-from scaled_ql.replay.minari import import_minari
+from scaled_ql.replay.formats.minari import import_minari
 
 minari = pytest.importorskip("minari")
 h5py = pytest.importorskip("h5py")

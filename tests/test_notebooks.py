@@ -111,7 +111,7 @@ def test_finished_runs_are_recognised(outputs: Path, tmp_path: Path) -> None:
     began = time.monotonic()
     done = run(str(batch), outputs)
     assert done.returncode == 0
-    assert done.stdout.count("finished before") == 4
+    assert done.stdout.count("finished before") == 5
     assert time.monotonic() - began < 60
     assert before == {file: file.stat().st_mtime_ns for file in before}
 
@@ -199,7 +199,7 @@ def stop(command: list[str], folder: Path, log: Path, way: str) -> None:
     assert json.loads((folder / "status.json").read_text())["state"] != "finished"
     if way == "interrupt":
         assert process.returncode == 130
-        assert "goes on from here" in stderr
+        assert "resumes from here" in stderr
 
 
 def test_a_run_stopped_in_three_ways_resumes_bit_identically(outputs: Path) -> None:

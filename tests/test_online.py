@@ -7,9 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,15 @@ import numpy as np
 import pytest
 from catch import make_catch
 
-from scaled_ql import losses, networks, online, training
+from scaled_ql import losses, networks, training
 from scaled_ql.devices import OutOfMemory
 from scaled_ql.environments import EnvironmentDied, make_environment, make_vector_environment, rules
 from scaled_ql.games import RULES, UnknownGame, UnknownVariant
-from scaled_ql.replay import ReplayError, open_replay
-from scaled_ql.replay.ring import Ring
-from scaled_ql.replay.store import Batch
+from scaled_ql.online import agents
+from scaled_ql.online import play as playing
+from scaled_ql.online.ring import Ring, sample_rings
+from scaled_ql.replay import ReplayError, ReplayWriter, open_replay
+from scaled_ql.replay.batch import Batch
 
 NAMES = ["Freeway", "Skiing", "Breakout"]  # in ALE they have 3, 3 and 4 actions, and so has Catch under these names
 
@@ -33,7 +35,7 @@ def compiled(num_actions, shared=False, head="mse", seed=0, learning_rate=5e-4, 
     heads = len(num_actions) if shared else 1
     sizes = {"hidden_sizes": (hidden,), "normalize_features": False, "layer_norm": False}
     build = partial(networks.make_q_network, "nature_narrow", heads, head, **sizes)
-    make = online.multi_task_learner if shared else online.independent_learners
+    make = agents.multi_task_learner if shared else agents.independent_learners
     settings = {"atoms": losses.support(-v_max, v_max, 51), "target_update_period": 100}
     return make(
         build, list(num_actions), training.make_optimizer(learning_rate, 1e-5), seed=seed, head=head, **settings
@@ -57,7 +59,7 @@ def play(folder, games, learner, **changed):
         "capacity": 1_000, "batch_size": 8, "min_history": 100, "update_period": 16, "epsilon_decay": 100,
         "final_epsilon": 0.1, "report_seconds": 0.0,
     }  # fmt: skip
-    return online.play(folder / "replay", games, learner, checkpoints_in(folder), **(settings | changed))
+    return playing.play(folder / "replay", games, learner, checkpoints_in(folder), **(settings | changed))
 
 
 # Learning.
@@ -99,9 +101,9 @@ def random_batch(rng, leading, num_actions):
     )
 
 
-@pytest.mark.parametrize("over_games", [online._one_by_one, jax.vmap])
+@pytest.mark.parametrize("over_games", [agents._one_by_one, jax.vmap])
 def test_agents_trained_together_are_those_trained_alone(over_games, monkeypatch):
-    monkeypatch.setattr(online, "_one_by_one", over_games)
+    monkeypatch.setattr(agents, "_one_by_one", over_games)
     rng, num_actions, head = np.random.default_rng(0), [4, 6], "c51"
     together = make_learner(num_actions, head=head)
     batches = [random_batch(rng, (2, 4), num_actions) for _ in range(3)]
@@ -137,7 +139,13 @@ def test_a_shared_agent_acts_with_each_games_head():
 
 
 def test_epsilon():
-    assert [online.epsilon_at(step, 100, 50, 0.1) for step in (0, 100, 125, 150, 1_000)] == [1, 1, 0.55, 0.1, 0.1]
+    assert [playing.exploration_rate(step, 100, 50, 0.1) for step in (0, 100, 125, 150, 1_000)] == [
+        1,
+        1,
+        0.55,
+        0.1,
+        0.1,
+    ]
 
 
 def test_batches_of_all_games():
@@ -148,9 +156,9 @@ def test_batches_of_all_games():
         for _ in range(10):
             flags = np.zeros(2, bool)
             ring.add(np.full((2, 84, 84), game + 1, np.uint8), np.zeros(2, int), np.zeros(2), flags, flags)
-        rings.append(SimpleNamespace(ring=ring))
-    with online.ThreadPoolExecutor() as pool:
-        draw = partial(online.sample, rings, seed=[1, 2], batch_size=300, pool=pool, sampling={"n_step": 1})
+        rings.append(ring)
+    with ThreadPoolExecutor() as pool:
+        draw = partial(sample_rings, rings, [1, 2], 300, pool)
         apart, shared, again = draw(shared=False), draw(shared=True), draw(shared=True)
     assert apart.frames.shape == (3, 300, 5, 84, 84)
     assert all((apart.frames[game, :, 3] == game + 1).all() for game in range(3))
@@ -240,7 +248,7 @@ def test_everything_logged_was_played(tmp_path, sticky, more):
         before, earlier = (
             3 * step - sum(other + 1 < step for other, *_ in expected) for step in (end, max(end - 1, 0))
         )  # transitions played before that step, and before the one before it
-        assert row.epsilon == online.epsilon_at(before, 100, 100, more.get("final_epsilon", 0.1))
+        assert row.epsilon == playing.exploration_rate(before, 100, 100, more.get("final_epsilon", 0.1))
         assert row.learner_step == max(earlier - 100, 0) // 16  # of the parameters that chose the last action
     assert int(state.step) == report["updates"] > 0
 
@@ -273,7 +281,7 @@ def test_a_stopped_run_goes_on(tmp_path):
     for game in games:
         logged = before.num_transitions(game)
         assert logged <= first["played"][game] <= logged + 4
-        assert first["epsilon"][game] == online.epsilon_at(first["played"][game], 100, 100, 0.1)
+        assert first["epsilon"][game] == playing.exploration_rate(first["played"][game], 100, 100, 0.1)
         replay = open_replay(tmp_path / "replay")
         assert replay.num_transitions(game) >= 400
         kept = replay.episodes(game).head(len(before.episodes(game)))
@@ -283,6 +291,29 @@ def test_a_stopped_run_goes_on(tmp_path):
     assert last["updates"] == (min(last["played"].values()) - 100) // 16 or last["updates"] >= saved
     finished = [report for _, report in play(tmp_path, games, make_learner([4, 6]), **options)]
     assert len(finished) == 1 and finished[0]["logged"] == last["logged"]
+
+
+def test_an_interrupted_run_writes_what_it_handed_over_before_it_gives_the_store_back(tmp_path, monkeypatch):
+    happened = []
+
+    class Slow(ReplayWriter):
+        def append(self, *arguments, **options):
+            time.sleep(0.1)
+            super().append(*arguments, **options)
+            happened.append("append")
+
+        def close(self):
+            happened.append("close")
+            super().close()
+
+    monkeypatch.setattr(playing, "ReplayWriter", Slow)
+    running = play(tmp_path, ["Breakout"], make_learner([4]), num_transitions=10**6, update_period=10**6)
+    while "append" not in happened:
+        next(running)
+    running.close()  # environments end their episodes together, so some are still to be written
+    assert happened == ["append"] * happened.count("append") + ["close"] and happened.count("append") > 1
+    replay = open_replay(tmp_path / "replay")
+    assert len(replay.episodes("Breakout")) == happened.count("append") and replay.validate() == []
 
 
 CHILD = """

@@ -11,19 +11,19 @@ import pytest
 # From the bottom up; a module imports only what stands before it.
 ORDER = (
     "defaults", "documents", "games", "processes", "environments", "metrics", "parameters", "plots",
-    "replay.format", "replay.views", "replay.chunks", "replay.shared", "replay.store",
-    "replay.writer", "replay.sampling", "replay.workers", "replay.ring",
-    "replay.returns", "replay.importing", "replay.dqn_replay", "replay.export", "replay.rl_unplugged", "replay.minari",
-    "replay", "replay.memory", "replay.device", "collect",
-    "networks.encoders", "networks.q_network", "networks", "losses",
-    "methods.common", "methods.cloning", "methods.q_learning", "methods", "devices", "training", "evaluation",
-    "transfer", "online",
-    "benchmarks", "torch_step", "performance",
-    "paper", "recorder", "runs", "ablations", "reward_control", "grids", "explore", "command",
+    "replay.format", "replay.views",
+    "replay.chunks", "replay.shared", "replay.batch", "replay.recording", "replay.store", "replay.writer",
+    "replay.sampling", "replay.workers", "replay.returns", "replay", "replay.memory", "replay.device",
+    "replay.formats", "replay.formats.importing", "replay.formats.dqn_replay", "replay.formats.export",
+    "replay.formats.rl_unplugged", "replay.formats.minari", "collect", "networks.encoders", "networks.q_network",
+    "networks", "losses", "methods.common", "methods.cloning", "methods.q_learning", "methods", "devices", "training",
+    "evaluation", "transfer", "online", "online.ring", "online.log",
+    "online.agents", "online.play", "benchmarks", "torch_step", "performance", "paper", "recorder",
+    "runs", "batches", "ablations", "reward_control", "grids", "explore", "command",
 )  # fmt: skip
 WITHOUT_JAX = (
-    "defaults", "documents", "games", "processes", "environments", "replay", "collect", "metrics", "plots",
-    "parameters", "runs",
+    "defaults", "documents", "games", "processes", "environments", "replay", "replay.formats.minari", "collect",
+    "metrics", "plots", "parameters", "runs", "batches",
 )  # fmt: skip
 
 
@@ -68,6 +68,13 @@ def test_imports_go_downwards_only(workspace: Path) -> None:
         above = {other for other in imported(file) if ORDER.index(other) >= ORDER.index(name)}
         assert not above, f"{name} imports {above}, which stand above it"
     assert seen == set(ORDER)
+
+
+def test_reading_a_store_loads_no_other_format(workspace: Path) -> None:
+    for file in (workspace / "lib" / "scaled_ql" / "replay").glob("*.py"):
+        assert not any(name.startswith("replay.formats") for name in imported(file)), file
+    code = "import sys, scaled_ql.replay.workers; sys.exit('scaled_ql.replay.formats' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize("module", WITHOUT_JAX)

@@ -10,7 +10,7 @@ import pytest
 from scaled_ql import plots
 from scaled_ql.games import TRAINING_GAMES
 from scaled_ql.metrics import iqm
-from scaled_ql.replay.store import Batch
+from scaled_ql.replay.batch import Batch
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from scipy import stats
 
 from scaled_ql import methods, parameters, reward_control
 from scaled_ql.ablations import GatherError, gather
-from scaled_ql.replay.store import Batch
+from scaled_ql.replay.batch import Batch
 
 BASE = parameters.check("04_scaled_training", {"run": "base", "encoder": "nature"})
 

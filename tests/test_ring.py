@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaled_ql.games import action_names
+from scaled_ql.online.ring import Ring, kept_rows, ring_bytes
 from scaled_ql.replay import ReplayError, ReplayWriter, open_replay
-from scaled_ql.replay.ring import Ring, kept_rows, ring_bytes
 
 MAX_STEPS = 30
 

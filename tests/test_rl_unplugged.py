@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from scaled_ql.games import FULL_ACTIONS, action_names
-from scaled_ql.replay import ReplayError, importing, open_replay, rl_unplugged
-from scaled_ql.replay.rl_unplugged import import_rl_unplugged
+from scaled_ql.replay import ReplayError, open_replay
+from scaled_ql.replay.formats import importing, rl_unplugged
+from scaled_ql.replay.formats.rl_unplugged import import_rl_unplugged
 
 SAMPLE = Path(__file__).parent / "data" / "rl_unplugged"  # written by TensorFlow
 DISCOUNT = 0.9

@@ -16,11 +16,11 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from scaled_ql import documents, parameters, runs
+from scaled_ql import batches, documents, parameters, runs
 from scaled_ql.command import main
 from scaled_ql.parameters import ParameterError
 from scaled_ql.replay import ReplayError
-from scaled_ql.replay.writer import lock_run
+from scaled_ql.replay.writer import lock_recording
 
 
 def namespace(tmp_path: Path, **values: object) -> dict:
@@ -57,7 +57,7 @@ def test_a_file_system_without_locks_is_one_sentence(tmp_path: Path, monkeypatch
     with pytest.raises(runs.RunError, match=sentence):
         runs.execute("01_data_collection", values)
     with pytest.raises(ReplayError, match=r"store: cannot write here \(.*No locks available"):
-        lock_run(tmp_path / "store", 0.0)
+        lock_recording(tmp_path / "store", 0.0)
 
 
 def test_a_package_that_is_read_from_a_path_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +258,7 @@ def test_python3_is_this_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_parameters_that_are_given_as_a_batch_name_the_command(workspace: Path) -> None:
     file = workspace / "params" / "04_scaled_training" / "quickstart.yaml"
     with pytest.raises(ParameterError, match=r"scaled-ql run 04_scaled_training .*quickstart\.yaml") as error:
-        runs.load_batch(file, {})
+        batches.load_batch(file, {})
     assert "\n" not in str(error.value)
 
 

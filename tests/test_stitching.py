@@ -12,7 +12,7 @@ from flax import nnx
 from scaled_ql import methods, training
 from scaled_ql.games import NUM_ACTIONS
 from scaled_ql.networks import BCQNetwork
-from scaled_ql.replay.store import Batch
+from scaled_ql.replay.batch import Batch
 
 # Two halves. At the start (state 0) and in the middle (state 3) action 1 costs 1/4 and leads to 1, by states 1 and 4;
 # action 0 leads to 1/4, by states 2 and 5. Between these, action 0 goes on. All other actions end the episode.

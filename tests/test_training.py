@@ -25,7 +25,7 @@ from scaled_ql import devices, losses, methods, training
 from scaled_ql.games import NUM_ACTIONS
 from scaled_ql.methods import common
 from scaled_ql.networks import make_q_network
-from scaled_ql.replay.store import Batch
+from scaled_ql.replay.batch import Batch
 from scaled_ql.training import CheckpointError, Checkpoints, Diverged, MetricsLog
 
 GAMES = ["Amidar", "Pong", "Qbert"]

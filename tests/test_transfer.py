@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from scaled_ql import devices, methods, networks, training, transfer
-from scaled_ql.replay.store import Batch
+from scaled_ql.replay.batch import Batch
 from scaled_ql.training import CheckpointError
 
 PARTS = tuple(transfer.MODULES)

@@ -13,6 +13,7 @@ from scipy import stats
 from scaled_ql import collect
 from scaled_ql.games import action_names
 from scaled_ql.replay import (
+    Replay,
     ReplayError,
     ReplayWriter,
     View,
@@ -23,8 +24,10 @@ from scaled_ql.replay import (
     sample_batch,
     sample_indices,
 )
-from scaled_ql.replay.device import DeviceReplay, place
-from scaled_ql.replay.memory import MemoryRun, to_memory
+from scaled_ql.replay.device import place
+from scaled_ql.replay.memory import MemoryRecording, to_memory
+from scaled_ql.replay.recording import Recording
+from scaled_ql.replay.shared import pack
 
 LENGTHS = (1, 2, 40, 3, 300, 5, 17)  # of a game's episodes; every second one is truncated
 
@@ -227,10 +230,11 @@ def test_a_dataset_elsewhere_gives_the_same_batches(store: Path, view: View, whe
 
 
 def test_a_dataset_behind_a_url_gives_the_same_batches(store: Path) -> None:
-    disk, remote = open_replay(store), open_replay(store.as_uri())
-    for game in remote.games:
-        for run in remote.runs(game):
-            run.folder = None  # as in a bucket: read through TensorStore alone
+    disk = open_replay(store)
+    through_tensorstore = {  # as in a bucket
+        game: [Recording(one.kvstore, one.manifest, one.table) for one in disk.recordings(game)] for game in disk.games
+    }
+    remote = Replay(disk.path, through_tensorstore)
     for step in range(3):
         assert equal(sample_batch(disk, 1, step), sample_batch(remote, 1, step))
 
@@ -258,7 +262,11 @@ def test_damage_is_noticed_in_memory(tmp_path: Path) -> None:
 
 def test_auto_takes_memory_where_there_is_room(store: Path) -> None:
     chosen = place(open_replay(store), "auto")
-    assert isinstance(chosen.runs("Pong")[0], MemoryRun) and not isinstance(chosen, DeviceReplay)
+    assert isinstance(chosen.recordings("Pong")[0], MemoryRecording) and chosen.is_shareable
+    on_device = place(open_replay(store), "device")
+    assert not on_device.is_shareable
+    with pytest.raises(TypeError, match="cannot be handed to another process"):
+        pack(on_device)
     with pytest.raises(ValueError, match="disk, memory, device or auto"):
         place(open_replay(store), "ram")
 

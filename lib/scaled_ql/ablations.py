@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from scaled_ql import metrics, parameters, runs
+from scaled_ql import batches, metrics, parameters, runs
 from scaled_ql.environments import MAX_STEPS
 from scaled_ql.games import UnknownGame
 from scaled_ql.parameters import INCIDENTAL, ParameterError, Parameters
@@ -78,7 +78,7 @@ def gather(folder: Path) -> Gathered:
             score = row | {"run": name, "game": game, "episodes": row["agent_episodes"]}
             truncated = row.get("truncated_percent", 0) / 100
             cut = truncated > metrics.MOSTLY and values["eval_max_steps"] < MAX_STEPS
-            normalized = float("nan") if cut else _normalized(game, row["agent_return"])
+            normalized = float("nan") if cut else _normalized_or_nan(game, row["agent_return"])
             scores.append(score | {"human_normalized": normalized, "truncated": truncated, "cut": cut})
     return Gathered(
         pd.DataFrame.from_dict(found, orient="index"),
@@ -87,7 +87,7 @@ def gather(folder: Path) -> Gathered:
     )
 
 
-def _normalized(game: str, score: float) -> float:
+def _normalized_or_nan(game: str, score: float) -> float:
     try:
         return metrics.human_normalized(game, score)
     except UnknownGame:
@@ -360,7 +360,7 @@ def missing(
             changes = dict(variants[row["variant"]]) | ({axis: row[axis]} if axis else {}) | {"seed": seed}
             changes = {name: value for name, value in changes.items() if getattr(base, name) != value}
             options = "".join(f" -p {name} {value}" for name, value in changes.items())
-            name = runs.cell_name(base, changes)
+            name = batches.cell_name(base, changes)
             commands.append(f"scaled-ql run {NOTEBOOK} params/{NOTEBOOK}/{source}{options} -p run {name}")
     return commands
 

@@ -31,7 +31,6 @@ from scaled_ql.games import TRAINING_GAMES, action_names
 from scaled_ql.replay import Replay, export_dqn_replay, open_replay, prefetch, sample_batch, sample_batches
 from scaled_ql.replay import format as fmt
 from scaled_ql.replay.memory import to_memory
-from scaled_ql.replay.ring import Ring
 from scaled_ql.replay.writer import episode_rows
 
 N_STEP, STACK, BATCH = 3, 4, 512
@@ -218,7 +217,7 @@ def benchmark_online(
 ) -> pd.DataFrame:
     """Agents that play, learn, and do both, beside environments that are stepped with random actions.
 
-    Everything is as in `online.play`, logging included; agents always act by their network.
+    Everything is as in `online.play.play`, logging included; agents always act by their network.
 
     Returns:
         columns environment steps/s, updates/s, share of random actions (of the first row's steps/s).
@@ -226,13 +225,15 @@ def benchmark_online(
     import jax
     import jax.numpy as jnp
 
-    from scaled_ql import losses, networks, online, training
+    from scaled_ql import losses, networks, training
+    from scaled_ql.online.agents import independent_learners
+    from scaled_ql.online.play import play
 
     sizes = {"hidden_sizes": (hidden,), "normalize_features": False, "layer_norm": False}
     build = partial(networks.make_q_network, encoder, 1, "c51", **sizes)
     atoms, optimizer = losses.support(-10, 10), training.make_optimizer()
     num_actions = [len(action_names(game))]
-    learner = online.independent_learners(build, num_actions, optimizer, seed=0, atoms=atoms)
+    learner = independent_learners(build, num_actions, optimizer, seed=0, atoms=atoms)
 
     vector = make_vector_environment(game, environments, sticky_actions=0.25)
     vector.reset(seed=0)
@@ -241,7 +242,7 @@ def benchmark_online(
     def play_randomly() -> float:
         return _rate(lambda step: vector.step(rng.integers(num_actions[0], size=environments)), environments, seconds)
 
-    def play(update_period: int) -> dict[str, float]:
+    def learn_while_playing(update_period: int) -> dict[str, float]:
         """Medians over reports."""
         own = learner._replace(state=jax.tree.map(jnp.copy, learner.state))
         settings = {"environments": environments, "num_transitions": 10**9, "seed": 0, "source": "benchmark"}
@@ -250,7 +251,7 @@ def benchmark_online(
         with tempfile.TemporaryDirectory() as folder:
             checkpoints = training.Checkpoints(Path(folder) / "checkpoints", {})
             reports, until = [], time.perf_counter() + seconds
-            with contextlib.closing(online.play(folder, [game], own, checkpoints, **settings)) as running:
+            with contextlib.closing(play(folder, [game], own, checkpoints, **settings)) as running:
                 for _, report in running:
                     if min(report["played"].values()) > 2_000:  # compiled, and beyond the random beginning
                         reports.append(report)
@@ -260,9 +261,9 @@ def benchmark_online(
         return {name: float(np.median([report[name] for report in reports[1:]])) for name in names}
 
     rates = [play_randomly()]
-    acting = play(10**12)
+    acting = learn_while_playing(10**12)
     rates.append(play_randomly())
-    both = play(update_period)
+    both = learn_while_playing(update_period)
     rates.append(play_randomly())
     random = float(np.median(rates))  # in between, for these machines' speed drifts
     ring = _filled_ring(vector, environments, 20_000, compressed=False)
@@ -288,8 +289,10 @@ def benchmark_online(
     return table
 
 
-def _filled_ring(vector: Any, environments: int, transitions: int, compressed: bool) -> Ring:
+def _filled_ring(vector: Any, environments: int, transitions: int, compressed: bool) -> Any:
     """A ring of random play."""
+    from scaled_ql.online.ring import Ring
+
     ring = Ring(environments, transitions, transitions // environments, compressed=compressed)
     rng = np.random.default_rng(0)
     stacks, _ = vector.reset(seed=0)

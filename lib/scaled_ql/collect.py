@@ -63,11 +63,34 @@ def play_freeway(ram: np.ndarray, before: np.ndarray) -> str:
     return "UP"
 
 
+QBERT_TILES = (  # bytes of RAM with the colours of the cubes, row by row from the top
+    (21,), (52, 54), (83, 85, 87), (98, 100, 102, 104), (1, 3, 5, 7, 9), (32, 34, 36, 38, 40, 42),
+)  # fmt: skip
+QBERT_HOPS = {"UP": (-1, 0), "RIGHT": (1, 1), "LEFT": (-1, -1), "DOWN": (1, 0)}  # rows down, cubes to the right
+
+
+def play_qbert(ram: np.ndarray, before: np.ndarray) -> str:
+    """Hop to the neighbour that is nearest to a cube which has not changed its colour yet; enemies are ignored."""
+    row = min(max(round((int(ram[67]) - 25) / 28), 0), 5)
+    place = min(max(round((int(ram[43]) - 77 + 12 * row) / 24), 0), row)
+    cubes = [(i, j) for i, tiles in enumerate(QBERT_TILES) for j in range(len(tiles))]
+    left = [(i, j) for i, j in cubes if ram[QBERT_TILES[i][j]] == 148] or cubes  # 148: the first round's colour
+
+    def hops(name: str) -> int:
+        """From the neighbour to the nearest such cube."""
+        i, j = row + QBERT_HOPS[name][0], place + QBERT_HOPS[name][1]
+        distance = (max(abs(i - a), abs(j - b), abs((i - j) - (a - b))) for a, b in left)
+        return min(distance) if 0 <= j <= i <= 5 else 99  # off the pyramid
+
+    return min(QBERT_HOPS, key=hops)
+
+
 SCRIPTED_PLAYERS: dict[str, Player] = {
     "Boxing": play_boxing,
     "Breakout": play_breakout,
     "Freeway": play_freeway,
     "Pong": play_pong,
+    "Qbert": play_qbert,
 }
 OPPOSITE = {"LEFT": "RIGHT", "RIGHT": "LEFT", "UP": "DOWN", "DOWN": "UP"}
 CHANGE_OF_MIND = 0.04  # probability, at each step, that a player of two minds draws its mind again

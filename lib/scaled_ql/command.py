@@ -10,7 +10,7 @@ from typing import Any, get_args
 import click
 from tqdm import tqdm
 
-from scaled_ql import documents, parameters, runs
+from scaled_ql import batches, documents, parameters, runs
 
 SHOWN = 10  # entries of a list that is in a file as well
 
@@ -39,7 +39,7 @@ def run(
 ) -> None:
     """Run a batch (TARGET is a YAML file), or one notebook (TARGET is its name or path) with a YAML of parameters.
 
-    Finished runs are left as they are; stopped ones go on where they stopped.
+    Finished runs are left as they are; stopped ones resume.
     """
     with _reporting(parameters.ParameterError, runs.RunError):
         values = _overrides(overrides)
@@ -58,7 +58,7 @@ def run(
                 _run_grid(step, workers, scheduler)
 
 
-def _steps(target: str, params: str, values: dict[str, Any]) -> list[runs.Step]:
+def _steps(target: str, params: str, values: dict[str, Any]) -> list[batches.Step]:
     """What is to be run; a misspelt target is an error that says what was probably meant."""
     is_batch, notebook = target.endswith((".yaml", ".yml")), Path(target).stem
     if is_batch and params:
@@ -68,14 +68,14 @@ def _steps(target: str, params: str, values: dict[str, Any]) -> list[runs.Step]:
         )
     known = os.path.exists(target) if is_batch else notebook in parameters.NOTEBOOKS  # noqa: PTH110
     if not known or (params and not os.path.isfile(params)):  # noqa: PTH113 - pathlib's raise for a name that is too long
-        near = runs.near_command(target if is_batch else notebook, params)
+        near = batches.near_command(target if is_batch else notebook, params)
         hint = f"Did you mean: {near}" if near else f"There are {', '.join(parameters.NOTEBOOKS)}, and params/batches/."
         wrong = f"{params}: no such file." if known else f"{target}: no such batch or notebook."
         raise parameters.ParameterError(f"{wrong} {hint}")
     if is_batch:
-        return runs.load_batch(target, values)
+        return batches.load_batch(target, values)
     given = parameters.load(params) if params else {}
-    return [runs.Step(notebook, [parameters.check(notebook, given | values, params or "command line")], 0)]
+    return [batches.Step(notebook, [parameters.check(notebook, given | values, params or "command line")], 0)]
 
 
 def _overrides(pairs: tuple[tuple[str, str], ...]) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _overrides(pairs: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     return values
 
 
-def _run_grid(step: runs.Step, workers: int, scheduler: str) -> None:
+def _run_grid(step: batches.Step, workers: int, scheduler: str) -> None:
     from scaled_ql import grids
 
     cells = [(step.notebook, values) for values in step.cells]
@@ -107,7 +107,7 @@ def _run_grid(step: runs.Step, workers: int, scheduler: str) -> None:
 
 @main.group("import")
 def import_() -> None:
-    """Import a published or logged dataset into a replay store. A stopped import goes on when it is run again."""
+    """Import a published or logged dataset into a replay store. A stopped import resumes when it is run again."""
 
 
 @main.group()
@@ -290,7 +290,7 @@ def _reporting(*kinds: type[Exception]) -> Iterator[None]:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        click.echo("stopped; the same command goes on from here", err=True)
+        click.echo("stopped; the same command resumes from here", err=True)
         sys.exit(130)
 
 

@@ -16,7 +16,7 @@ import psutil
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from scaled_ql.replay.store import Batch
+from scaled_ql.replay.batch import Batch
 
 PyTree = Any
 SILENT_SECONDS = 60  # after which a host that says nothing counts as dead, and the others stop

@@ -104,9 +104,9 @@ def episode_view(replay: Replay, game: str, episode: int, step: int, stack_size:
     first = max(t - stack_size + 1, start)
     frames = replay.frames_at(game, np.arange(first, t + 1))
     stack = np.concatenate([np.zeros((stack_size - len(frames), 84, 84), np.uint8), frames])
-    run = next(run for run in replay.runs(game) if run.manifest["run"] == row["run"])
+    recording = next(one for one in replay.recordings(game) if one.manifest["run"] == row["run"])
     steps = np.array([row["row"]]), np.array([step + 1])
-    rewards, action = run.stretches("reward", *steps), run.stretches("action", *steps)[-1]
+    rewards, action = recording.stretches("reward", *steps), recording.stretches("action", *steps)[-1]
     missing = [word for word, there in (("beginning lost", row["continued"]), ("truncated", row["truncated"])) if there]
     figure, axes = plt.subplots(1, stack_size, figsize=(2.1 * stack_size, 2.7))
     for age, (axis, frame) in enumerate(zip(np.atleast_1d(axes), stack)):
@@ -191,14 +191,14 @@ def sources(replay: Replay) -> pd.DataFrame:
     rows = []
     for game in replay.games:
         reports = {report["run"]: report for report in replay.import_reports(game)}
-        for run in replay.runs(game):
-            report = reports.get(run.manifest["run"])
-            published = run.manifest["source"] in PUBLISHED_SOURCES  # without a report: its import was killed
+        for recording in replay.recordings(game):
+            report = reports.get(recording.manifest["run"])
+            published = recording.manifest["source"] in PUBLISHED_SOURCES  # without a report: its import was killed
             rows.append(
-                {"game": game, "run": run.manifest["run"], "source": run.manifest["source"],
-                 "transitions": run.num_transitions, "episodes": len(run.starts),
+                {"game": game, "run": recording.manifest["run"], "source": recording.manifest["source"],
+                 "transitions": recording.num_transitions, "episodes": len(recording.starts),
                  **(_counts(report) if report else dict.fromkeys(("gaps", "gap rows", "excluded", "left out"), pd.NA)),
-                 "rewards": run.manifest["rewards"],
+                 "rewards": recording.manifest["rewards"],
                  "complete": ("yes" if report["complete"] else "no") if report else ("no" if published else pd.NA)}
             )  # fmt: skip
     counts = dict.fromkeys(("gaps", "gap rows", "excluded", "left out"), "Int64")
@@ -263,11 +263,11 @@ def show_findings(replay: Replay, limit: int = 20) -> None:
 
 
 def recorded_episodes(replay: Replay) -> pd.DataFrame:
-    """All episodes of the view's games and runs, also those that the view does not show.
+    """All episodes of the view's games and recordings, also those that the view does not show.
 
     Returns:
-        columns game, run, start (transitions before it in its run), length, fraction (of its run, in [0, 1)),
-        episode_return, terminal, truncated, continued, incomplete, clipped, in_view.
+        columns game, run, start (transitions before it in its recording), length, fraction (of its recording, in
+        [0, 1)), episode_return, terminal, truncated, continued, incomplete, clipped, in_view.
 
         An episode is incomplete, and its return no game's, where its beginning was lost; where the next one says that
         its beginning was lost; where the recording ends episodes at a lost life; and, in a DQN-Replay log, where it
@@ -276,16 +276,17 @@ def recorded_episodes(replay: Replay) -> pd.DataFrame:
     """
     tables = []
     for game in replay.games:
-        for number, run in enumerate(replay.runs(game)):
+        for number, recording in enumerate(replay.recordings(game)):
             names = ["start", "length", "episode_return", "terminal", "truncated", "continued"]
-            episodes = run.table.select(names).to_pandas()
-            broken = np.append(episodes["continued"].to_numpy()[1:], False) | (run.manifest["source"] == "DQN-Replay")
-            by_life = run.manifest["life_loss_terminal"] is True
+            episodes = recording.table.select(names).to_pandas()
+            cut = recording.manifest["source"] == "DQN-Replay"
+            broken = np.append(episodes["continued"].to_numpy()[1:], False) | cut
+            by_life = recording.manifest["life_loss_terminal"] is True
             episodes["incomplete"] = episodes["continued"] | (episodes["truncated"] & broken) | by_life
-            episodes["fraction"] = run.starts / run.num_transitions
-            episodes["clipped"] = run.manifest["rewards"] == "clipped"
-            episodes["in_view"] = np.isin(run.table["row"].to_numpy(), replay.rows_in_use(game, number)[0])
-            tables.append(episodes.assign(game=game, run=run.manifest["run"]))
+            episodes["fraction"] = recording.starts / recording.num_transitions
+            episodes["clipped"] = recording.manifest["rewards"] == "clipped"
+            episodes["in_view"] = np.isin(recording.table["row"].to_numpy(), replay.rows_in_use(game, number)[0])
+            tables.append(episodes.assign(game=game, run=recording.manifest["run"]))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -303,8 +304,8 @@ def overview(replay: Replay, episodes: pd.DataFrame) -> pd.DataFrame:
     columns["beginning lost"] = games["continued"].sum()
     returns = shown[~shown["incomplete"]].groupby("game")["episode_return"].agg(["min", "mean", "max"])
     columns = columns.join(returns.add_prefix("return "))
-    if not replay.view.runs:  # bytes are known of all runs together
-        held = {game: sum(run.num_transitions for run in replay.runs(game)) for game in replay.games}
+    if not replay.view.runs:  # bytes are known of all recordings together
+        held = {game: sum(recording.num_transitions for recording in replay.recordings(game)) for game in replay.games}
         stored = pd.Series({game: replay.stored_bytes(game) / held[game] for game in replay.games})
         columns["bytes per transition"] = stored.replace(0, np.nan)
     columns["sticky actions, %"] = [
@@ -356,16 +357,16 @@ def view_shares(replay: Replay, whole: Replay) -> pd.DataFrame:
 
 
 def begins_in_first(episodes: pd.DataFrame, fraction: float) -> pd.Series:
-    """bool: whether an episode begins in this first fraction of its run's transitions, as a view's `first` takes it."""
+    """Whether an episode begins in this first fraction of its recording's transitions, bool; see `View.first`."""
     end = episodes["start"] + episodes["length"]
     total = end.groupby([episodes["game"], episodes["run"]]).transform("max")
     return episodes["start"] < (fraction * total).round()
 
 
 def quality_over_time(episodes: pd.DataFrame, bins: int = 20) -> pd.DataFrame:
-    """Human-normalised score of each game's player in equal parts of its runs.
+    """Human-normalised score of each game's player in equal parts of its recordings.
 
-    That is of the mean return of the episodes, of all runs together, that begin in a part. Where none begins, the
+    That is of the mean return of the episodes, of all recordings together, that begin in a part. Where none begins, the
     part before goes on. Incomplete episodes do not count; where most of the others were cut short, there is no score.
 
     Args:
@@ -380,7 +381,7 @@ def quality_over_time(episodes: pd.DataFrame, bins: int = 20) -> pd.DataFrame:
     for game, table in episodes.groupby("game", sort=False):
         whole = table[~table["incomplete"]]
         parts = whole.groupby((whole["fraction"] * bins).astype(int))
-        scores = pd.Series({number: _normalized(game, part) for number, part in parts}, dtype=float)
+        scores = pd.Series({number: _mean_or_nan(game, part) for number, part in parts}, dtype=float)
         scores = scores.reindex(np.arange(bins), method="ffill")  # a part without a score keeps none
         quality = {"game": game, "fraction": (np.arange(bins) + 0.5) / bins, "clipped": bool(table["clipped"].any())}
         tables.append(pd.DataFrame(quality | {"human_normalized": scores.to_numpy()}))
@@ -408,7 +409,7 @@ def compare_parts(episodes: pd.DataFrame, parts: Mapping[str, pd.Series]) -> pd.
         table = runs.agg(transitions=("length", "sum"), episodes=("length", "size"))
         table["truncated, %"] = 100 * runs["truncated"].mean()
         table["mean return"] = recordings["episode_return"].mean()
-        scores = {key: 100 * _normalized(key[0], recording) for key, recording in recordings}
+        scores = {key: 100 * _mean_or_nan(key[0], recording) for key, recording in recordings}
         table["score, %"] = pd.Series(scores, dtype=float)
         columns[name] = table
     compared = pd.concat(columns, axis=1)
@@ -423,12 +424,12 @@ def compare_parts(episodes: pd.DataFrame, parts: Mapping[str, pd.Series]) -> pd.
 def iqm_over_games(episodes: pd.DataFrame) -> float:
     """IQM over games of the human-normalised mean return; NaN where no game has one."""
     whole = episodes[~episodes["incomplete"]]
-    scores = [_normalized(game, played) for game, played in whole.groupby("game")]
+    scores = [_mean_or_nan(game, played) for game, played in whole.groupby("game")]
     known = [score for score in scores if np.isfinite(score)]
     return iqm(np.array(known)) if known else float("nan")
 
 
-def _normalized(game: str, episodes: pd.DataFrame) -> float:
+def _mean_or_nan(game: str, episodes: pd.DataFrame) -> float:
     """As `human_normalized_mean`; NaN for a game without reference scores."""
     try:
         return human_normalized_mean(game, episodes)

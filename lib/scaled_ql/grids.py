@@ -1,8 +1,7 @@
 """Grids: runs that differ in a few parameters, in parallel on Dask workers, with a table that follows them.
 
-A step of a batch may carry a grid, a list of mappings from parameter names to values; each mapping stands for all
-combinations of its values, on top of the step's file of parameters. Every combination is a run with a name of its own
-(`runs.cell_name`), so finished ones are recognised, and interrupted ones resume from their checkpoints.
+A step of a batch may carry a grid (`batches`). Finished runs are recognised, and interrupted ones resume from their
+checkpoints.
 """
 
 import contextlib
@@ -55,7 +54,7 @@ def run_grid(
             accelerator, or an equal share of the cores, to itself.
         scheduler: address of a running Dask scheduler to use instead, whose workers (one thread and one accelerator
             each) see the same files.
-        retries: of each run.
+        retries: retries per run.
 
     Returns:
         one outcome per run, in their order.
@@ -71,18 +70,18 @@ def run_grid(
     if left:
         cluster = contextlib.nullcontext(scheduler) if scheduler else _local_cluster(workers, len(left))
         with cluster as where, Client(where, set_as_default=False) as client:
-            outcomes |= _follow(client, left, retries, Progress(cells, outcomes))
+            outcomes |= _follow(client, left, retries, GridTable(cells, outcomes))
     return [outcomes[values.run] for _, values in cells]
 
 
-def _follow(client, cells: list[tuple[str, Parameters]], retries: int, progress: "Progress") -> dict[str, Outcome]:
+def _follow(client, cells: list[tuple[str, Parameters]], retries: int, progress: "GridTable") -> dict[str, Outcome]:
     """Submit runs, again where they fail, until all have ended; returns their outcomes by name of the run."""
     outcomes: dict[str, Outcome] = {}
     tried = dict.fromkeys((values.run for _, values in cells), 0)
 
     def submit(cell: tuple[str, Parameters]):
         notebook, values = cell
-        # A key of its own: the same call again does something new. Dask itself moves runs of workers that died.
+        # A new key: the same call again does something new. Dask itself moves runs of workers that died.
         key = f"{values.run}-{time.time_ns()}"
         return client.submit(_execute, notebook, values.model_dump(), key=key, priority=-cells.index(cell))
 
@@ -159,7 +158,7 @@ def _local_cluster(workers: int, most: int) -> Iterator:
         yield cluster
 
 
-class Progress:
+class GridTable:
     """A table of the runs: in a terminal and in JupyterLab it is updated in place, elsewhere a line ends each run."""
 
     def __init__(self, cells: Sequence[tuple[str, Parameters]], outcomes: dict[str, Outcome]):

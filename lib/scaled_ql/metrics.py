@@ -25,7 +25,7 @@ def human_normalized(game: str, score: float) -> float:
     Raises:
         UnknownGame: the game has no reference scores.
     """
-    return _normalized(game, score, "human")
+    return _relative_to("human", game, score)
 
 
 def human_normalized_mean(game: str, episodes: pd.DataFrame) -> float:
@@ -62,10 +62,10 @@ def dqn_normalized(game: str, score: float) -> float:
     Raises:
         UnknownGame: the game has no reference scores.
     """
-    return _normalized(game, score, "dqn_50m")
+    return _relative_to("dqn_50m", game, score)
 
 
-def _normalized(game: str, score: float, player: str) -> float:
+def _relative_to(player: str, game: str, score: float) -> float:
     random, reference = reference_score(game, "random"), reference_score(game, player)
     return (score - random) / (reference - random)
 

@@ -44,20 +44,10 @@ class Parameters(pydantic.BaseModel):
     outputs: str = ""  # folder that holds the runs; "" is outputs/ of the workspace
 
 
-# Parameters of recordings that only one kind of player has.
-SCRIPTED_ONLY = ("processes",)
-ONLINE_ONLY = (
-    "environments", "num_threads", "mode", "difficulty", "learner", "head", "encoder", "hidden_sizes", "dtype", "v_max",
-    "num_atoms", "narrow_start", "n_step", "discount", "double_q", "learning_rate", "adam_epsilon", "batch_size",
-    "update_period", "target_update_period", "min_history", "epsilon_decay", "capacity", "compressed",
-    "checkpoint_every", "eval_episodes",
-)  # fmt: skip
-
-
 class DataCollection(Parameters):
-    """`01_data_collection`; where the agents' defaults are Dopamine's C51, and where not, `online` says."""
+    """`01_data_collection`."""
 
-    player: Literal["scripted", "two_minds", "online"] = "scripted"
+    player: Literal["scripted", "two_minds"] = "scripted"
     games: Annotated[list[str], Field(min_length=1)] = ["Breakout", "Freeway", "Pong"]
     num_transitions: Count = 20_000
     seed: Seed = 0
@@ -67,10 +57,26 @@ class DataCollection(Parameters):
     processes: Count = 2
     export: bool = False
 
-    environments: Count = 32
-    num_threads: Annotated[int, Field(ge=0)] = 0
+    @property
+    def last_epsilon(self) -> float:
+        """The share of random moves in the end; a negative `final_epsilon` stands for what suits the player."""
+        return self.final_epsilon if self.final_epsilon >= 0 else {"scripted": 0.1, "two_minds": 0.2}[self.player]
+
+
+class OnlineAgents(Parameters):
+    """`02_online_agents`; where the agents' defaults are Dopamine's C51, and where not, `online.agents` says."""
+
+    games: Annotated[list[str], Field(min_length=1)] = ["Breakout", "Freeway", "Pong"]
+    num_transitions: Count = 200_000
+    seed: Seed = 0
+    sticky_actions: Share = 0.25
+    max_steps: Count = MAX_STEPS
     mode: Annotated[int, Field(ge=-1)] = -1
     difficulty: Annotated[int, Field(ge=-1)] = -1
+    environments: Count = 32
+    num_threads: Annotated[int, Field(ge=0)] = 0
+    export: bool = False
+
     learner: Literal["independent", "multi_task"] = "independent"
     head: Head = "c51"
     encoder: Encoder = "nature"
@@ -88,26 +94,12 @@ class DataCollection(Parameters):
     update_period: Count = 4
     target_update_period: Count = defaults.TARGET_UPDATE_PERIOD
     min_history: Count = 20_000
+    final_epsilon: Share = 0.01
     epsilon_decay: Count = 250_000
     capacity: Count = 1_000_000
     compressed: bool = False
     checkpoint_every: Count = 10_000
     eval_episodes: Annotated[int, Field(ge=0)] = 10
-
-    @pydantic.model_validator(mode="after")
-    def _nothing_is_idle(self) -> "DataCollection":
-        fields = type(self).model_fields
-        others = SCRIPTED_ONLY if self.player == "online" else ONLINE_ONLY
-        idle = [name for name in others if getattr(self, name) != fields[name].default]
-        if idle:
-            raise ValueError(f"{', '.join(idle)}: without effect for {self.player} players; leave out")
-        return self
-
-    @property
-    def last_epsilon(self) -> float:
-        """The share of random moves in the end; a negative `final_epsilon` stands for what suits the player."""
-        of_player = {"scripted": 0.1, "two_minds": 0.2, "online": 0.01}
-        return self.final_epsilon if self.final_epsilon >= 0 else of_player[self.player]
 
 
 class DataExploration(Parameters):
@@ -268,6 +260,7 @@ class Performance(Parameters):
 
 NOTEBOOKS: dict[str, type[Parameters]] = {
     "01_data_collection": DataCollection,
+    "02_online_agents": OnlineAgents,
     "03_data_exploration": DataExploration,
     "04_scaled_training": ScaledTraining,
     "05_ablations": Ablations,

@@ -178,7 +178,7 @@ def random_batch(size: int, num_games: int, n_step: int = 3, seed: int = 0) -> B
     )
 
 
-class Step(NamedTuple):
+class TrainingStep(NamedTuple):
     """A training step to be measured, of C51 and CQL."""
 
     objective: Objective
@@ -186,13 +186,13 @@ class Step(NamedTuple):
     state: training.TrainState
 
 
-def make_step(encoder: str, num_games: int = 40, *, seed: int = 0, **architecture: Any) -> Step:
+def make_step(encoder: str, num_games: int = 40, *, seed: int = 0, **architecture: Any) -> TrainingStep:
     """A fresh network of `networks.make_q_network` with the paper's objective and optimizer."""
     network = networks.make_q_network(encoder, num_games, "c51", seed, **architecture)
     optimizer = training.make_optimizer()
     graph, state = training.init_state(network, optimizer)
     objective = methods.q_learning().objective(graph, [len(action_names(game)) for game in TRAINING_GAMES[:num_games]])
-    return Step(objective, training.make_update(objective, optimizer), state)
+    return TrainingStep(objective, training.make_update(objective, optimizer), state)
 
 
 def measure_step(

@@ -28,17 +28,16 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any
 
 import filelock
 import numpy as np
 import pandas as pd
-import pydantic
 from tqdm import tqdm
 
 from scaled_ql import documents, parameters, recorder
 from scaled_ql.games import UnknownGame, rom_name
-from scaled_ql.parameters import ParameterError, Parameters
+from scaled_ql.parameters import Parameters
 from scaled_ql.replay import Replay, ReplayError, View, open_replay
 from scaled_ql.replay.views import load_view
 
@@ -48,7 +47,7 @@ PACKAGES = (
 )  # fmt: skip
 # Reports on whatever runs there are: executed again each time.
 GATHERING = ("05_ablations", "05_learning_from_reward", "08_paper_report")
-# For kernels' GLIBC_TUNABLES. On a CPU, XLA allocates the memory of each step anew, and glibc has the system map and
+# For kernels' GLIBC_TUNABLES. On a CPU, XLA allocates the memory of each step again, and glibc has the system map and
 # clear it page by page: 84,000 faults and a third of the time of a narrow ResNet's step with heads for 40 games. With
 # pages of 2 MB there are 340. Only what a process starts with counts.
 LARGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -62,7 +61,7 @@ LOCK_SECONDS = 20.0  # a kernel whose runner was killed takes a moment to notice
 
 
 class LeftToFirstProcess(BaseException):
-    """Not an error: of several processes that train together only the first goes on to evaluate and to report."""
+    """Not an error: of several processes that train together only the first continues to evaluate and to report."""
 
 
 class RunError(RuntimeError):
@@ -267,7 +266,7 @@ class Run:
 
     Attributes:
         folder: everything the run writes goes there.
-        own: of one of several processes, what only it writes; else the same.
+        own: folder of what only this process writes; of a run of one process, the same.
         parameters: as checked.
     """
 
@@ -308,7 +307,7 @@ class Run:
         """Go on in the first process of a run only; the others are finished here.
 
         Raises:
-            LeftToFirstProcess: in those; whoever runs the notebook knows it.
+            LeftToFirstProcess: in all other processes; whoever runs the notebook knows it.
         """
         if self.own != self.folder:
             self._status("finished")
@@ -417,7 +416,7 @@ def _lock(file: Path, **options: Any) -> filelock.AcquireReturnProxy:
 
 
 def start(notebook: str, namespace: dict[str, Any]) -> Run:
-    """Begin, or go on with, the run that a notebook's parameters name: its first call.
+    """Begin, or resume, the run that a notebook's parameters name: its first call.
 
     Checks the parameters, takes the run's folder (a file lock keeps a second process out), writes
     `parameters.yaml` and `provenance.json`.
@@ -555,7 +554,7 @@ def _papermill(notebook: str, values: Parameters, folder: Path) -> None:
                     return
                 failed = RunError(
                     f"{source.name}: {error.ename}: {error.evalue}\nThe notebook as far as it came: "
-                    f"{folder / 'run.ipynb'}. Running the same command again goes on from what is on disk."
+                    f"{folder / 'run.ipynb'}. Running the same command again resumes from disk."
                 )
                 failed.add_note(re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback or [])))
                 raise failed from None
@@ -641,119 +640,3 @@ def render(notebook: Path) -> Path:
     file = notebook.with_suffix(".html")
     _write_text(file, html)
     return file
-
-
-class _Step(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
-
-    notebook: str
-    parameters: str
-    grid: list[dict[str, list[Any]]] = []
-    retries: Annotated[int, pydantic.Field(ge=0)] = 2
-
-
-class _Batch(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
-
-    steps: list[_Step] = pydantic.Field(min_length=1)
-
-
-class Step(NamedTuple):
-    """A step of a batch: runs of a notebook that do not depend on each other, and how often a failed one is retried."""
-
-    notebook: str
-    cells: list[Parameters]
-    retries: int
-
-
-def cell_name(base: Parameters, changes: Mapping[str, Any]) -> str:
-    """The name of the run that changes some parameters of `base`, in the order of the schema: base.head-mse.seed-1."""
-    order = list(type(base).model_fields)
-    parts = [f"{name}-{changes[name]}" for name in sorted(changes, key=order.index) if name not in ("run", "outputs")]
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", ".".join([base.run, *parts]).replace("e+", "e"))
-
-
-def expand(base: Parameters, grid: list[dict[str, list[Any]]], notebook: str, source: str) -> list[Parameters]:
-    """The runs of a grid: all combinations of each mapping's values, on top of `base`, each once.
-
-    Raises:
-        ParameterError: a combination that the notebook does not take.
-    """
-    cells: dict[str, Parameters] = {}
-    for mapping in grid or [{}]:
-        for combination in itertools.product(*mapping.values()):
-            given = dict(zip(mapping, combination))
-            checked = parameters.check(notebook, base.model_dump() | given, f"{source} with {given}")
-            changes = {name: value for name, value in given.items() if getattr(base, name) != value}
-            name = cell_name(base, changes)
-            cells[name] = checked.model_copy(update={"run": name})
-    return list(cells.values())
-
-
-def _meant(file: Path, content: Mapping[str, Any]) -> str:
-    """The command that was probably meant, where a file of parameters was given as a batch; else an empty string."""
-    named = [file.absolute().parent.name] if file.absolute().parent.name in parameters.NOTEBOOKS else []
-    fitting = named or [
-        name
-        for name, schema in parameters.NOTEBOOKS.items()
-        if content and content.keys() <= schema.model_fields.keys()
-    ]
-    return f"scaled-ql run {fitting[0]} {file}" if fitting else ""
-
-
-def near_command(target: str, file: str = "") -> str:
-    """The command that was probably meant by ``scaled-ql run TARGET FILE``, or an empty string where none is near.
-
-    Args:
-        target: a notebook, or a batch.
-        file: of parameters; "" for none.
-    """
-    home = workspace()
-    files = {os.path.relpath(path): path for path in (home / "params").rglob("*.yaml")}
-    batches = {path.stem: name for name, path in files.items() if path.parent.name == "batches"}
-    known = {name: name for name in (*parameters.NOTEBOOKS, *files)} | batches
-    known |= {f"{stem}.yaml": name for stem, name in batches.items()}
-    near = difflib.get_close_matches(target, known, n=1)
-    if not near:
-        return ""
-    if not file:
-        return f"scaled-ql run {known[near[0]]}"
-    of_notebook = {name: name for name, path in files.items() if path.parent.name == near[0]}
-    of_notebook |= {Path(name).name: name for name in of_notebook}
-    there = os.path.isfile(file)  # noqa: PTH113 - of pathlib, a name that is too long is an error
-    files_near = [file] if there else difflib.get_close_matches(file, of_notebook, n=1)
-    return f"scaled-ql run {near[0]} {of_notebook.get(files_near[0], files_near[0])}" if files_near else ""
-
-
-def load_batch(file: str | Path, overrides: Mapping[str, Any]) -> list[Step]:
-    """Read and check a batch: an ordered list of notebooks, each with a file of `params/<notebook>/` and maybe a grid.
-
-    Raises:
-        ParameterError: anything wrong in the batch or in a file it names.
-    """
-    content = parameters.load(file)
-    try:
-        batch = _Batch.model_validate(content)
-    except pydantic.ValidationError as error:
-        meant = _meant(Path(file), content)
-        if meant:
-            raise ParameterError(f"{file}: parameters of a notebook, not a batch. Did you mean: {meant}") from None
-        mistakes = "; ".join(
-            f"{'.'.join(map(str, mistake['loc']))}: {mistake['msg']}, got {mistake['input']!r}"
-            for mistake in error.errors()
-        )
-        raise ParameterError(
-            f"{file}: not a batch, a list of steps with notebook, parameters and grid ({mistakes})."
-        ) from None
-    steps = []
-    for number, step in enumerate(batch.steps, 1):
-        source = workspace() / "params" / step.notebook / step.parameters
-        try:
-            if step.notebook not in parameters.NOTEBOOKS:
-                parameters.check(step.notebook, {}, "notebook")
-            base = parameters.check(step.notebook, {**parameters.load(source), **overrides}, str(source))
-            cells = expand(base, step.grid, step.notebook, step.parameters)
-        except ParameterError as error:
-            raise ParameterError(f"{file}, step {number}: {error}") from error
-        steps.append(Step(step.notebook, cells, step.retries))
-    return steps

@@ -26,7 +26,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from scaled_ql import devices, replay
 from scaled_ql.defaults import ADAM_EPSILON, LEARNING_RATE, TARGET_UPDATE_PERIOD
 from scaled_ql.methods.common import MethodError, Metrics, Objective, PyTree, checked_objective
-from scaled_ql.replay.store import Batch, Replay
+from scaled_ql.replay.batch import Batch
+from scaled_ql.replay.store import Replay
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save there
 

@@ -11,7 +11,7 @@ from scaled_ql import losses
 from scaled_ql.defaults import KAPPA
 from scaled_ql.methods import common
 from scaled_ql.methods.common import Method, Metrics, Objective, PyTree
-from scaled_ql.replay.store import Batch
+from scaled_ql.replay.batch import Batch
 
 METRICS = {"nll": "negative log-likelihood, nats", "accuracy": "data's action is the likeliest"}
 

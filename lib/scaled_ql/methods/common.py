@@ -14,7 +14,7 @@ from scaled_ql import losses
 from scaled_ql.defaults import Head, Rewards
 from scaled_ql.games import NUM_ACTIONS
 from scaled_ql.networks import make_q_network
-from scaled_ql.replay.store import Batch
+from scaled_ql.replay.batch import Batch
 
 PyTree = Any
 Metrics = dict[str, jax.Array]

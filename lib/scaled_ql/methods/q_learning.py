@@ -16,7 +16,7 @@ from scaled_ql.methods import common
 from scaled_ql.methods.cloning import bc
 from scaled_ql.methods.common import Method, MethodError, Metrics, Objective, PyTree
 from scaled_ql.networks import BCQNetwork
-from scaled_ql.replay.store import Batch
+from scaled_ql.replay.batch import Batch
 
 TDLoss = Callable[..., jax.Array]
 TD_LOSSES: dict[Head, TDLoss] = {

@@ -1,16 +1,24 @@
 """Replay: stores of whole episodes on disk, and reproducible batches from them."""
 
-from scaled_ql.replay.dqn_replay import import_dqn_replay
-from scaled_ql.replay.export import export_dqn_replay
+from importlib import import_module
+from typing import Any
+
+from scaled_ql.replay.batch import Batch
 from scaled_ql.replay.format import ReplayError
-from scaled_ql.replay.minari import import_minari
 from scaled_ql.replay.returns import label_with_returns, returns_to_go, reward_scales
-from scaled_ql.replay.rl_unplugged import import_rl_unplugged
 from scaled_ql.replay.sampling import mean_frames, prefetch, sample_batch, sample_indices, share_of
-from scaled_ql.replay.store import Batch, Replay, open_replay
+from scaled_ql.replay.store import Replay, open_replay
 from scaled_ql.replay.views import View, load_view
 from scaled_ql.replay.workers import sample_batches
 from scaled_ql.replay.writer import ReplayWriter
+
+# Loaded by whoever asks for one: their packages take twice as long to import as all that reading needs.
+FORMATS = {
+    "export_dqn_replay": "export",
+    "import_dqn_replay": "dqn_replay",
+    "import_minari": "minari",
+    "import_rl_unplugged": "rl_unplugged",
+}
 
 __all__ = [
     "Batch",
@@ -34,3 +42,9 @@ __all__ = [
     "sample_indices",
     "share_of",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in FORMATS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.formats.{FORMATS[name]}"), name)

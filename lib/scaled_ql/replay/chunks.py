@@ -28,9 +28,9 @@ class Chunks:
     """Chunks of one array.
 
     Args:
-        name: of the array, for messages.
+        name: name of the array, for messages.
         read: reads from its files; see `read_files` and `read_memory`.
-        dtype: of the array.
+        dtype: dtype of the array.
         tail: shape of a row.
         chunk: rows of a chunk.
         shard: rows of a file.
@@ -101,7 +101,7 @@ def read_files(path: Callable[[int], str], largest: int) -> Read:
     reader = object()
 
     def read(file: int, place: int) -> bytes:
-        opened = _open(path(file), reader)  # held: it would be closed once nobody has it
+        opened = _open(path(file), reader)  # held: it would be closed once nothing refers to it
         offset, size = ENTRY.unpack(os.pread(opened.descriptor, 16, 16 * place))
         _check(offset, size, largest)
         return os.pread(opened.descriptor, size, offset)
@@ -110,7 +110,7 @@ def read_files(path: Callable[[int], str], largest: int) -> Read:
 
 
 class _OpenFile:
-    """Closed when nobody uses it any more, so another thread may forget it meanwhile."""
+    """Closes when the last user lets go, so another thread may forget it meanwhile."""
 
     def __init__(self, path: str, reader: object):
         self.descriptor = os.open(path, os.O_RDONLY)

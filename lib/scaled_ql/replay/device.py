@@ -7,44 +7,57 @@ import psutil
 
 from scaled_ql.replay.format import FRAME_SHAPE
 from scaled_ql.replay.memory import BYTES_PER_FRAME, to_memory
-from scaled_ql.replay.store import Replay, Run, Span
+from scaled_ql.replay.recording import Span
+from scaled_ql.replay.store import Replay
 
 
-class DeviceReplay(Replay):
-    """A dataset, or view, whose frames are in a device's memory, 7 KB each; a batch's frames never leave it.
+class DeviceFrames:
+    """Frames in a device's memory, 7 KB each; a batch's frames never leave it. See `store.RecordedFrames`."""
+
+    is_shareable = False
+
+    def __init__(self, replay: Replay, device: jax.Device | None = None):
+        """Decode all frames of `replay` and put them on `device` (the default one).
+
+        Raises:
+            ReplayError: a damaged file.
+        """
+        self._places: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of a recording's rows among the frames
+        blocks, count = [], 0
+        for game in replay.games:
+            for number, recording in enumerate(replay.recordings(game)):
+                first, frames = replay.rows_in_use(game, number)
+                order = np.argsort(first)
+                first, frames = first[order], frames[order]
+                self._places[id(recording)] = first, count + np.cumsum(frames) - frames - first
+                blocks += recording.windows(first, first + frames - 1)
+                count += int(frames.sum())
+        self._frames = jax.device_put(np.concatenate(blocks), device)
+
+    def __reduce__(self) -> tuple:
+        raise TypeError("frames on a device cannot be handed to another process.")
+
+    def read(self, spans: list[Span], shape: tuple[int, int], stack_size: int, out: None = None) -> jax.Array:
+        """See `RecordedFrames.read`; the result is an array of the device, and there is no `out`."""
+        places = np.empty(shape, np.int32)
+        for span in spans:
+            first, shift = self._places[id(span.recording)]
+            place = shift[np.searchsorted(first, span.now, side="right") - 1]
+            wanted = span.now[:, None] + np.arange(shape[1]) - stack_size + 1
+            inside = (wanted >= span.earliest[:, None]) & (wanted <= span.then[:, None])
+            places[span.places] = np.where(inside, wanted + place[:, None], -1)
+        return _gather_frames(self._frames, places)
+
+
+def to_device(replay: Replay, device: jax.Device | None = None) -> Replay:
+    """The same dataset, or view, with its frames on a device (the default one), decoded, and the rest in memory.
 
     Raises:
         ReplayError: a damaged file.
     """
-
-    def __init__(self, replay: Replay, device: jax.Device | None = None):
-        """Decode all frames of `replay` and put them on `device` (the default one)."""
-        replay = to_memory(replay)
-        super().__init__(replay.path, {game: replay.runs(game) for game in replay.games}, replay.view)
-        self._places: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of a run's rows among the frames
-        blocks, count = [], 0
-        for game in self.games:
-            for number, run in enumerate(self.runs(game)):
-                first, frames = self.rows_in_use(game, number)
-                order = np.argsort(first)
-                first, frames = first[order], frames[order]
-                self._places[id(run)] = first, count + np.cumsum(frames) - frames - first
-                blocks += run.windows(first, first + frames - 1)
-                count += int(frames.sum())
-        self._frames = jax.device_put(np.concatenate(blocks), device)
-
-    def _read_frames(
-        self, spans: list[tuple[np.ndarray, Run, Span]], shape: tuple[int, int], stack_size: int
-    ) -> jax.Array:
-        """As in `Replay`, an array of the device."""
-        places = np.empty(shape, np.int32)
-        for rows, run, span in spans:
-            first, shift = self._places[id(run)]
-            place = shift[np.searchsorted(first, span.now, side="right") - 1]
-            wanted = span.now[:, None] + np.arange(shape[1]) - stack_size + 1
-            inside = (wanted >= span.earliest[:, None]) & (wanted <= span.then[:, None])
-            places[rows] = np.where(inside, wanted + place[:, None], -1)
-        return _gather_frames(self._frames, places)
+    replay = to_memory(replay)
+    recordings = {game: replay.recordings(game) for game in replay.games}
+    return Replay(replay.path, recordings, replay.view, DeviceFrames(replay, device))
 
 
 @jax.jit
@@ -59,8 +72,8 @@ def place(replay: Replay, where: str = "auto") -> Replay:
     Args:
         replay: an open dataset or view.
         where: ``"disk"``; ``"memory"``, compressed; ``"device"``, decoded on the accelerator; or ``"auto"``: on the
-            accelerator if its decoded frames take at most 30% of that memory, else in memory if they take, reckoned
-            with 150 bytes each, at most half of what is free there, else on disk.
+            accelerator if its decoded frames take at most 30% of that memory, else in memory if they take, estimated
+            at 150 bytes each, at most half of what is free there, else on disk.
 
     Raises:
         ValueError: another word.
@@ -76,7 +89,7 @@ def place(replay: Replay, where: str = "auto") -> Replay:
             where = "memory"
         else:
             where = "disk"
-    places = {"disk": lambda replay: replay, "memory": to_memory, "device": DeviceReplay}
+    places = {"disk": lambda replay: replay, "memory": to_memory, "device": to_device}
     if where not in places:
         raise ValueError(f"a dataset is read from {', '.join(places)} or auto, got {where!r}")
     return places[where](replay)

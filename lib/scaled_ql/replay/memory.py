@@ -6,10 +6,11 @@ import numpy as np
 
 from scaled_ql.replay.chunks import Chunks, Read, read_memory
 from scaled_ql.replay.format import ARRAYS, file_name
+from scaled_ql.replay.recording import ChunkedRecording, Recording
 from scaled_ql.replay.shared import SharedMemory
-from scaled_ql.replay.store import Replay, Run
+from scaled_ql.replay.store import Replay
 
-BYTES_PER_FRAME = 150  # to reckon with: compressed frame, action, reward, index
+BYTES_PER_FRAME = 150  # an estimate: compressed frame, action, reward, index
 FILES_AT_ONCE = 16  # that are read together while loading
 
 
@@ -22,35 +23,36 @@ def to_memory(replay: Replay) -> Replay:
         ReplayError: a damaged file.
     """
     memory = SharedMemory()
-    runs = {
+    recordings = {
         game: [
-            MemoryRun(run, *replay.rows_in_use(game, number), memory) for number, run in enumerate(replay.runs(game))
+            MemoryRecording(recording, *replay.rows_in_use(game, number), memory)
+            for number, recording in enumerate(replay.recordings(game))
         ]
         for game in replay.games
     }
-    return Replay(replay.path, runs, replay.view)
+    return Replay(replay.path, recordings, replay.view)
 
 
-class MemoryRun(Run):
-    """A run whose frames, still compressed, actions and rewards are in memory.
+class MemoryRecording(ChunkedRecording):
+    """A recording whose frames, still compressed, actions and rewards are in memory.
 
     Args:
-        run: on disk or behind a URL.
+        recording: on disk or behind a URL.
         first, frames: int64 [episodes], the rows that are needed: frames[i] rows from first[i] on.
         memory: where they are put.
     """
 
-    def __init__(self, run: Run, first: np.ndarray, frames: np.ndarray, memory: SharedMemory):
-        super().__init__(run.kvstore, run.manifest, run.table)
+    def __init__(self, recording: Recording, first: np.ndarray, frames: np.ndarray, memory: SharedMemory):
+        super().__init__(recording.kvstore, recording.manifest, recording.table)
         order = np.argsort(first)
         self._first = first[order]
         self._place = np.cumsum(frames[order]) - frames[order] - self._first  # of a row in the columns: row + this
         self._memory = memory
         self._stored_columns = {}  # where each begins, and its length
         for name in ("action", "reward"):
-            column = run.stretches(name, self._first, frames[order])
+            column = recording.stretches(name, self._first, frames[order])
             self._stored_columns[name] = memory.append(column.tobytes()), len(column)
-        shard = run.arrays["observation"].chunk_layout.write_chunk.shape[0]
+        shard = recording.arrays["observation"].chunk_layout.write_chunk.shape[0]
         needed = {number for a, n in zip(first, frames) for number in range(a // shard, (a + n - 1) // shard + 1)}
         self._stored_files = self._store(sorted(needed))
 
@@ -75,7 +77,7 @@ class MemoryRun(Run):
             read = read_memory(files, largest)
             return lambda file, place: bytes(read(file, place))  # of which checksums are made
 
-        return {"observation": self._chunks("observation", make_read)}
+        return {"observation": self._open_chunks("observation", make_read)}
 
     @cached_property
     def _columns(self) -> dict[str, np.ndarray]:
@@ -85,7 +87,7 @@ class MemoryRun(Run):
         }
 
     def values(self, name: str, first: np.ndarray, last: np.ndarray, width: int = 1) -> np.ndarray:
-        """One column at rows first[i]..last[i], inclusive, at most `width` of them: [B, width], zeros behind them."""
+        """See `Recording.values`; actions and rewards only."""
         place = first + self._place[np.searchsorted(self._first, first, side="right") - 1]
         steps = np.arange(width)
         inside = first[:, None] + steps <= last[:, None]

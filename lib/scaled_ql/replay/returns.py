@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from scaled_ql.replay.store import Batch, Replay
+from scaled_ql.replay.batch import Batch
+from scaled_ql.replay.store import Replay
 
 
 def returns_to_go(replay: Replay, game: str, discount: float = 0.99) -> np.ndarray:
@@ -24,7 +25,7 @@ def label_with_returns(batch: Batch, index: np.ndarray, returns: list[np.ndarray
     """A batch whose `reward` is the return to go.
 
     Args:
-        batch: of transitions.
+        batch: transitions.
         index: int [B], their time indices, from `sample_indices`.
         returns: `returns_to_go` of each game, in the order of `Replay.games`.
     """

@@ -7,7 +7,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from scaled_ql.replay.store import Batch, Replay
+from scaled_ql.replay.batch import Batch
+from scaled_ql.replay.store import Replay
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ class SharedMemory:
     Unlike a file below /dev/shm it is not limited by the size that a container gives that folder.
 
     Args:
-        descriptor: of such memory, made by another process and inherited; by default it is new and empty.
+        descriptor: descriptor inherited from the process that made the memory; by default the memory is new and empty.
     """
 
     def __init__(self, descriptor: int | None = None):

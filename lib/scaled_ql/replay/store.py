@@ -1,16 +1,14 @@
-"""Reading a replay store; `scaled_ql.replay.format` says how it lies on disk."""
+"""Reading a dataset: the recordings of several games as one; `scaled_ql.replay.format` says how it lies on disk."""
 
 import hashlib
 import json
-import math
 import os
 import threading
-import zlib
 from collections.abc import Callable, Iterator
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
-from urllib.parse import unquote, urlsplit
+from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
@@ -19,204 +17,76 @@ import tensorstore as ts
 
 from scaled_ql.games import OtherActions, check_actions
 from scaled_ql.replay import format as fmt
-from scaled_ql.replay.chunks import Chunks, Read, read_files
-from scaled_ql.replay.format import ARRAYS, FORMAT, FRAME_SHAPE, ReplayError, file_name
+from scaled_ql.replay.batch import Batch
+from scaled_ql.replay.format import FORMAT, FRAME_SHAPE, ReplayError
+from scaled_ql.replay.recording import Recording, Span, open_recording, validate_recording
 from scaled_ql.replay.views import Episodes, View, drawn_transitions, load_view, select_episodes
 
-T = TypeVar("T")
-
 READ_TOGETHER = 32  # windows
-VALIDATED_TOGETHER = 8_192  # rows
-BLANK_ROWS = 100  # in a row with a black frame, action 0 and no reward: no game and no player makes so many
 
 
-class Batch(NamedTuple):
-    """B transitions with n-step returns (a pytree of arrays: NumPy's where it was read, JAX's inside a program).
+class RecordedFrames:
+    """Reads the frames of batches from the recordings themselves; several threads may read at once.
 
-    The two frame stacks of a transition share frames, so what is kept, and sent to an accelerator, is each frame once;
-    `observation` and `next_observation` are cut from them where they are used.
+    Other readers, as `device.DeviceFrames`, have the same attribute and method.
 
     Attributes:
-        frames: uint8 [B, S + n, 84, 84], t - S + 1 .. t + n, oldest first; those before the episode's start, and after
-            the last that `next_observation` shows, are zero.
-        next_stack: int32 [B, S], which of these make `next_observation`.
-        action: int32 [B], index in the game's minimal action set.
-        reward: float32 [B], sum over k < n of discount^k r_{t+k}, cut at the episode's end.
-        discount: float32 [B], discount^n, or 0 where the episode terminated within the n steps.
-        game: int32 [B], index into the replay's `games`.
+        is_shareable: whether another process can read them.
     """
 
-    frames: np.ndarray
-    next_stack: np.ndarray
-    action: np.ndarray
-    reward: np.ndarray
-    discount: np.ndarray
-    game: np.ndarray
+    is_shareable = True
 
-    @property
-    def observation(self) -> np.ndarray:
-        """uint8 [B, 84, 84, S], the stack at t, oldest frame first."""
-        return self.frames[:, : self.next_stack.shape[1]].transpose(0, 2, 3, 1)
+    def __init__(self):
+        self._local = threading.local()
 
-    @property
-    def next_observation(self) -> np.ndarray:
-        """uint8 [B, 84, 84, S], the stack at t + n; where `discount` is 0, the episode's last one."""
-        rows = np.arange(len(self.next_stack))[:, None]
-        return self.frames[rows, self.next_stack].transpose(0, 2, 3, 1)
+    def __reduce__(self) -> tuple:
+        return RecordedFrames, ()
 
-    @classmethod
-    def of_stacks(
-        cls,
-        observation: np.ndarray,
-        action: np.ndarray,
-        reward: np.ndarray,
-        discount: np.ndarray,
-        next_observation: np.ndarray,
-        game: np.ndarray,
-    ) -> "Batch":
-        """A batch from two stacks of frames each, [B, H, W, S], that share nothing."""
-        size, stack = observation.shape[0], observation.shape[-1]
-        frames = np.concatenate([observation, next_observation], axis=-1).transpose(0, 3, 1, 2)
-        next_stack = np.tile(np.arange(stack, 2 * stack, dtype=np.int32), (size, 1))
-        return cls(frames, next_stack, action, reward, discount, game)
+    def read(
+        self, spans: list[Span], shape: tuple[int, int], stack_size: int, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The frames of a batch, uint8 [*shape, 84, 84]: those from `stack_size` - 1 before t on.
 
-
-class Run:
-    """One game and run on disk or behind a URL, read-only: its manifest, its episode table, its arrays.
-
-    Attributes:
-        kvstore: its folder.
-        manifest: what it is.
-        table: Arrow table of its episodes, in time order.
-        folder: on a local disk, or None.
-    """
-
-    def __init__(self, kvstore: ts.KvStore, manifest: dict[str, Any], table: pa.Table):
-        self.kvstore, self.manifest, self.table = kvstore, manifest, table
-        self.starts = table["start"].to_numpy()
-        self.lengths = table["length"].to_numpy()
-        self.num_transitions = int(self.starts[-1] + self.lengths[-1])
-        parts = urlsplit(kvstore.url)
-        self.folder = unquote(parts.path) if parts.scheme == "file" else None
-        self.num_rows = int((table["row"].to_numpy() + table["frames"].to_numpy()).max())
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What another process needs, which opens the files anew."""
-        kind = type(self)
-        return {k: v for k, v in vars(self).items() if not isinstance(getattr(kind, k, None), cached_property)}
-
-    def open_array(self, name: str) -> ts.TensorStore:
-        """One of the arrays, for reading."""
-        where = f"{self.kvstore.url}{name}"
-        kvstore = (self.kvstore / f"{name}/").spec().to_json()
-        spec = {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}  # missing is not zero
-        try:
-            array = ts.open(spec, open=True, read=True, dtype=ARRAYS[name]).result()
-        except ValueError as error:
-            raise ReplayError(f"{where}: cannot open this array ({error}). Restore the folder from a copy.") from error
-        if array.shape[0] < self.num_rows:
-            raise ReplayError(
-                f"{where}: holds {array.shape[0]} rows, but the episode table promises {self.num_rows}. "
-                "Restore the folder from a copy."
-            )
-        return array
-
-    @cached_property
-    def arrays(self) -> dict[str, ts.TensorStore]:
-        """All of them, opened on first use."""
-        return {name: self.open_array(name) for name in ARRAYS}
-
-    def reading(self, read: Callable[[], T], name: str) -> T:
-        """Run a read; a checksum or decoding error names the array and the remedy."""
-        try:
-            return read()
-        except ValueError as error:
-            raise ReplayError(
-                f"{self.kvstore.url}{name}: a chunk is damaged or missing ({error}). Restore the folder "
-                "from a copy, or delete it and record or import it again."
-            ) from error
-
-    def _chunks(self, name: str, make_read: Callable[[int], Read]) -> Chunks:
-        layout, tail = self.arrays[name].chunk_layout, self.arrays[name].shape[1:]
-        rows, shard = layout.read_chunk.shape[0], layout.write_chunk.shape[0]
-        largest = 2 * rows * math.prod(tail) * np.dtype(ARRAYS[name]).itemsize + 1_024  # bytes of a sound chunk
-        return Chunks(f"{self.kvstore.url}{name}", make_read(largest), np.dtype(ARRAYS[name]), tail, rows, shard)
-
-    @cached_property
-    def chunks(self) -> dict[str, Chunks]:
-        """What a batch needs, chunk by chunk; empty for a store that is not on a local disk."""
-        if self.folder is None:
-            return {}
-
-        def path(name: str, number: int) -> str:
-            return self.folder + file_name(name, number)
-
-        names = ("observation", "action", "reward")
-        return {name: self._chunks(name, partial(read_files, partial(path, name))) for name in names}
-
-    def values(self, name: str, first: np.ndarray, last: np.ndarray, width: int = 1) -> np.ndarray:
-        """One column at rows first[i]..last[i], inclusive, at most `width` of them: [B, width], zeros behind them."""
-        values = np.zeros((len(first), width), ARRAYS[name])
-        if not self.chunks:
-            rows = first[:, None] + np.arange(width)
-            read = self.reading(lambda: self.arrays[name][np.minimum(rows, last[:, None])].read().result(), name)
-            return np.where(rows <= last[:, None], read, values)
-        chunks = self.chunks[name]
-        size = chunks.rows
-        for place, (begin, end) in enumerate(zip(first.tolist(), last.tolist())):
-            for number in range(begin // size, end // size + 1):
-                low, high = max(begin, number * size), min(end + 1, (number + 1) * size)
-                part = chunks[number][low - number * size : high - number * size]
-                values[place, low - begin : high - begin] = part
-        return values
-
-    def windows(self, first: np.ndarray, last: np.ndarray) -> list[np.ndarray]:
-        """Frames first[i]..last[i], inclusive: one read operation for all windows."""
-
-        def read() -> list[np.ndarray]:
-            frames = self.arrays["observation"]
-            with ts.Batch() as batch:
-                reads = [frames[a : b + 1].read(batch=batch) for a, b in zip(first.tolist(), last.tolist())]
-            return [read.result() for read in reads]
-
-        return self.reading(read, "observation")
-
-    def read_windows(
-        self, first: np.ndarray, last: np.ndarray
-    ) -> Iterator[tuple[int, int, Callable[[np.ndarray], None]]]:
-        """For each window, frames first[i]..last[i]: (row that its piece begins with, rows of that, how to read it).
-
-        A piece is whole chunks where they can be read one by one, else just the window.
+        Args:
+            spans: the batch's transitions.
+            shape: transitions, frames of each.
+            stack_size: frames in an observation.
+            out: memory to use.
         """
-        if self.chunks:
-            chunks = self.chunks["observation"]
-            for a, b in zip((first // chunks.rows).tolist(), (last // chunks.rows).tolist()):
+        size, width = shape
+        frames = np.empty((size, width, *FRAME_SHAPE), np.uint8) if out is None else out
+        windows: list = [None] * size
+        first, earliest, last = np.empty((3, size), np.int64)
+        for span in spans:
+            first[span.places] = span.now - stack_size + 1
+            earliest[span.places], last[span.places] = span.earliest, span.then
+            for place, window in zip(span.places.tolist(), span.recording.read_windows(span.earliest, span.then)):
+                windows[place] = window
+        for begin in range(0, size, READ_TOGETHER):
+            group = slice(begin, begin + READ_TOGETHER)
+            self._cut_windows(frames[group], windows[group], first[group], earliest[group], last[group])
+        return frames
 
-                def read(target: np.ndarray, a: int = a, b: int = b) -> None:
-                    for place, number in enumerate(range(a, b + 1)):
-                        chunks.read_into(number, target[place * chunks.rows : (place + 1) * chunks.rows])
+    def _cut_windows(
+        self, frames: np.ndarray, windows: list, first: np.ndarray, earliest: np.ndarray, last: np.ndarray
+    ) -> None:
+        """Fill uint8 [B, width, 84, 84] with rows first, first + 1, ...; with 0 outside `earliest` .. `last`.
 
-                yield a * chunks.rows, (b + 1 - a) * chunks.rows, read
-        else:
-            for begin, window in zip(first.tolist(), self.windows(first, last)):
-                yield begin, len(window), partial(np.copyto, src=window)
-
-    def stretches(self, name: str, first: np.ndarray, length: np.ndarray) -> np.ndarray:
-        """Rows first[i] .. first[i] + length[i] - 1 of a column, one stretch after another."""
-        if not len(first):
-            return np.empty(0, ARRAYS[name])
-        stops = first + length
-        hole = self.arrays[name].chunk_layout.read_chunk.shape[0]  # so many rows may be a chunk that was never written
-        breaks = np.flatnonzero((first[1:] < stops[:-1]) | (first[1:] - stops[:-1] >= hole)) + 1
-        parts = []
-        for group in np.split(np.arange(len(first)), breaks):
-            low, high = int(first[group[0]]), int(stops[group[-1]])
-            column = self.reading(lambda low=low, high=high: self.arrays[name][low:high].read().result(), name)
-            if (first[group[1:]] == stops[group[:-1]]).all():
-                parts.append(column)
-            else:
-                parts += [column[a - low : b - low] for a, b in zip(first[group], stops[group])]
-        return np.concatenate(parts)
+        The windows are read into one buffer, small enough to stay in the processor's cache, and copied from there in
+        one go: little work for Python, so that several threads can read at once.
+        """
+        needed = 1 + sum(rows for _, rows, _ in windows)
+        buffer = getattr(self._local, "buffer", None)
+        if buffer is None or len(buffer) < needed:
+            buffer = self._local.buffer = np.zeros((needed, *FRAME_SHAPE), np.uint8)  # the first stays black
+        at, shift = 1, []
+        for begin, rows, read in windows:
+            read(buffer[at : at + rows])
+            shift.append(at - begin)
+            at += rows
+        wanted = first[:, None] + np.arange(frames.shape[1])
+        inside = (wanted >= earliest[:, None]) & (wanted <= last[:, None])
+        np.take(buffer, np.where(inside, wanted + np.array(shift)[:, None], 0), axis=0, out=frames, mode="clip")
 
 
 class Replay:
@@ -228,55 +98,73 @@ class Replay:
         games: names of its games, sorted; a batch's `game` indexes this list.
     """
 
-    def __init__(self, path: str, runs: dict[str, list[Run]], view: View | None = None):
-        self.path, self.view = path, view or View()
-        missing = sorted(set(self.view.games) - runs.keys())
+    def __init__(
+        self,
+        path: str,
+        recordings: dict[str, list[Recording]],
+        view: View | None = None,
+        frames: Any = None,
+    ):
+        """Show the part of recordings that a view leaves.
+
+        Args:
+            path: where they lie.
+            recordings: by game.
+            view: what to show; None is all.
+            frames: reads the frames of batches; None is `RecordedFrames`.
+        """
+        self.path, self.view, self._frames = path, view or View(), frames or RecordedFrames()
+        missing = sorted(set(self.view.games) - recordings.keys())
         if missing:
-            raise ReplayError(f"{path}: the view asks for {', '.join(missing)}; it has {', '.join(sorted(runs))}.")
-        self.games = sorted(set(self.view.games) or runs)
-        self._runs = {
-            game: [run for run in runs[game] if not self.view.runs or run.manifest["run"] in self.view.runs]
+            raise ReplayError(
+                f"{path}: the view asks for {', '.join(missing)}; it has {', '.join(sorted(recordings))}."
+            )
+        self.games = sorted(set(self.view.games) or recordings)
+        self._recordings = {
+            game: [one for one in recordings[game] if not self.view.runs or one.manifest["run"] in self.view.runs]
             for game in self.games
         }
         self._episodes = {game: self._join_episodes(game) for game in self.games}
         for game, episodes in self._episodes.items():
             if not len(episodes.start):
-                has = [run.manifest["run"] for run in runs[game]]
+                has = [recording.manifest["run"] for recording in recordings[game]]
                 raise ReplayError(
                     f"{path}: the view leaves nothing of {game}: {self.view.model_dump(exclude_defaults=True)}; "
                     f"it has the runs {has}."
                 )
-        self._local = threading.local()
         self.sampleable = lru_cache(maxsize=None)(self._sampleable)
         self._ranks = lru_cache(maxsize=None)(self._sampleable_ranks)
 
     def __reduce__(self) -> tuple:
         """For another process; it sees the same episodes, even if the store has grown since."""
-        if type(self) is not Replay:
-            raise TypeError(f"a {type(self).__name__} cannot be handed to another process.")
-        return Replay, (self.path, self._runs, self.view)
+        return Replay, (self.path, self._recordings, self.view, self._frames)
+
+    @property
+    def is_shareable(self) -> bool:
+        """Whether another process can read it: not what is in a device's memory."""
+        return self._frames.is_shareable
 
     def _join_episodes(self, game: str) -> Episodes:
         columns: dict[str, list[np.ndarray]] = {name: [] for name in Episodes._fields}
-        for number, run in enumerate(self._runs[game]):
-            chosen = select_episodes(self.view, run.starts, run.lengths)
+        for number, recording in enumerate(self._recordings[game]):
+            chosen = select_episodes(self.view, recording.starts, recording.lengths)
             columns["run"].append(np.full(chosen.stop - chosen.start, number, np.int32))
             columns["entry"].append(np.arange(chosen.start, chosen.stop))
             for name in ("length", "row", "frames", "terminal", "continued"):
-                columns[name].append(run.table[name].to_numpy()[chosen])
+                columns[name].append(recording.table[name].to_numpy()[chosen])
         joined = {name: np.concatenate(parts) for name, parts in columns.items() if parts and name != "start"}
         if not joined:
             return Episodes(*[np.empty(0, np.int64)] * len(Episodes._fields))
         return Episodes(start=np.cumsum(joined["length"]) - joined["length"], **joined)
 
-    def _game_runs(self, game: str) -> list[Run]:
-        if game not in self._runs:
+    def _recordings_of(self, game: str) -> list[Recording]:
+        if game not in self._recordings:
             raise ReplayError(f"{self.path}: no game {game!r}; it has {', '.join(self.games)}.")
-        return self._runs[game]
+        return self._recordings[game]
 
     def num_transitions(self, game: str) -> int:
-        """Transitions of a game in this view, all runs together, before `view.uniform` thins them out."""
-        self._game_runs(game)
+        """Transitions of a game in this view, all recordings together, before `view.uniform` thins them out."""
+        self._recordings_of(game)
         episodes = self._episodes[game]
         return int(episodes.start[-1] + episodes.length[-1])
 
@@ -287,11 +175,11 @@ class Replay:
 
     def manifests(self, game: str) -> list[dict[str, Any]]:
         """What is known of each recording of a game: source, actions, stickiness, ROM, ..."""
-        return [run.manifest for run in self._game_runs(game)]
+        return [recording.manifest for recording in self._recordings_of(game)]
 
-    def runs(self, game: str) -> list[Run]:
+    def recordings(self, game: str) -> list[Recording]:
         """The recordings of a game, in the order of their numbers."""
-        return list(self._game_runs(game))
+        return list(self._recordings_of(game))
 
     def rows_in_use(self, game: str, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(first, frames), int64 [episodes]: the rows of a game's number-th recording that this view shows."""
@@ -302,25 +190,25 @@ class Replay:
     def import_reports(self, game: str) -> list[dict[str, Any]]:
         """`import.json` of each imported recording of a game, with its run: files, gaps, what was left out."""
         reports = []
-        for run in self._game_runs(game):
-            content = run.kvstore.read("import.json").result().value
+        for recording in self._recordings_of(game):
+            content = recording.kvstore.read("import.json").result().value
             if content:
-                reports.append({"run": run.manifest["run"], **json.loads(content)})
+                reports.append({"run": recording.manifest["run"], **json.loads(content)})
         return reports
 
     def action_names(self, game: str) -> list[str]:
         """The game's minimal action set, as recorded."""
-        return self._game_runs(game)[0].manifest["actions"]
+        return self._recordings_of(game)[0].manifest["actions"]
 
     def episodes(self, game: str) -> pd.DataFrame:
         """Episode table in time order: start (index t of the first transition), length, row, frames, episode_return,
         terminal, truncated, continued, crc32, whatever the recorder added, and run."""
-        runs, episodes = self._game_runs(game), self._episodes[game]
+        recordings, episodes = self._recordings_of(game), self._episodes[game]
         tables = []
-        for number, run in enumerate(runs):
+        for number, recording in enumerate(recordings):
             here = episodes.run == number
-            chosen = run.table.take(pa.array(episodes.entry[here]))
-            tables.append(chosen.to_pandas().assign(run=run.manifest["run"], start=episodes.start[here]))
+            chosen = recording.table.take(pa.array(episodes.entry[here]))
+            tables.append(chosen.to_pandas().assign(run=recording.manifest["run"], start=episodes.start[here]))
         return pd.concat(tables, ignore_index=True)
 
     def actions(self, game: str) -> np.ndarray:
@@ -333,9 +221,9 @@ class Replay:
 
     def _column(self, game: str, name: str) -> np.ndarray:
         parts = []
-        for number, run in enumerate(self._game_runs(game)):
+        for number, recording in enumerate(self._recordings_of(game)):
             here = self._episodes[game].run == number
-            parts.append(run.stretches(name, self._episodes[game].row[here], self._episodes[game].length[here]))
+            parts.append(recording.stretches(name, self._episodes[game].row[here], self._episodes[game].length[here]))
         return np.concatenate(parts)
 
     def episode(self, game: str, number: int) -> dict[str, np.ndarray]:
@@ -345,26 +233,26 @@ class Replay:
             observation uint8 [L, 84, 84], or [L + 1, 84, 84] where the frame after the last action is stored,
             action uint8 [L], reward float32 [L].
         """
-        run = self._game_runs(game)[self._episodes[game].run[number]]
+        recording = self._recordings_of(game)[self._episodes[game].run[number]]
         episodes = self._episodes[game]
         row, length, frames = (int(column[number]) for column in (episodes.row, episodes.length, episodes.frames))
         where = np.array([row]), np.array([length])
         return {
-            "observation": run.windows(where[0], where[0] + frames - 1)[0],
-            **{name: run.stretches(name, *where) for name in ("action", "reward")},
+            "observation": recording.windows(where[0], where[0] + frames - 1)[0],
+            **{name: recording.stretches(name, *where) for name in ("action", "reward")},
         }
 
     def frames_at(self, game: str, indices: np.ndarray) -> np.ndarray:
         """uint8 [N, 84, 84], the single frames at time indices of a game."""
         indices = np.asarray(indices, np.int64)
         frames = np.empty((len(indices), *FRAME_SHAPE), np.uint8)
-        for part, run, episode, step in self._locate(game, indices):
+        for part, recording, episode, step in self._locate(game, indices):
             rows = self._episodes[game].row[episode] + step
-            frames[part] = np.concatenate(run.windows(rows, rows))
+            frames[part] = np.concatenate(recording.windows(rows, rows))
         return frames
 
-    def _locate(self, game: str, indices: np.ndarray) -> Iterator[tuple[np.ndarray, Run, np.ndarray, np.ndarray]]:
-        """Split time indices of a game by run: (places in `indices`, the run, episode, step within the episode)."""
+    def _locate(self, game: str, indices: np.ndarray) -> Iterator[tuple[np.ndarray, Recording, np.ndarray, np.ndarray]]:
+        """Split time indices of a game: (places in `indices`, their recording, episode, step within the episode)."""
         total = self.num_transitions(game)
         if len(indices) and (indices.min() < 0 or indices.max() >= total):
             raise ReplayError(
@@ -373,10 +261,10 @@ class Replay:
         episodes = self._episodes[game]
         episode = np.searchsorted(episodes.start, indices, side="right") - 1
         step = indices - episodes.start[episode]
-        for number, run in enumerate(self._game_runs(game)):
+        for number, recording in enumerate(self._recordings_of(game)):
             part = np.flatnonzero(episodes.run[episode] == number)
             if len(part):
-                yield part, run, episode[part], step[part]
+                yield part, recording, episode[part], step[part]
 
     def _sampleable(self, game: str, n_step: int, stack_size: int = 4) -> tuple[np.ndarray, np.ndarray]:
         """(start, count), int64: transitions start .. start + count - 1 of each stretch may be sampled.
@@ -385,7 +273,7 @@ class Replay:
         one whose beginning was lost those whose whole frame stack is stored. A uniform view has a stretch of one
         for each transition that it drew and that may be sampled.
         """
-        self._game_runs(game)
+        self._recordings_of(game)
         episodes = self._episodes[game]
         skip = np.where(episodes.continued, stack_size - 1, 0)
         beyond = episodes.frames - episodes.length
@@ -430,7 +318,7 @@ class Replay:
             game: one of `games`.
             indices: integers [B]; t is the game's t-th transition in time order.
             n_step: steps summed before bootstrapping.
-            discount: per step.
+            discount: discount per step.
             stack_size: frames in an observation.
             clip_rewards: clip each step's reward to [-1, 1] before summing.
 
@@ -441,7 +329,7 @@ class Replay:
         indices = np.atleast_1d(np.asarray(indices))
         if not np.issubdtype(indices.dtype, np.integer) or indices.ndim > 1:
             raise ReplayError(f"indices are a list of integers, got {indices.dtype} {indices!r}.")
-        self._game_runs(game)
+        self._recordings_of(game)
         games = np.full(len(indices), self.games.index(game), np.int32)
         return self.gather(games, indices, n_step, discount, stack_size, clip_rewards)
 
@@ -465,111 +353,68 @@ class Replay:
             raise ReplayError(f"n_step and stack_size are at least 1, got {n_step} and {stack_size}.")
         size = len(indices)
         action, reward, discounts = np.empty(size, np.int32), np.empty(size, np.float32), np.empty(size, np.float32)
-        spans = list(self._spans(games, indices, n_step, stack_size))
-        for places, run, span in spans:
-            action[places] = run.values("action", span.now, span.now)[:, 0]
-            reward[places] = span.returns(run, n_step, discount, clip_rewards)
-            discounts[places] = np.where(span.ended, 0.0, discount**n_step)
         next_stack = np.empty((size, stack_size), np.int32)
-        for places, _, span in spans:
-            next_stack[places] = (span.then - span.now)[:, None] + np.arange(stack_size)
-        read = self._read_frames if out is None else partial(self._read_frames, out=out)
-        frames = read(spans, (size, stack_size + n_step), stack_size)
+        spans = list(self._spans(games, indices, n_step, stack_size))
+        for span in spans:
+            action[span.places] = span.actions()
+            reward[span.places] = span.returns(n_step, discount, clip_rewards)
+            discounts[span.places] = np.where(span.ended, 0.0, discount**n_step)
+            next_stack[span.places] = (span.then - span.now)[:, None] + np.arange(stack_size)
+        frames = self._frames.read(spans, (size, stack_size + n_step), stack_size, out)
         return Batch(frames, next_stack, action, reward, discounts, games)
 
-    def _read_frames(
-        self,
-        spans: list[tuple[np.ndarray, Run, "Span"]],
-        shape: tuple[int, int],
-        stack_size: int,
-        out: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """The frames of a batch, uint8 [*shape, 84, 84]: those from `stack_size` - 1 before t on."""
-        size, width = shape
-        frames = np.empty((size, width, *FRAME_SHAPE), np.uint8) if out is None else out
-        windows: list = [None] * size
-        first, earliest, last = np.empty((3, size), np.int64)
-        for places, run, span in spans:
-            first[places], earliest[places], last[places] = span.now - stack_size + 1, span.earliest, span.then
-            for place, window in zip(places.tolist(), run.read_windows(span.earliest, span.then)):
-                windows[place] = window
-        for begin in range(0, size, READ_TOGETHER):
-            group = slice(begin, begin + READ_TOGETHER)
-            self._cut_windows(frames[group], windows[group], first[group], earliest[group], last[group])
-        return frames
-
-    def _cut_windows(
-        self, frames: np.ndarray, windows: list, first: np.ndarray, earliest: np.ndarray, last: np.ndarray
-    ) -> None:
-        """Fill uint8 [B, width, 84, 84] with rows first, first + 1, ...; with 0 outside `earliest` .. `last`.
-
-        The windows are read into one buffer, small enough to stay in the processor's cache, and copied from there in
-        one go: little work for Python, so that several threads can read at once.
-        """
-        needed = 1 + sum(rows for _, rows, _ in windows)
-        buffer = getattr(self._local, "buffer", None)
-        if buffer is None or len(buffer) < needed:
-            buffer = self._local.buffer = np.zeros((needed, *FRAME_SHAPE), np.uint8)  # the first stays black
-        at, shift = 1, []
-        for begin, rows, read in windows:
-            read(buffer[at : at + rows])
-            shift.append(at - begin)
-            at += rows
-        wanted = first[:, None] + np.arange(frames.shape[1])
-        inside = (wanted >= earliest[:, None]) & (wanted <= last[:, None])
-        np.take(buffer, np.where(inside, wanted + np.array(shift)[:, None], 0), axis=0, out=frames, mode="clip")
-
-    def _spans(
-        self, games: np.ndarray, indices: np.ndarray, n_step: int, stack_size: int
-    ) -> Iterator[tuple[np.ndarray, Run, "Span"]]:
-        """Split transitions of several games by run: (places in the batch, the run, which rows make them)."""
+    def _spans(self, games: np.ndarray, indices: np.ndarray, n_step: int, stack_size: int) -> Iterator[Span]:
+        """Which rows of which recordings make the transitions of several games, one recording after another."""
         for number in np.unique(games):
             game, places = self.games[number], np.flatnonzero(games == number)
-            for part, run, episode, step in self._locate(game, indices[places].astype(np.int64)):
-                yield places[part], run, self._span(game, run, episode, step, n_step, stack_size)
+            for part, recording, episode, step in self._locate(game, indices[places].astype(np.int64)):
+                self._expect_successors(game, recording, episode, step, n_step)
+                episodes = self._episodes[game]
+                first, length, frames = (column[episode] for column in (episodes.row, episodes.length, episodes.frames))
+                yield Span(
+                    recording=recording,
+                    places=places[part],
+                    now=first + step,
+                    then=first + np.minimum(step + n_step, frames - 1),
+                    earliest=first + np.maximum(step - stack_size + 1, 0),
+                    last=first + length - 1,
+                    ended=episodes.terminal[episode] & (step + n_step >= length),
+                )
 
-    def _span(self, game: str, run: Run, episode: np.ndarray, step: np.ndarray, n_step: int, stack_size: int) -> "Span":
-        """Which rows of a run's arrays make the transitions at the given steps of episodes."""
+    def _expect_successors(
+        self, game: str, recording: Recording, episode: np.ndarray, step: np.ndarray, n_step: int
+    ) -> None:
+        """Refuse transitions, at steps of episodes, that neither end in the game nor have a state n steps later."""
         episodes = self._episodes[game]
-        first, length = episodes.row[episode], episodes.length[episode]
-        frames = episodes.frames[episode]
-        ended = episodes.terminal[episode] & (step + n_step >= length)
-        lost = ~ended & (step + n_step >= frames)
+        length, beyond = episodes.length[episode], step + n_step
+        lost = ~(episodes.terminal[episode] & (beyond >= length)) & (beyond >= episodes.frames[episode])
         if lost.any():
-            t = episodes.start[episode[lost][0]] + step[lost][0]
-            last = episodes.start[episode[lost][0]] + length[lost][0] - 1
+            start = episodes.start[episode[lost][0]]
             raise ReplayError(
-                f"{self.path}: {game} transition {t} of run {run.manifest['run']} cannot be used with "
-                f"n_step = {n_step}: its episode was truncated at {last}, before the state that "
-                "the return bootstraps from. Draw indices with sample_indices, which leaves such transitions out."
+                f"{self.path}: {game} transition {start + step[lost][0]} of run {recording.manifest['run']} cannot be "
+                f"used with n_step = {n_step}: its episode was truncated at {start + length[lost][0] - 1}, before the "
+                "state that the return bootstraps from. Draw indices with sample_indices, which leaves such "
+                "transitions out."
             )
-        return Span(
-            first=first,
-            last=first + length - 1,
-            now=first + step,
-            then=first + np.minimum(step + n_step, frames - 1),
-            earliest=first + np.maximum(step - stack_size + 1, 0),
-            ended=ended,
-        )
 
     def identity(self) -> str:
         """A short id of the contents: equal for equal episodes and views, whatever the folder is called."""
         digest = hashlib.sha256(json.dumps(self.view.model_dump(exclude_defaults=True), sort_keys=True).encode())
         for game in self.games:
-            for run in self._game_runs(game):
-                known = {name: value for name, value in run.manifest.items() if value is not None}
+            for recording in self._recordings_of(game):
+                known = {name: value for name, value in recording.manifest.items() if value is not None}
                 digest.update(json.dumps(known, sort_keys=True).encode())
                 for name in ("length", "frames", "terminal", "continued", "crc32"):
-                    digest.update(np.ascontiguousarray(run.table[name].to_numpy()))
+                    digest.update(np.ascontiguousarray(recording.table[name].to_numpy()))
         return digest.hexdigest()[:12]
 
     def rom_md5s(self) -> dict[str, str]:
-        """MD5 of the ROM that each game was recorded with (of its first run); "" where it is not known."""
+        """MD5 of the ROM that each game was recorded with (in its first recording); "" where it is not known."""
         return {game: self.manifests(game)[0]["rom_md5"] for game in self.games}
 
     def stored_bytes(self, game: str) -> int:
         """Bytes that the files of a game's recordings occupy on a local disk; 0 for a store elsewhere."""
-        folders = [Path(run.folder) for run in self._game_runs(game) if run.folder is not None]
+        folders = [Path(recording.folder) for recording in self._recordings_of(game) if recording.folder is not None]
         files = (file for folder in folders for pattern in ("*", "*/*") for file in folder.glob(pattern))  # links too
         return sum(file.stat().st_size for file in files if file.is_file())
 
@@ -581,101 +426,12 @@ class Replay:
         """
         problems = []
         for game in self.games:
-            for run in self._game_runs(game):
+            for recording in self._recordings_of(game):
                 try:
-                    problems += validate_run(run, progress)
+                    problems += validate_recording(recording, progress)
                 except ReplayError as error:
                     problems.append(str(error))
         return problems
-
-
-class Span(NamedTuple):
-    """Rows of a run's arrays, int64 [B], that make B transitions.
-
-    Attributes:
-        first, last: of the episode's transitions.
-        now: the transition.
-        then: the frame that `next_observation` ends with.
-        earliest: the first frame of the observation.
-        ended: the episode terminates within the n steps.
-    """
-
-    first: np.ndarray
-    last: np.ndarray
-    now: np.ndarray
-    then: np.ndarray
-    earliest: np.ndarray
-    ended: np.ndarray
-
-    def returns(self, run: Run, n_step: int, discount: float, clip_rewards: bool) -> np.ndarray:
-        """float64 [B], n-step returns, cut at the episode's end."""
-        last = np.minimum(self.now + n_step - 1, self.last)
-        rewards = run.values("reward", self.now, last, n_step).astype(np.float64)
-        if clip_rewards:
-            rewards = rewards.clip(-1, 1)
-        return rewards @ discount ** np.arange(n_step)
-
-
-def validate_run(run: Run, progress: Callable[[int], None] = lambda transitions: None) -> list[str]:
-    """Read a run and compare it with its episode table; returns one line per problem.
-
-    Raises:
-        ReplayError: an array cannot be opened.
-    """
-    problems = []
-    limit = len(run.manifest["actions"])
-    table = run.table.to_pandas().sort_values("row", kind="stable")
-    row, stop = table["row"].to_numpy(), (table["row"] + table["frames"]).to_numpy()
-    hole = run.arrays["observation"].chunk_layout.read_chunk.shape[0]  # may be a chunk that was never written
-    breaks = (np.diff(row // VALIDATED_TOGETHER) > 0) | (row[1:] - stop[:-1] >= hole)
-    groups = [group for _, group in table.groupby(np.concatenate([[0], np.cumsum(breaks)]))]
-    ahead = _read_group(run, groups[0])
-    for number, group in enumerate(groups):
-        reads, ahead = ahead, _read_group(run, groups[number + 1]) if number + 1 < len(groups) else {}
-        low = int(group["row"].iloc[0])
-        columns = {}
-        for name, read in reads.items():
-            try:
-                columns[name] = run.reading(read.result, name)
-            except ReplayError as error:
-                first, last = group.iloc[0], group.iloc[-1]
-                where = f"transitions {first.start}..{last.start + last.length - 1}"
-                problems.append(f"{run.kvstore.url} {where}: {error}")
-        if len(columns) < len(reads):
-            continue
-        for row in group.itertuples():
-            where = f"{run.kvstore.url} episode {row.Index} (transitions {row.start}..{row.start + row.length - 1})"
-            here = slice(row.row - low, row.row - low + row.length)
-            frames = columns["observation"][row.row - low : row.row - low + row.frames]
-            action, reward = columns["action"][here], columns["reward"][here]
-            crc32 = fmt.frame_crc32s(frames)
-            if zlib.crc32(fmt.step_records(crc32, action, reward)) != row.crc32:
-                problems.append(f"{where}: contents differ from the recorded CRC-32.")
-            blank = _longest((crc32[: row.length] == fmt.BLACK) & (action == 0) & (reward == 0))
-            if blank >= BLANK_ROWS:
-                problems.append(
-                    f"{where}: {blank} rows on end are black, with action 0 and no reward, as rows of a replay buffer "
-                    "that were never written. Import it again."
-                )
-            if action.min() < 0 or action.max() >= limit:
-                problems.append(f"{where}: actions outside 0..{limit - 1}.")
-            for name in ("terminal", "truncated"):
-                if columns[name][here][-1] != getattr(row, name) or columns[name][here][:-1].any():
-                    problems.append(f"{where}: {name} flags differ from the episode table.")
-            progress(row.length)
-    return problems
-
-
-def _longest(marked: np.ndarray) -> int:
-    """Length of the longest stretch of True in bool [N]."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], marked, [False]])))
-    return int((edges[1::2] - edges[::2]).max(initial=0))
-
-
-def _read_group(run: Run, group: pd.DataFrame) -> dict[str, ts.Future]:
-    """Begin to read all columns of episodes that lie near one another."""
-    low, high = int(group["row"].iloc[0]), int((group["row"] + group["frames"]).max())
-    return {name: array[low:high].read() for name, array in run.arrays.items()}
 
 
 def open_replay(path: str | os.PathLike, view: View | str | os.PathLike | None = None) -> Replay:
@@ -714,77 +470,47 @@ def open_replay(path: str | os.PathLike, view: View | str | os.PathLike | None =
     except ValueError as error:
         raise ReplayError(f"{url}: cannot be listed ({error}). Check the address and your permissions.") from error
     folders = [key.rsplit("/", 1)[0] for key in keys if key.count("/") == 2]
-    runs: dict[str, list[Run]] = {}
+    recordings: dict[str, list[Recording]] = {}
     for folder in sorted(folders, key=lambda name: (name.split("/")[0], len(name), name)):
-        run = open_run(kvstore / f"{folder}/")
-        if run is not None:
-            others = runs.setdefault(run.manifest["game"], [])
-            twins = [other.kvstore.url for other in others if other.manifest["run"] == run.manifest["run"]]
+        recording = open_recording(kvstore / f"{folder}/")
+        if recording is not None:
+            others = recordings.setdefault(recording.manifest["game"], [])
+            twins = [other.kvstore.url for other in others if other.manifest["run"] == recording.manifest["run"]]
             if twins:
                 raise ReplayError(
-                    f"{path}: holds the same run twice: {twins[0]} and {run.kvstore.url}. Open one dataset."
+                    f"{path}: holds the same recording twice: {twins[0]} and {recording.kvstore.url}. Open one dataset."
                 )
-            others.append(run)
-    if not runs and folders:
+            others.append(recording)
+    if not recordings and folders:
         raise ReplayError(
             f"{path}: no complete episode in {folders[0]}/episodes.jsonl or episodes.arrow. Record or import it again."
         )
-    if not runs:
+    if not recordings:
         raise ReplayError(
             f"{path}: not a replay store: no manifest.json of format {FORMAT!r} with complete episodes below it. "
             "Expected the dataset's folder, which holds one folder per game."
         )
-    _check_actions(runs)
-    return Replay(str(path), runs, view)
+    _check_actions(recordings)
+    return Replay(str(path), recordings, view)
 
 
-def _check_actions(runs: dict[str, list[Run]]) -> None:
+def _check_actions(recordings: dict[str, list[Recording]]) -> None:
     """All recordings of a game index the game's own list of actions, or at least the same.
 
     Raises:
         ReplayError: one does not.
     """
-    for game, recordings in runs.items():
-        first = recordings[0]
-        for run in recordings:
+    for game, of_game in recordings.items():
+        first = of_game[0]
+        for recording in of_game:
             try:
-                check_actions(game, run.manifest["actions"])
+                check_actions(game, recording.manifest["actions"])
             except OtherActions as error:
-                raise ReplayError(f"{run.kvstore.url}manifest.json: {error}") from error
-            if run.manifest["actions"] != first.manifest["actions"]:
+                raise ReplayError(f"{recording.kvstore.url}manifest.json: {error}") from error
+            if recording.manifest["actions"] != first.manifest["actions"]:
                 raise ReplayError(
-                    f"{run.kvstore.url}manifest.json: its actions are {', '.join(run.manifest['actions'])}, those of "
-                    f"{first.kvstore.url} are {', '.join(first.manifest['actions'])}. Recordings of one game index the "
-                    "same list; import or record this one again."
+                    f"{recording.kvstore.url}manifest.json: its actions are "
+                    f"{', '.join(recording.manifest['actions'])}, those of {first.kvstore.url} are "
+                    f"{', '.join(first.manifest['actions'])}. Recordings of one game index the same list; import or "
+                    "record this one again."
                 )
-
-
-def open_run(kvstore: ts.KvStore) -> Run | None:
-    """One game and run, or None where no episode was completed yet."""
-    described = kvstore.read("manifest.json").result().value
-    manifest = fmt.read_manifest(described, f"{kvstore.url}manifest.json")
-    # The journal first: a writer that moves it into the table meanwhile leaves both, never neither.
-    journal = kvstore.read("episodes.jsonl").result().value
-    table = _read_table(kvstore)
-    starts, lengths = table["start"].to_numpy(), table["length"].to_numpy()
-    if not np.array_equal(starts, np.cumsum(lengths) - lengths):
-        raise ReplayError(f"{kvstore.url}episodes.arrow: its episodes do not follow one another. Restore it.")
-    checked, covered = fmt.has_checksums(described), int(lengths.sum())
-    rows, _ = fmt.parse_journal(journal, f"{kvstore.url}episodes.jsonl", covered, checked)
-    if rows:
-        tables = [table] if table.num_rows else []
-        table = pa.concat_tables([*tables, pa.Table.from_pylist(rows)], promote_options="permissive")
-    return Run(kvstore, manifest, table.combine_chunks()) if table.num_rows else None
-
-
-def _read_table(kvstore: ts.KvStore) -> pa.Table:
-    where = f"{kvstore.url}episodes.arrow"
-    parts = urlsplit(kvstore.url)
-    if parts.scheme == "file":
-        file = Path(unquote(parts.path)) / "episodes.arrow"
-        if not file.exists():
-            return fmt.empty_table()
-        with pa.memory_map(str(file)) as mapped:
-            return fmt.read_table(mapped.read_buffer(), where)
-    content = kvstore.read("episodes.arrow").result()
-    return fmt.read_table(pa.py_buffer(content.value), where) if content.state == "value" else fmt.empty_table()

@@ -64,7 +64,7 @@ class Episodes(NamedTuple):
         entry: number of the episode in that recording's table.
         start: index t of the first transition, counting what the view holds.
         length: transitions.
-        row: of the first transition in the recording's arrays.
+        row: row of the first transition in the recording's arrays.
         frames: frames from there on, one more than `length` where the state after the last action is stored.
         terminal: the episode ended in the game.
         continued: it begins in the middle: what came before was lost.

@@ -1,4 +1,4 @@
-"""Batches sampled ahead by processes of their own: threads of one process wait for Python's lock, processes do not.
+"""Batches sampled ahead by separate processes: threads of one process wait for Python's lock, processes do not.
 
 A worker is a fresh Python that the program starts (a fork of one that has loaded JAX may hang). It reads the same
 files or the same shared memory as the program, takes the number of a batch from a pipe that all workers share, and
@@ -19,24 +19,20 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection, Pipe, wait
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from scaled_ql.replay.batch import Batch
 from scaled_ql.replay.format import FRAME_SHAPE
 from scaled_ql.replay.sampling import prefetch, sample_batch
 from scaled_ql.replay.shared import SharedMemory, pack, unpack
-from scaled_ql.replay.store import Batch, Replay
+from scaled_ql.replay.store import Replay
 
 TASK = struct.Struct("qq")  # number of a batch, place for it
-# The package's own __init__ is left out: what it imports to import datasets takes twice as long as all the rest.
 WORKER = """
-import sys, types
+import sys
 sys.path[:] = {path}
-import scaled_ql
-package = sys.modules["scaled_ql.replay"] = types.ModuleType("scaled_ql.replay")
-package.__path__ = [{folder!r}]
 from scaled_ql.replay.workers import work
 work{descriptors}
 """
@@ -48,8 +44,8 @@ def sample_batches(
     """Yield sample_batch(replay, seed, step, **sampling) for step = start, ..., stop - 1, `depth` of them ahead.
 
     Args:
-        processes: that sample, each about 6,000 transitions/s from disk and 10,000 from memory (`scaled-ql benchmark
-            sampling` says what it is here) at the price of a core; no more than cores that training leaves free.
+        processes: number of processes, each about 6,000 transitions/s from disk and 10,000 from memory at the price of
+            a core (`scaled-ql benchmark sampling` measures it here); no more than cores that training leaves free.
             0: two threads of this process (`prefetch`), as always for a dataset on a device.
         depth: batches that are being made while the caller works on one.
         sampling: see `sample_batch`, but for `out`.
@@ -61,7 +57,7 @@ def sample_batches(
         ReplayError: damaged data, when its batch's turn comes; so with whatever else `sample_batch` raises.
         RuntimeError: a process ended by itself.
     """
-    if not processes or type(replay) is not Replay:
+    if not processes or not replay.is_shareable:
         return prefetch(partial(sample_batch, replay, seed, **sampling), start, stop, depth=depth)
     return _sample_in_workers(replay, seed, range(start, stop), processes, depth, sampling)
 
@@ -86,10 +82,10 @@ def _sample_in_workers(
 
 
 class _Places:
-    """Room for batches' frames in shared memory, each place used again when nobody has it any more.
+    """Room for batches' frames in shared memory, each place used again once nothing refers to it.
 
     Args:
-        shape: of the frames of a batch, uint8.
+        shape: shape of a batch's frames, uint8.
     """
 
     def __init__(self, shape: tuple[int, ...]):
@@ -141,7 +137,7 @@ class _Workers:
             for _ in range(processes):
                 results, sender = Pipe(duplex=False)
                 given = packed.descriptor, tasks, sender.fileno()
-                code = WORKER.format(path=sys.path, folder=str(Path(__file__).parent), descriptors=given)
+                code = WORKER.format(path=sys.path, descriptors=given)
                 self._processes[results] = subprocess.Popen(
                     [sys.executable, "-c", code],
                     stdin=subprocess.DEVNULL,

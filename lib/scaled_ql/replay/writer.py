@@ -14,7 +14,7 @@ import tensorstore as ts
 from scaled_ql.games import OtherActions, check_actions
 from scaled_ql.replay import format as fmt
 from scaled_ql.replay.format import FRAME_SHAPE, ReplayError
-from scaled_ql.replay.store import open_run
+from scaled_ql.replay.recording import open_recording
 
 JOURNAL_LINES = 4_096  # longer journals go into the table when a writer closes
 
@@ -51,7 +51,7 @@ class ReplayWriter:
             source: who played, in words.
             sticky_actions: the probability with which the emulator repeated an action.
             frame_skip: emulator frames per transition.
-            rom_md5: of the ROM that was played.
+            rom_md5: MD5 of the ROM that was played.
             rewards: ``"raw"`` or ``"clipped"``.
             lock_timeout: seconds to wait for another writer (a killed one lets go within a moment).
             **rules: the others of `games.RULES` under which was played, as from `environments.rules`; what is not given
@@ -76,7 +76,7 @@ class ReplayWriter:
             check_actions(game, self.manifest["actions"])
         except OtherActions as error:
             raise ReplayError(f"{self.folder}: {error}") from error
-        self._lock = lock_run(self.folder, lock_timeout)
+        self._lock = lock_recording(self.folder, lock_timeout)
         try:
             fmt.write_or_compare_manifest(self.folder, self.manifest)
             self._arrays = fmt.open_arrays(self.folder)
@@ -109,10 +109,10 @@ class ReplayWriter:
     def _check_last_row(self) -> None:
         """Read the end of every array: appending to a chunk that was lost would turn what it held into zeros."""
         if self.num_transitions:
-            run = open_run(ts.KvStore.open(self.folder.as_uri() + "/").result())
+            recording = open_recording(ts.KvStore.open(self.folder.as_uri() + "/").result())
             for name in fmt.ARRAYS:
-                last = run.open_array(name)[self._next_row - 1]
-                run.reading(lambda last=last: last.read().result(), name)
+                last = recording.open_array(name)[self._next_row - 1]
+                recording.reading(lambda last=last: last.read().result(), name)
 
     def append(
         self,
@@ -135,7 +135,7 @@ class ReplayWriter:
             **columns: further columns of the episode table (say, the player's epsilon).
 
         Raises:
-            ReplayError: data that is no episode of this game, or a disk that does not take it; the episodes
+            ReplayError: data that are not an episode of this game, or a disk that does not take it; the episodes
                 appended before stay valid.
         """
         observation, action = np.asarray(observation), np.asarray(action)
@@ -202,8 +202,8 @@ class ReplayWriter:
         self.close()
 
 
-def lock_run(folder: Path, timeout: float) -> filelock.BaseFileLock:
-    """Create a run's folder and take the lock of its one writer.
+def lock_recording(folder: Path, timeout: float) -> filelock.BaseFileLock:
+    """Create a recording's folder and take the lock of its one writer.
 
     Raises:
         ReplayError: the folder cannot be made, or another process holds the lock.
@@ -228,7 +228,7 @@ def check_episode(
     """Check one episode's arrays.
 
     Raises:
-        ReplayError: a wrong shape or dtype, an action that the game has not, a reward that is no number.
+        ReplayError: a wrong shape or dtype, an action outside the game's set, a non-finite reward.
     """
     if action.ndim != 1:
         raise ReplayError(f"{where}: actions must be a list of integers [L], got shape {list(action.shape)}.")
@@ -261,7 +261,7 @@ def episode_rows(
         reward: float32 [L].
         terminal: whether it ended in the game.
         start: index of its first transition in the run.
-        row: of its first transition in the arrays.
+        row: row of its first transition in the arrays.
     """
     length, frames = len(action), len(observation)
     last = np.arange(frames) == length - 1

@@ -1,4 +1,4 @@
-"""Writing a dataset as DQN-Replay logs, for libraries that read those; `scaled_ql.replay.dqn_replay` has the layout.
+"""Writing a dataset as DQN-Replay logs, for libraries that read those; `dqn_replay` has the layout.
 
 The whole log is a sequence of rows: three of zeros, an episode, three of zeros, ... A file is what a ring of C rows
 holds when that many rows less one have gone by, so it can be written front to back, reading episodes as they come.
@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from isal import igzip
 
-from scaled_ql.replay.dqn_replay import BOUNDARY, COLUMNS, MANIFEST, PADDING
 from scaled_ql.replay.format import FRAME_SHAPE, ReplayError, encode_manifest, local_folder
+from scaled_ql.replay.formats.dqn_replay import BOUNDARY, COLUMNS, MANIFEST, PADDING
 from scaled_ql.replay.store import Replay, open_replay
 
 BLOCK = 4_096  # rows written together

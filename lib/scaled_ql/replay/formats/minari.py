@@ -1,6 +1,6 @@
 """Minari datasets of Atari games: episodes of L actions and L + 1 observations, in HDF5 or Arrow files.
 
-Each episode is a part of its own. The package ``minari`` is an extra: ``pip install -e "lib[minari]"``.
+Each episode is a separate part. The package ``minari`` is an extra: ``pip install -e "lib[minari]"``.
 """
 
 import os
@@ -16,10 +16,10 @@ from gymnasium.spaces import Box, Discrete
 
 from scaled_ql.games import NUM_ACTIONS, UnknownGame, action_names
 from scaled_ql.replay import format as fmt
-from scaled_ql.replay import importing
 from scaled_ql.replay.format import FRAME_SHAPE, ReplayError
-from scaled_ql.replay.importing import Part, Plan, Progress, Report, RowWriter, Unreadable
-from scaled_ql.replay.rl_unplugged import bad_steps, write_episode
+from scaled_ql.replay.formats import importing
+from scaled_ql.replay.formats.importing import OnProgress, Part, Plan, Report, RowWriter, Unreadable
+from scaled_ql.replay.formats.rl_unplugged import bad_steps, write_episode
 
 if TYPE_CHECKING:
     from minari import MinariDataset
@@ -38,9 +38,9 @@ def import_minari(
     skip_bad: bool = False,
     workers: int = 0,
     scheduler: str = "",
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Report:
-    """Import a Minari dataset of one Atari game; a killed import goes on when it is called again.
+    """Import a Minari dataset of one Atari game; a killed import resumes when it is called again.
 
     Observations are uint8: grey [H, W]; stacks [n, 84, 84] or [84, 84, n], the newest frame last, of which that one
     is taken; or colour [H, W, 3]. Colour becomes grey as 0.299 R + 0.587 G + 0.114 B (OpenCV's rounding), which in the
@@ -49,7 +49,7 @@ def import_minari(
     frame that was recorded without the maximum over two emulator frames does not get it here, so sprites may flicker.
 
     The last observation is stored as the state after the last action. Actions index the game's minimal set, or the
-    full one of 18. A step with an action that the game has not, or a reward that is no number, is left out and cuts
+    full one of 18. A step with an action outside the game's set, or a non-finite reward, is left out and cuts
     its episode in two. One episode at a time is in memory, as Minari reads it.
 
     Args:
@@ -57,7 +57,7 @@ def import_minari(
         destination: the dataset's folder, on a local disk.
         game: name as in the paper; None takes it from the environment that the dataset names.
         run: number that the recording gets.
-        skip_bad: go on after an episode that cannot be read, and list it in the report and in ``import.json``.
+        skip_bad: skip an episode that cannot be read, and list it in the report and in ``import.json``.
         workers: processes that convert episodes side by side; 0 converts in this one.
         scheduler: address of a running Dask scheduler to use instead, whose workers see both folders.
         progress: called with (episodes done, episodes known).
@@ -205,8 +205,8 @@ def rules_of(spec: EnvSpec | None, shape: tuple[int, ...], full: bool) -> dict[s
     """Under which rules an environment and its wrappers were played; see `games.RULES`.
 
     Args:
-        spec: of the environment; None where the dataset does not say it, then little is known.
-        shape: of an observation.
+        spec: specification of the environment; None where the dataset does not give it, then little is known.
+        shape: shape of an observation.
         full: whether actions index the full set.
     """
     kind = frame_kind(shape)

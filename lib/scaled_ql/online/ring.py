@@ -1,24 +1,25 @@
 """Experience in memory while it is made: single frames in a ring, sampled uniformly, for agents that learn online.
 
 One ring holds one game, played by E environments that step together. Row k of each environment's part holds the frame
-on which its k-th action was chosen, that action and what it earned. The frame after an episode's last action has a row
-of its own, which is no transition; the next episode begins in the row behind it. That is how environments behave that
-spend a step on resetting.
+on which its k-th action was chosen, that action and what it earned. The frame after an episode's last action has a
+separate row, which is not a transition; the next episode begins in the row behind it. That is how environments behave
+that spend a step on resetting.
 """
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import repeat
 
 import numpy as np
 import zstandard
 
+from scaled_ql.replay.batch import Batch
 from scaled_ql.replay.format import FRAME_SHAPE, INNER_CHUNK, ReplayError
-from scaled_ql.replay.store import Batch
 
 FRAME_BYTES = FRAME_SHAPE[0] * FRAME_SHAPE[1]
 ROW_BYTES = 16  # action, reward, flags, and where its episode begins
-COMPRESSED_FRAME_BYTES = 400  # to reckon with: most games take 50 to 200
+COMPRESSED_FRAME_BYTES = 400  # an estimate: most games take 50 to 200
 DRAWS = 1_000  # of which none may be sampled, before giving up
 
 
@@ -29,11 +30,11 @@ class Ring:
         num_environments: E.
         capacity: transitions that can be sampled. At least one whole episode of each environment is kept beyond that,
             so that it can be logged when it ends.
-        max_steps: of an episode.
+        max_steps: step limit of an episode.
         compressed: keep frames compressed, `INNER_CHUNK` at a time: a fiftieth of the memory, slower to sample.
 
     Attributes:
-        rows: kept per environment.
+        rows: rows kept per environment.
         now: the row of the current frames; those before it are complete.
     """
 
@@ -76,8 +77,8 @@ class Ring:
 
         Args:
             frames: uint8 [E, 84, 84], after the step.
-            action: integers [E], indices in the minimal set; of an environment that reset, anything.
-            reward: [E], raw.
+            action: integers [E], indices in the minimal set; ignored where an environment reset.
+            reward: [E], raw rewards.
             terminal: bool [E], the episode ended in the game.
             truncated: bool [E], it ended without that.
             idle: bool [E], rows that no transition fills: a stand-in where an environment has less to tell.
@@ -96,11 +97,6 @@ class Ring:
         self.now += 1
         self._frames.write(self.now, frames)
         return np.flatnonzero(ended)
-
-    @property
-    def resetting(self) -> np.ndarray:
-        """bool [E]: environments that spend the next step on resetting."""
-        return self._resetting.copy()
 
     def episode(self, environment: int) -> dict[str, np.ndarray | bool]:
         """The episode that the last step of an environment ended, as `ReplayWriter.append` takes it."""
@@ -150,7 +146,7 @@ class Ring:
         `Replay.gather`.
 
         Raises:
-            ReplayError: there is nothing to draw yet.
+            ReplayError: no transition can be sampled yet.
         """
         environment, row, steps, terminated = np.empty((4, size), np.int64)
         wanted = np.arange(size)
@@ -219,6 +215,42 @@ class Ring:
     def nbytes(self) -> int:
         """Bytes in use."""
         return self._frames.nbytes + ROW_BYTES * self._action.size
+
+
+def sample_rings(
+    rings: list[Ring],
+    seed: list[int],
+    size: int,
+    pool: ThreadPoolExecutor,
+    *,
+    shared: bool,
+    n_step: int = 1,
+    discount: float = 0.99,
+    stack_size: int = 4,
+) -> Batch:
+    """A batch from the rings of G games: [G, size] transitions, or with `shared` [size], games drawn uniformly."""
+    rng = np.random.default_rng(seed)
+    shape = stack_size + n_step, *FRAME_SHAPE
+    if shared:
+        counts = np.bincount(rng.integers(len(rings), size=size), minlength=len(rings))
+        frames = np.empty((size, *shape), np.uint8)
+        parts = np.split(frames, np.cumsum(counts)[:-1])
+    else:
+        counts = np.full(len(rings), size)
+        frames = np.empty((len(rings), size, *shape), np.uint8)
+        parts = list(frames)
+    options = {"n_step": n_step, "discount": discount, "stack_size": stack_size}
+    jobs = [
+        partial(ring.sample, own, count, out=part, **options)
+        for ring, own, count, part in zip(rings, rng.spawn(len(rings)), counts.tolist(), parts)
+        if count
+    ]
+    drawn = [jobs[0]()] if len(jobs) == 1 else list(pool.map(lambda job: job(), jobs))
+    join = np.concatenate if shared else np.stack
+    rest = {name: join([getattr(batch, name) for batch in drawn]) for name in Batch._fields[1:]}
+    if shared:
+        rest["game"] = np.repeat(np.arange(len(rings), dtype=np.int32), counts)
+    return Batch(frames, **rest)
 
 
 def kept_rows(num_environments: int, capacity: int, max_steps: int) -> int:

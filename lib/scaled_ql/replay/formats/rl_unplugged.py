@@ -12,7 +12,7 @@
 
 Where the last discount is 0, the last step holds no more than the state after the last action: L - 1 transitions.
 
-Here file k has rows of its own in the run's arrays, `ROWS_PER_FILE` * k and on: files do not depend on one another,
+Here file k has its own rows in the recording's arrays, `ROWS_PER_FILE` * k and on: files do not depend on one another,
 and what they do not use takes no room on the disk.
 """
 
@@ -34,9 +34,9 @@ from isal import igzip
 from scaled_ql.environments import rules
 from scaled_ql.games import action_names
 from scaled_ql.replay import format as fmt
-from scaled_ql.replay import importing
 from scaled_ql.replay.format import FRAME_SHAPE, ReplayError
-from scaled_ql.replay.importing import Part, Plan, Progress, Report, RowWriter, Unreadable
+from scaled_ql.replay.formats import importing
+from scaled_ql.replay.formats.importing import OnProgress, Part, Plan, Report, RowWriter, Unreadable
 
 SOURCE = "RL Unplugged"
 PUBLISHED = rules(sticky_actions=0.25)
@@ -61,13 +61,13 @@ def import_rl_unplugged(
     skip_bad: bool = False,
     workers: int = 0,
     scheduler: str = "",
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Report:
-    """Import RL Unplugged's Atari episodes; a killed import goes on when it is called again.
+    """Import RL Unplugged's Atari episodes; a killed import resumes when it is called again.
 
     Episodes are stored in the order of (checkpoint_idx, episode_idx), in whatever files they are. An episode that
     ended in the game has its last frame as the state after the last action; any other counts as truncated. A step
-    whose reward is no number, or whose action the game has not, is left out and cuts its episode in two.
+    with a non-finite reward, or an action outside the game's set, is left out and cuts its episode in two.
 
     Args:
         source: the folder or URL (``gs://rl_unplugged/atari_episodes_ordered`` with gcsfs, ...) that holds the game
@@ -77,7 +77,7 @@ def import_rl_unplugged(
         runs: those to import of each game; None is all there.
         actions: what the records' actions index: the game's ``"minimal"`` set, as in published ones, or the ``"full"``
             set of 18, which is mapped onto the minimal one by name.
-        skip_bad: go on after a record that cannot be read: the rest of its file is left out and listed in the report
+        skip_bad: skip a record that cannot be read: the rest of its file is left out and listed in the report
             and in ``import.json``.
         workers: processes that convert files side by side; 0 converts in this one.
         scheduler: address of a running Dask scheduler to use instead, whose workers see both folders.
@@ -202,7 +202,7 @@ def convert(part: Part) -> tuple[list[dict[str, Any]], dict[str, list], Unreadab
             raise ValueError("the file holds no record, expected at least one episode")
     except ReplayError:
         raise
-    except Exception as error:  # gzip, protobuf and each kind of bucket have errors of their own
+    except Exception as error:  # gzip, protobuf and each kind of bucket have their own errors
         if isinstance(error, PermissionError):
             remedy = "Check your permissions."
         else:
@@ -315,7 +315,7 @@ def parse_episode(record: bytes) -> Episode:
 
     Raises:
         ValueError: it is not an episode of the layout above.
-        google.protobuf.message.DecodeError: it is no tf.train.Example.
+        google.protobuf.message.DecodeError: it is not a tf.train.Example.
     """
     kinds = SEQUENCES | NUMBERS
     features = {entry.key: entry.value for entry in _example_type().FromString(record).features.feature}
@@ -394,7 +394,7 @@ def write_episode(
 
     Args:
         writer: stands at `row`.
-        row: of the first transition in the run's arrays.
+        row: row of the first transition in the recording's arrays.
         frames: blocks of uint8 [n, 84, 84], L + `beyond` frames together.
         action: integers [L].
         reward: float32 [L].

@@ -36,9 +36,9 @@ from isal import igzip_threaded
 from scaled_ql.environments import rules
 from scaled_ql.games import action_names
 from scaled_ql.replay import format as fmt
-from scaled_ql.replay import importing
 from scaled_ql.replay.format import FRAME_SHAPE, ReplayError
-from scaled_ql.replay.importing import BLOCK, Part, Plan, Progress, Report, RowWriter, Unreadable
+from scaled_ql.replay.formats import importing
+from scaled_ql.replay.formats.importing import BLOCK, OnProgress, Part, Plan, Report, RowWriter, Unreadable
 
 SOURCE = "DQN-Replay"
 PADDING = 3  # rows of zeros before an episode: Dopamine's stack size less one
@@ -62,9 +62,9 @@ def import_dqn_replay(
     skip_bad: bool = False,
     workers: int = 0,
     scheduler: str = "",
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Report:
-    """Import logs of Dopamine's replay buffer; a killed import goes on when it is called again.
+    """Import logs of Dopamine's replay buffer; a killed import resumes when it is called again.
 
     Args:
         source: the folder or URL (``gs://`` with gcsfs, ``s3://`` with s3fs, ...) that holds the game folders.
@@ -73,7 +73,7 @@ def import_dqn_replay(
         runs: those to import of each game; None is all there.
         actions: what the log's actions index: the game's ``"minimal"`` set, as in published logs, or the ``"full"`` set
             of 18, which is mapped onto the minimal one by name.
-        skip_bad: go on after a file that cannot be read, and list it in the report and in ``import.json``.
+        skip_bad: skip a file that cannot be read, and list it in the report and in ``import.json``.
         workers: processes that convert files side by side; 0 converts in this one.
         scheduler: address of a running Dask scheduler to use instead, whose workers see both folders.
         progress: called with (files done, files known).
@@ -252,14 +252,14 @@ def _last_count(
     count that agrees with this is the right one.
 
     Args:
-        filesystem: of the logs.
-        logs: their folder.
-        number: of the dump.
+        filesystem: file system of the logs.
+        logs: folder of the logs.
+        number: number of the dump.
         count: what it saved, below the capacity.
-        capacity: of the ring.
+        capacity: capacity of the ring.
         before: rows added at the dump before it; 0 for none.
         previous: number of that dump.
-        indices: as of `_bad_rows`.
+        indices: see `_bad_rows`.
 
     Returns:
         the count, and whether its new rows are known to follow the last one of the dump before.
@@ -378,7 +378,7 @@ class _Npy:
         """Check that nothing follows the last row, and with that gzip's own checksum."""
         if self.stream.read(1):
             raise Unreadable(
-                f"{self.address}: goes on after the {self.row} rows that its header promises: it is not what it says. "
+                f"{self.address}: continues after the {self.row} rows that its header promises. "
                 "Restore it from its source."
             )
 
@@ -393,8 +393,8 @@ def _opened(filesystem: fsspec.AbstractFileSystem, address: str) -> Iterator[_Np
             yield file
     except ReplayError:
         raise
-    except Exception as error:  # gzip, npy and each kind of bucket have errors of their own
-        # What precedes a cut is sound; where a checksum is wrong, nobody knows what is.
+    except Exception as error:  # gzip, npy and each kind of bucket have their own errors
+        # What precedes a cut is sound; where a checksum is wrong, nothing is known to be.
         row = file.row if file and isinstance(error, EOFError) else 0
         if isinstance(error, PermissionError):
             remedy = "Check your permissions."

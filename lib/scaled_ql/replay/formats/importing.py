@@ -30,15 +30,15 @@ from scaled_ql.games import FULL_ACTIONS, NUM_ACTIONS, UnknownGame, action_names
 from scaled_ql.processes import main_guard_hint
 from scaled_ql.replay import format as fmt
 from scaled_ql.replay.format import ReplayError
-from scaled_ql.replay.store import open_run, validate_run
-from scaled_ql.replay.writer import lock_run
+from scaled_ql.replay.recording import open_recording, validate_recording
+from scaled_ql.replay.writer import lock_recording
 
 BLOCK = 8_192  # rows written together: 58 MB of frames, whole chunks
 MAX_INVALID = 0.01  # share of a file's rows that may be invalid
 FEW_INVALID = 5  # rows that may be in any case
 RETRIES = 5  # of a task whose worker was killed
 
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 
 
 class Part(NamedTuple):
@@ -386,8 +386,8 @@ def finish_run(plan: Plan, order_by: list[str], usable: int) -> dict[str, Any]:
     try:
         _commit(folder, plan.manifest, episodes, [piece for segments, _ in parts for piece in segments])
         if episodes:
-            run = open_run(ts.KvStore.open(folder.as_uri() + "/").result())
-            problems = validate_run(run)
+            recording = open_recording(ts.KvStore.open(folder.as_uri() + "/").result())
+            problems = validate_recording(recording)
             if problems:
                 raise ReplayError(f"{problems[0]} ({len(problems)} problems.) Delete {folder} and import it again.")
         report["transitions"] = sum(episode["length"] for episode in episodes)
@@ -469,7 +469,7 @@ def run_import(
     skip_bad: bool,
     workers: int,
     scheduler: str,
-    progress: Progress | None,
+    progress: OnProgress | None,
 ) -> Report:
     """Import runs: plan each, convert its files, finish it. What was done before is not done again.
 
@@ -488,7 +488,7 @@ def run_import(
         ReplayError: the first thing that went wrong; episodes before it are imported.
     """
     destination = fmt.local_folder(destination)
-    lock = lock_run(destination, 1)
+    lock = lock_recording(destination, 1)
     try:
         with _executor(workers, scheduler) as executor:
             reports = _run_tasks(executor, runs, plan, convert, order_by, skip_bad, progress)
@@ -513,7 +513,7 @@ def run_import(
 
 def _run_tasks(
     executor: Executor, runs: list, plan: Callable, convert: Callable, order_by: list[str], skip_bad: bool,
-    progress: Progress | None,
+    progress: OnProgress | None,
 ) -> dict[tuple[str, int], dict[str, Any]]:  # fmt: skip
     plans: dict[tuple[str, int], Plan] = {}
     missing: dict[tuple[str, int], set[int]] = {}  # parts of a run that are not converted

@@ -1,0 +1,75 @@
+"""What agents experience, on its way to the store and back from it."""
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+
+from scaled_ql.replay.format import FRAME_SHAPE
+from scaled_ql.replay.store import Replay
+from scaled_ql.replay.writer import ReplayWriter
+
+EPISODES_WAITING = 64  # to be written, before playing waits for the disk
+WRITERS = 4
+
+
+class EpisodeLog:
+    """Writes episodes on threads, those of a game in the order in which they came.
+
+    Attributes:
+        transitions: number by game, on disk or on their way to it.
+    """
+
+    def __init__(self, writers: Mapping[str, ReplayWriter]):
+        """Log to the given writers, one per game."""
+        self._writers = writers
+        self._pools = [ThreadPoolExecutor(1, thread_name_prefix="log") for _ in range(WRITERS)]
+        self._pool_of = dict(zip(writers, cycle(self._pools)))
+        self._waiting: deque[Future] = deque()
+        self.transitions = {game: writer.num_transitions for game, writer in writers.items()}
+
+    def append(self, game: str, episode: dict[str, Any], **columns: float) -> None:
+        """Have an episode written; waits where too many are waiting.
+
+        Args:
+            game: its game.
+            episode: as `ReplayWriter.append` takes it.
+            **columns: further columns of the episode table.
+
+        Raises:
+            ReplayError: an earlier episode could not be written.
+        """
+        self.transitions[game] += len(episode["action"])
+        write = partial(self._writers[game].append, **episode, **columns)
+        self._waiting.append(self._pool_of[game].submit(write))
+        while self._waiting and (self._waiting[0].done() or len(self._waiting) > EPISODES_WAITING):
+            self._waiting.popleft().result()
+
+    def wait(self) -> None:
+        """Return when all episodes are on disk."""
+        while self._waiting:
+            self._waiting.popleft().result()
+
+    def __enter__(self) -> "EpisodeLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in self._pools:
+            pool.shutdown()  # what was handed over is written, whatever else went wrong
+
+
+def logged_episodes(replay: Replay, game: str, run: int, capacity: int) -> Iterator[dict[str, Any]]:
+    """A recording's last episodes, about `capacity` transitions, oldest first, as `ReplayWriter.append` takes them."""
+    table = replay.episodes(game)
+    table = table[table["run"] == run]
+    end = table["length"].cumsum()
+    for number in table.index[(end.iloc[-1] - end) < capacity]:
+        episode = replay.episode(game, int(number))
+        frames, length = episode.pop("observation"), len(episode["action"])
+        final = frames[length] if len(frames) > length else np.zeros(FRAME_SHAPE, np.uint8)
+        terminal = bool(table.loc[number, "terminal"])
+        yield episode | {"observation": frames[:length], "final_observation": final, "terminal": terminal}

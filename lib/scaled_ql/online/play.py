@@ -1,0 +1,339 @@
+"""Agents act, learn and log: one loop, in which environments step while the learner works."""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import psutil
+
+from scaled_ql.devices import OutOfMemory
+from scaled_ql.environments import MAX_STEPS, VectorEnvironment, make_vector_environment, rules
+from scaled_ql.games import action_names, check_variant, rom_md5
+from scaled_ql.online.agents import Learner
+from scaled_ql.online.log import EpisodeLog, logged_episodes
+from scaled_ql.online.ring import Ring, ring_bytes, sample_rings
+from scaled_ql.replay.batch import Batch
+from scaled_ql.replay.store import open_replay
+from scaled_ql.replay.writer import ReplayWriter
+from scaled_ql.training import Checkpoints, Diverged, TrainState
+
+THREAD_BYTES, PROCESS_BYTES = 4_000_000, 130_000_000  # that an environment takes: measured, on a thread, as a process
+# What `play` takes under the names that the notebook's parameters have.
+PLAYING = (
+    "num_transitions", "seed", "environments", "num_threads", "sticky_actions", "max_steps", "capacity", "compressed",
+    "batch_size", "n_step", "discount", "min_history", "update_period", "final_epsilon", "epsilon_decay",
+    "checkpoint_every",
+)  # fmt: skip
+
+
+def exploration_rate(step: int, min_history: int, decay: int, final: float) -> float:
+    """Probability of a random action after `step` transitions: 1 while none is learned from, then linearly to final."""
+    return final + (1.0 - final) * min(max(1.0 - (step - min_history) / decay, 0.0), 1.0)
+
+
+def memory_bytes(
+    num_games: int, environments: int, capacity: int, max_steps: int, compressed: bool, variant: bool
+) -> int:
+    """Bytes of memory that rings and environments take."""
+    rings = ring_bytes(environments, capacity, max_steps, compressed)
+    machines = environments * (PROCESS_BYTES if variant else THREAD_BYTES)
+    return num_games * (rings + machines)
+
+
+def check_memory(*arguments: Any) -> int:
+    """Return `memory_bytes`, if so much is free.
+
+    Raises:
+        OutOfMemory: less is free.
+    """
+    needed, free = memory_bytes(*arguments), psutil.virtual_memory().available
+    if needed > free:
+        num_games, environments, capacity, max_steps, compressed, variant = arguments
+        smallest = memory_bytes(num_games, 1, 1, max_steps, True, variant)
+        raise OutOfMemory(
+            f"{num_games} games x {environments} environments with a replay of {capacity:,} transitions each, "
+            f"{'compressed' if compressed else 'uncompressed'}, take {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB are "
+            f"free. An environment keeps an episode of {max_steps:,} steps at least. Use fewer environments or games, "
+            f"a smaller replay{'' if compressed else ' or a compressed one'}, or a lower step limit (with one "
+            f"environment a game and no replay to speak of: {smallest / 1e9:.1f} GB)."
+        )
+    return needed
+
+
+class _Game:
+    """One game being played: its environments and its ring.
+
+    Attributes:
+        steps: transitions played so far.
+        stacks: uint8 [E, 4, 84, 84], what its environments show.
+    """
+
+    def __init__(self, environments: VectorEnvironment, ring: Ring, steps: int, seed: list[int]):
+        self.environments, self.ring, self.steps = environments, ring, steps
+        self.stacks, _ = environments.reset(seed=int(np.random.default_rng(seed).integers(2**30)))
+        ring.begin(self.stacks[:, -1])
+        self._resetting, self._new = np.zeros(ring.num_environments, bool), None
+
+    def send(self, actions: np.ndarray) -> None:
+        """Begin a step of all environments."""
+        self._actions = actions
+        self.environments.send(actions)
+
+    def receive(self) -> None:
+        """Wait for its end."""
+        self.steps += int((~self._resetting).sum())
+        self.stacks, reward, terminated, truncated, _ = self.environments.recv()
+        self._resetting = (terminated | truncated) & ~self._resetting
+        self._new = self.stacks[:, -1], self._actions, reward, terminated, truncated
+
+    def remember(self) -> list[dict[str, Any]]:
+        """Put the step that was received last into the ring; returns the episodes that it ended."""
+        if self._new is None:
+            return []
+        ended, self._new = self.ring.add(*self._new), None
+        return [self.ring.episode(number) for number in ended.tolist()]
+
+
+class _Choice(NamedTuple):
+    """Actions of all games, [G, E], with the share of random ones, [G], and the updates behind the parameters."""
+
+    actions: np.ndarray
+    epsilon: np.ndarray
+    learner_step: int
+
+
+class _Learning:
+    """A learner at work: its state, the updates that are due, its checkpoints."""
+
+    def __init__(self, learner: Learner, checkpoints: Checkpoints, games: list[str]):
+        self._learner, self._checkpoints, self._games = learner, checkpoints, games
+        self.state = checkpoints.restore(learner.state)
+        self.updates = self._saved = int(self.state.step)
+        self.losses = np.full(len(games), np.nan)  # as checked last
+        self._unchecked: tuple | None = None
+
+    def due(self, steps: np.ndarray, min_history: int, update_period: int) -> int:
+        """Updates that should have been made after the given transitions, [G], of each game."""
+        history = steps - min_history
+        enough = history.sum() if self._learner.shared else history.min()
+        return int(max(enough, 0)) // update_period
+
+    def update(self, batch: Batch) -> None:
+        """One step; it may still be under way on the accelerator when this returns."""
+        self.state, metrics = self._learner.update(self.state, batch)
+        self.updates += 1
+        self._unchecked = metrics["loss"], metrics["grad_norm"]
+
+    def check(self) -> None:
+        """Wait for the last update and look at its losses.
+
+        Raises:
+            Diverged: a non-finite loss or gradient norm.
+        """
+        if self._unchecked is None:
+            return
+        loss, grad_norm = (np.atleast_1d(value) for value in jax.device_get(self._unchecked))
+        bad = ~(np.isfinite(loss) & np.isfinite(grad_norm))
+        if bad.any():
+            one_each = len(bad) == len(self._games)
+            names = ", ".join(np.array(self._games)[bad]) if one_each else "the network of all games"
+            raise Diverged(
+                f"the loss of {names} is {loss[bad].tolist()} at update {self.updates} (norm of the gradient "
+                f"{grad_norm[bad].tolist()}). All episodes that ended before are logged. "
+                f"{self._checkpoints.describe_latest()} Lower learning_rate and start again under another run name."
+            )
+        self.losses[:] = loss
+
+    def save(self, every: int = 1) -> None:
+        """Write a checkpoint if the number of updates passed a multiple of `every` since the last one."""
+        if self.updates // every > self._saved // every:
+            self._checkpoints.save(self.state)
+            self._saved = self.updates
+
+
+class _Meter:
+    """Says when a report is due, and how fast steps and updates were since the last one."""
+
+    def __init__(self, period: float, *counts: int):
+        self._period, self._counts, self._began = period, counts, time.perf_counter()
+
+    def is_due(self) -> bool:
+        """Whether the last report is longer ago than the period."""
+        return time.perf_counter() - self._began > self._period
+
+    def rates(self, *counts: int) -> list[float]:
+        """Counts per second since the last call."""
+        now = time.perf_counter()
+        rates = [(new - old) / (now - self._began) for new, old in zip(counts, self._counts)]
+        self._counts, self._began = counts, now
+        return rates
+
+
+def play(
+    path: str | Path,
+    games: list[str],
+    learner: Learner,
+    checkpoints: Checkpoints,
+    *,
+    num_transitions: int,
+    seed: int,
+    source: str,
+    run: int = 1,
+    environments: int = 32,
+    num_threads: int = 0,
+    sticky_actions: float = 0.25,
+    max_steps: int = MAX_STEPS,
+    mode: int | None = None,
+    difficulty: int | None = None,
+    make: Callable[..., VectorEnvironment] = make_vector_environment,
+    capacity: int = 1_000_000,
+    compressed: bool = False,
+    batch_size: int = 32,
+    n_step: int = 1,
+    discount: float = 0.99,
+    min_history: int = 20_000,
+    update_period: int = 4,
+    final_epsilon: float = 0.01,
+    epsilon_decay: int = 250_000,
+    checkpoint_every: int = 10_000,
+    report_seconds: float = 2.0,
+) -> Iterator[tuple[TrainState, dict[str, Any]]]:
+    """Act, learn and log until the store holds at least `num_transitions` of every game.
+
+    All games advance together. Environments step on separate threads while the learner works, on the parameters of
+    one step ago. Episodes are logged whole, in the order in which they end, with raw rewards; what is under way at the
+    end is not. A run that was stopped, however roughly, resumes from the episodes that were logged (which also
+    refill the replay), the last checkpoint, and the updates that have been due since.
+
+    Args:
+        path: the dataset's folder.
+        games: names of the games.
+        learner: agents of these games.
+        checkpoints: this run's checkpoints.
+        num_transitions: transitions to log of each game.
+        seed: seed of everything random.
+        source: who plays, in words; goes into the manifest. A recording is continued only if its manifest says the
+            same.
+        run: number of the recording.
+        environments: environments per game.
+        num_threads: threads per game for its environments; 0: one per core.
+        sticky_actions, max_steps, mode, difficulty: see `make_vector_environment`.
+        make: makes the environments; others than ALE's need a game that ALE has, for its name and action set.
+        capacity: transitions per game that can be learned from: 7.1 GB a million, compressed at most 0.5 GB.
+        compressed: keep these frames compressed; sampling takes longer (`scaled-ql benchmark online`).
+        batch_size: transitions of an update, per game; of a shared learner, of all games together.
+        n_step: steps summed before bootstrapping.
+        discount: discount per step.
+        min_history: transitions per game before learning begins.
+        update_period: transitions between updates, per game; of a shared learner, of all games together.
+        final_epsilon: final share of random actions.
+        epsilon_decay: transitions of a game over which that share falls from 1.
+        checkpoint_every: updates between checkpoints.
+        report_seconds: seconds between reports.
+
+    Yields:
+        (state, report) now and then and at the end. A report has `logged`, `played` and `epsilon` by game, `updates`,
+        `loss` by game (a shared learner's is the same for all), `steps_per_second`, `updates_per_second`.
+
+    Raises:
+        UnknownGame, UnknownVariant: before anything is played.
+        OutOfMemory: likewise.
+        ReplayError: another recording is there, or an episode could not be written.
+        EnvironmentDied: an environment ended.
+        Diverged: a non-finite loss. What was logged before is whole.
+    """
+    num_actions = np.array([len(action_names(game)) for game in games])
+    for game in games:
+        check_variant(game, mode, difficulty)
+    check_memory(len(games), environments, capacity, max_steps, compressed, mode is not None or difficulty is not None)
+    options = {"sticky_actions": sticky_actions, "max_steps": max_steps, "mode": mode, "difficulty": difficulty}
+    sampling = {"shared": learner.shared, "n_step": n_step, "discount": discount}
+    learning = _Learning(learner, checkpoints, games)
+    with ExitStack() as stack:
+        stack.callback(checkpoints.wait)
+        pool = stack.enter_context(ThreadPoolExecutor(thread_name_prefix="sample"))
+        writers, players = {}, {}
+        for number, game in enumerate(games):
+            about = {"actions": action_names(game), "source": source, "rom_md5": rom_md5(game)} | rules(**options)
+            writers[game] = writer = stack.enter_context(ReplayWriter(path, game, run, **about))
+            ring = Ring(environments, capacity, max_steps, compressed=compressed)
+            if writer.num_transitions:
+                ring.fill(logged_episodes(open_replay(path), game, run, capacity))
+            vector = make(game, environments, num_threads=num_threads, **options)
+            stack.callback(vector.close)
+            numbers = [seed, run, number, writer.num_transitions]
+            players[game] = _Game(vector, ring, writer.num_transitions, numbers)
+        rings = [player.ring for player in players.values()]
+        log = stack.enter_context(EpisodeLog(writers))
+
+        def count_steps() -> np.ndarray:
+            return np.array([player.steps for player in players.values()])
+
+        def explore(steps: np.ndarray) -> np.ndarray:
+            return np.array([exploration_rate(step, min_history, epsilon_decay, final_epsilon) for step in steps])
+
+        def choose(steps: np.ndarray) -> _Choice:
+            epsilon, rng = explore(steps), np.random.default_rng([seed, run, 1, int(steps.sum())])
+            shape = len(games), environments
+            actions = rng.integers(np.broadcast_to(num_actions[:, None], shape))
+            exploit = rng.random(shape) >= epsilon[:, None]
+            if exploit.any():
+                stacks = np.stack([player.stacks for player in players.values()])
+                actions = np.where(exploit, np.asarray(learner.greedy(learning.state.params, stacks)), actions)
+            return _Choice(actions, epsilon, learning.updates)
+
+        def log_episodes(choice: _Choice) -> None:
+            for (game, player), epsilon in zip(players.items(), choice.epsilon.tolist()):
+                for episode in player.remember():
+                    if log.transitions[game] < num_transitions:
+                        log.append(game, episode, epsilon=epsilon, learner_step=choice.learner_step)
+
+        def draw_batch() -> Batch:
+            return sample_rings(rings, [seed, run, 2, learning.updates], batch_size, pool, **sampling)
+
+        meter = _Meter(report_seconds, int(count_steps().sum()), learning.updates)
+
+        def report() -> tuple[TrainState, dict[str, Any]]:
+            steps = count_steps()
+            steps_per_second, updates_per_second = meter.rates(int(steps.sum()), learning.updates)
+            return learning.state, {
+                "logged": {game: writer.num_transitions for game, writer in writers.items()},
+                "played": dict(zip(games, steps.tolist())),
+                "epsilon": dict(zip(games, explore(steps).tolist())),
+                "loss": dict(zip(games, learning.losses.tolist())),
+                "updates": learning.updates,
+                "steps_per_second": steps_per_second,
+                "updates_per_second": updates_per_second,
+            }
+
+        choice = None
+        while min(log.transitions.values()) < num_transitions:
+            steps = count_steps()
+            before, choice = choice, choose(steps)
+            for player, actions in zip(players.values(), choice.actions):
+                player.send(actions)
+
+            # From here on the environments step: all that they do not need is done meanwhile.
+            if before is not None:
+                log_episodes(before)
+            learning.check()
+            due = learning.due(steps, min_history, update_period)
+            while learning.updates < due:
+                learning.update(draw_batch())
+                if meter.is_due():  # after a resumption there may be many
+                    learning.check()
+                    yield report()
+            learning.save(checkpoint_every)
+            for player in players.values():
+                player.receive()
+            if meter.is_due():
+                yield report()
+        learning.check()
+        log.wait()
+        learning.save()
+        yield report()

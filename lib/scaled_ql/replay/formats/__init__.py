@@ -1,0 +1,1 @@
+"""Other people's data: importers and an exporter. Nothing that reads a store imports this package."""
