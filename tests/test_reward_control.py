@@ -8,7 +8,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from scaled_ql import objectives, parameters, reward_control
+from scaled_ql import methods, parameters, reward_control
 from scaled_ql.ablations import GatherError, gather
 from scaled_ql.replay.batch import Batch
 
@@ -134,7 +134,7 @@ def seen_by(objective_rewards, seed=0, size=64):
     def objective(params, target_params, batch, key):
         return batch.reward, {}
 
-    control = objectives.without_rewards(objective, objective_rewards)
+    control = methods.without_rewards(objective, objective_rewards)
     return np.asarray(control({}, {}, Batch(**fields), jax.random.key(seed))[0]), game, reward
 
 

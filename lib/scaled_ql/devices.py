@@ -161,6 +161,11 @@ def whole(tree: PyTree) -> PyTree:
     return jax.tree.map(fetch, tree)
 
 
+def on_device(tree: PyTree) -> PyTree:
+    """A tree that lies on a mesh, whole on the default device; all processes must ask."""
+    return jax.device_put(whole(tree))
+
+
 def free_bytes(device: jax.Device) -> int:
     """Memory that a device offers: an accelerator's own limit, or what the machine has left."""
     stats = device.memory_stats() or {}

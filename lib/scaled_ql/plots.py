@@ -194,39 +194,72 @@ def contact_sheet(rows: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-def learning_curves(metrics: pd.DataFrame) -> Figure:
-    """Training against steps: the loss per game, then what the method has of CQL, values, accuracy; gradients.
+def learning_curves(metrics: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
+    """Training against steps: the first metric per game, the others over all, then gradients.
 
     Args:
         metrics: rows of `training.train`.
+        titles: names of metrics and their titles; see `methods.Method.metrics`. Those that no row has are left out.
     """
-    main = "td_loss" if "td_loss" in metrics else "nll"
+    main = next(iter(titles))
     games = [name.removeprefix(f"{main}/") for name in metrics if name.startswith(f"{main}/")]
-    titles = {
-        main: {"td_loss": "TD loss", "nll": "negative log-likelihood, nats"}[main],
-        "cql_loss": "CQL loss (before alpha)",
-        "q_data": "mean Q",
-        "entropy": "entropy of the return, nats",
-        "dr3_penalty": "DR3 (before its weight)",
-        "accuracy": "data's action is the likeliest",
-        "grad_norm": "gradient norm",
-        "head_grad_rms": "head's gradient, RMS",
-    }
+    titles = {**titles, "grad_norm": "gradient norm", "head_grad_rms": "head's gradient, RMS"}
     titles = {name: title for name, title in titles.items() if name in metrics}
-    figure, axes = plt.subplots(1, len(titles), figsize=(15, 3.2))
-    for axis, (name, title) in zip(axes, titles.items()):
+    figure, axes = plt.subplots(1, len(titles), figsize=(15, 3.2), squeeze=False)
+    few = {"marker": "o", "ms": 3} if len(metrics) <= 30 else {}  # a single row is a point
+    for axis, (name, title) in zip(axes.flat, titles.items()):
         if name == main:
             for game, color in list(game_colors(games).items())[:10]:
-                axis.plot(metrics["step"], metrics[f"{main}/{game}"], color=color, label=game, alpha=0.8)
-            axis.plot(metrics["step"], metrics[name], color="black", lw=2, label="all")
+                axis.plot(metrics["step"], metrics[f"{main}/{game}"], color=color, label=game, alpha=0.8, **few)
+            axis.plot(metrics["step"], metrics[name], color="black", lw=2, label="all", **few)
         elif name == "q_data":
-            axis.plot(metrics["step"], metrics["q_data"], color=PLAYERS["dataset"], label="actions of the data")
-            axis.plot(metrics["step"], metrics["q_greedy"], color=PLAYERS["agent"], label="greedy actions")
+            axis.plot(metrics["step"], metrics["q_data"], color=PLAYERS["dataset"], label="actions of the data", **few)
+            axis.plot(metrics["step"], metrics["q_greedy"], color=PLAYERS["agent"], label="greedy actions", **few)
         else:
-            axis.plot(metrics["step"], metrics[name], color="black")
+            axis.plot(metrics["step"], metrics[name], color="black", **few)
         axis.set(title=title, xlabel="gradient step", yscale="log" if "grad" in name else "linear")
         if name in (main, "q_data"):
             axis.legend(fontsize="x-small")
+    return figure
+
+
+def transitions(batch: Any, games: list[str], action_names: Mapping[str, Sequence[str]]) -> Figure:
+    """Each transition of a small batch: the last frame of the stack above, that of the stack n steps later below.
+
+    Args:
+        batch: a `replay.Batch`.
+        games: names by number.
+        action_names: of each game.
+    """
+    figure, axes = plt.subplots(2, len(batch.game), figsize=(2.1 * len(batch.game), 5), squeeze=False)
+    for row, (above, below) in enumerate(axes.T):
+        game, discount = games[batch.game[row]], float(batch.discount[row])
+        above.imshow(batch.observation[row, :, :, -1], cmap="gray", vmin=0, vmax=255)
+        above.set_title(f"{game}\n{action_names[game][batch.action[row]]}", fontsize="small")
+        below.imshow(batch.next_observation[row, :, :, -1], cmap="gray", vmin=0, vmax=255)
+        after = f"discount {discount:.3f}" if discount else "terminal: no bootstrap"
+        below.set_title(f"reward {float(batch.reward[row]):g}\n{after}", fontsize="small")
+        for axis in (above, below):
+            axis.set_axis_off()
+    return figure
+
+
+def predicted_and_target(predicted: np.ndarray, target: np.ndarray, atoms: np.ndarray, titles: Sequence[str]) -> Figure:
+    """Return distributions of single transitions: what the network predicts (line) and its target (bars).
+
+    Args:
+        predicted, target: [B, N].
+        atoms: [N].
+        titles: [B].
+    """
+    figure, axes = _grid(len(titles), height=2.4)
+    for axis, title, ours, wanted in zip(axes, titles, predicted, target):
+        axis.bar(atoms, wanted, width=0.9 * (atoms[1] - atoms[0]), color=PLAYERS["dataset"], alpha=0.5, label="target")
+        axis.plot(atoms, ours, color=PLAYERS["agent"], label="predicted")
+        known = np.flatnonzero(np.maximum(ours, wanted) > 1e-3)
+        axis.set(title=title, xlabel="return", xlim=(atoms[known[0]] - 1, atoms[known[-1]] + 1))
+        axis.axvline(ours @ atoms, color=PLAYERS["agent"], ls="--", lw=1)
+    axes[0].legend(fontsize="x-small")
     return figure
 
 

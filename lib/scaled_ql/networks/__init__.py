@@ -1,6 +1,7 @@
 """Q-networks: image encoders of several families under the paper's trunk and per-game heads."""
 
-from scaled_ql.networks.encoders import ENCODERS, make_encoder
+from scaled_ql.defaults import ENCODERS
+from scaled_ql.networks.encoders import make_encoder
 from scaled_ql.networks.q_network import (
     BCQNetwork,
     QNetwork,

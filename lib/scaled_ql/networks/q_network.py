@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,9 @@ import numpy as np
 import pandas as pd
 from flax import nnx
 
+from scaled_ql.defaults import GROUP_SIZE, HIDDEN_SIZES, NUM_ATOMS, Embedding, Head
 from scaled_ql.games import NUM_ACTIONS
 from scaled_ql.networks.encoders import Dtype, make_encoder
-
-Embedding = Literal["pointwise", "sum", "none"]
-Head = Literal["c51", "hl_gauss", "two_hot", "mse"]
 
 
 class SpatialEmbedding(nnx.Module):
@@ -83,7 +81,7 @@ class QNetwork(nnx.Module):
         dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        self.num_outputs, self.normalize, self.dtype = num_outputs, normalize, dtype
+        self.num_outputs, self.normalize, self.dtype, self.channels = num_outputs, normalize, dtype, stack_size
         # A constant, kept among the parameters so that a checkpoint holds it; without a gradient Adam leaves it alone.
         self.mean_frames = None if mean_frames is None else nnx.Param(mean_frames)
         how = {"group_size": group_size, "remat": remat, "dtype": dtype}
@@ -165,11 +163,11 @@ def make_q_network(
     head: Head = "c51",
     seed: int = 0,
     *,
-    num_atoms: int = 51,
-    hidden_sizes: tuple[int, ...] = (2048, 1024, 1024, 1024),
+    num_atoms: int = NUM_ATOMS,
+    hidden_sizes: tuple[int, ...] = HIDDEN_SIZES,
     embedding: Embedding = "pointwise",
     normalize_features: bool = True,
-    group_size: int = 4,
+    group_size: int = GROUP_SIZE,
     stack_size: int = 4,
     mean_frames: np.ndarray | None = None,
     head_bias: np.ndarray | None = None,
@@ -183,9 +181,7 @@ def make_q_network(
     and heads from a truncated normal of variance 1 / fan in; biases at 0.
 
     Args:
-        encoder: a key of `networks.ENCODERS`: ``resnet34``, ``resnet50``, ``resnet101``, ``resnet152``,
-            ``resnet_narrow``, ``impala_x1``, ``impala_x4``, ``impala_x8``, ``impala_x16``, ``nature`` or
-            ``nature_narrow``.
+        encoder: a key of `networks.ENCODERS`.
         num_games: heads.
         head: ``c51``, ``hl_gauss``, ``two_hot``: logits [B, 18, num_atoms]; ``mse``: values [B, 18].
         seed: of the initial parameters.
@@ -239,18 +235,18 @@ def count_parameters(*modules: Any) -> int:
     return sum(leaf.size for path, leaf in leaves if "mean_frames" not in jax.tree_util.keystr(path))
 
 
-def layers(network: QNetwork, stack_size: int = 4) -> pd.DataFrame:
-    """The parts of a network in their order, from the observation to the heads.
-
-    Args:
-        network: whose parts.
-        stack_size: frames in an observation.
+def layers(network: nnx.Module) -> pd.DataFrame:
+    """The parts of a `QNetwork`, or of a `BCQNetwork`'s two, in order, from the observation to the heads.
 
     Returns:
         columns layer, output (its shape for one observation, in words; of the heads that of one game's), parameters
         (trained ones; of the heads those of all games).
     """
-    image = jax.ShapeDtypeStruct((1, 84, 84, stack_size), network.dtype)
+    if isinstance(network, BCQNetwork):
+        both = {name: layers(getattr(network, name)) for name in ("q", "behaviour")}
+        named = [table.assign(layer=f"{name}: " + table["layer"]) for name, table in both.items()]
+        return pd.concat(named, ignore_index=True)
+    image = jax.ShapeDtypeStruct((1, 84, 84, network.channels), network.dtype)
     pixels = "pixels" if network.mean_frames is None else "pixels less their mean"
     rows = [
         (f"observation, {pixels}", image.shape[1:], ()),
