@@ -150,6 +150,42 @@ def episode_browser(replay: Replay) -> widgets.Widget:
     return widgets.VBox([widgets.HBox([game, episode]), widgets.HBox([play, step]), picture])
 
 
+def sliders(
+    draw: Callable[..., Figure], choices: Mapping[str, Sequence], start: Mapping[str, object]
+) -> widgets.Widget:
+    """A slider for each argument of a function that draws, and what it draws with their values, for JupyterLab.
+
+    Args:
+        draw: makes the figure; takes the choices by name.
+        choices: the values of each argument, in the order of its slider.
+        start: one of these each, to begin with.
+    """
+    picture = widgets.Image(format="png")
+    controls = {
+        name: widgets.SelectionSlider(options=values, value=start[name], description=name, continuous_update=False)
+        for name, values in choices.items()
+    }
+
+    def show(_: object = None) -> None:
+        picture.value = to_png(draw(**{name: control.value for name, control in controls.items()}))
+
+    for control in controls.values():
+        control.observe(show, "value")
+    show()
+    return widgets.VBox([widgets.HBox(list(controls.values())), picture])
+
+
+def values(named: Mapping[str, object]) -> None:
+    """Print values under each other, each behind its name: numbers and arrays of them to six digits, or as they are."""
+    width = max(map(len, named))
+    for name, value in named.items():
+        number = np.asarray(value)
+        shown = f"{number.item():.6g}" if number.ndim == 0 and number.dtype.kind == "f" else value
+        if number.ndim and number.dtype.kind == "f":
+            shown = ", ".join(f"{x:.6g}" for x in number.ravel())
+        print(f"{name:{width}}  {shown}")
+
+
 def table(data: pd.DataFrame, decimals: int = 1, caption: str = "", none: Sequence[Hashable] = ()) -> None:
     """Show a table, numbers rounded, readable in a report; a long or wide one scrolls.
 

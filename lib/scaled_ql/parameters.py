@@ -44,6 +44,33 @@ class Parameters(pydantic.BaseModel):
     outputs: str = ""  # folder that holds the runs; "" is outputs/ of the workspace
 
 
+class Walkthrough(Parameters):
+    """`00_walkthrough`; what is not the paper's is the quickstart's."""
+
+    num_transitions: Count = 5_000
+    seed: Seed = 0
+    steps_before_reward: Annotated[int, Field(ge=0)] = 4
+    encoder: Encoder = "nature_narrow"
+    hidden_sizes: Annotated[list[Count], Field(min_length=1)] = [256, 256]
+    v_min: float = -3.0
+    v_max: float = 3.0
+    num_atoms: Annotated[int, Field(ge=2)] = defaults.NUM_ATOMS
+    n_step: Count = 10
+    discount: Share = 0.97
+    alpha: Annotated[float, Field(ge=0)] = 0.05
+    learning_rate: Annotated[float, Field(gt=0)] = 1.0e-3
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1.0e-8
+    target_update_period: Count = 200
+    batch_size: Count = 32
+    num_steps: Count = 400
+
+    @pydantic.model_validator(mode="after")
+    def _support_is_not_empty(self) -> "Walkthrough":
+        if self.v_min >= self.v_max:
+            raise ValueError(f"v_min ({self.v_min}) must be below v_max ({self.v_max})")
+        return self
+
+
 class DataCollection(Parameters):
     """`01_data_collection`."""
 
@@ -259,6 +286,7 @@ class Performance(Parameters):
 
 
 NOTEBOOKS: dict[str, type[Parameters]] = {
+    "00_walkthrough": Walkthrough,
     "01_data_collection": DataCollection,
     "02_online_agents": OnlineAgents,
     "03_data_exploration": DataExploration,

@@ -2,14 +2,22 @@
 
 from scaled_ql.defaults import ENCODERS
 from scaled_ql.networks.encoders import make_encoder
-from scaled_ql.networks.q_network import BCQNetwork, QNetwork, count_parameters, make_q_network, parameter_table
+from scaled_ql.networks.q_network import (
+    BCQNetwork,
+    QNetwork,
+    count_parameters,
+    layers,
+    make_q_network,
+    normalize_features,
+)
 
 __all__ = [
     "ENCODERS",
     "BCQNetwork",
     "QNetwork",
     "count_parameters",
+    "layers",
     "make_encoder",
     "make_q_network",
-    "parameter_table",
+    "normalize_features",
 ]

@@ -81,7 +81,7 @@ class QNetwork(nnx.Module):
         dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        self.num_outputs, self.normalize, self.dtype, self.channels = num_outputs, normalize, dtype, stack_size
+        self.num_outputs, self.normalize, self.dtype = num_outputs, normalize, dtype
         # A constant, kept among the parameters so that a checkpoint holds it; without a gradient Adam leaves it alone.
         self.mean_frames = None if mean_frames is None else nnx.Param(mean_frames)
         how = {"group_size": group_size, "remat": remat, "dtype": dtype}
@@ -228,36 +228,37 @@ def make_q_network(
     return draw(jax.random.key(seed), **jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays))
 
 
-def parameter_table(network: nnx.Module) -> pd.DataFrame:
-    """The parts of a `QNetwork`, or of a `BCQNetwork`'s two, in the order in which an image passes them.
-
-    Returns:
-        index part; columns output (shape of what an observation becomes), parameters (trained ones).
-    """
-    if isinstance(network, BCQNetwork):
-        both = {name: parameter_table(getattr(network, name)) for name in ("q", "behaviour")}
-        return pd.concat([table.rename(lambda part, name=name: f"{name}: {part}") for name, table in both.items()])
-    channels, games, width = network.channels, network.head_kernel.shape[1], network.head_kernel.shape[2]
-    image = jax.eval_shape(network.encoder, jax.ShapeDtypeStruct((1, 84, 84, channels), network.dtype)).shape[1:]
-    norm = [network.layer_norm] if network.layer_norm else []
-    rows = {
-        "encoder": (image, [network.encoder]),
-        "spatial embedding": ((network.embedding.features,), [network.embedding]),
-    }
-    for number, layer in enumerate(network.hidden):
-        name = f"dense {number + 1}, layer norm, ReLU" if norm and not number else f"dense {number + 1}, ReLU"
-        rows[name] = ((layer.out_features,), [layer, *norm] if not number else [layer])
-    rows["feature normalisation"] = ((network.hidden[-1].out_features,), [])
-    if not network.normalize:
-        del rows["feature normalisation"]
-    shape = (games, NUM_ACTIONS, network.num_outputs) if network.num_outputs > 1 else (games, width)
-    rows["a linear head per game"] = (shape, [network.head_kernel, network.head_bias])
-    sizes = {name: (" x ".join(map(str, shape)), count_parameters(*parts)) for name, (shape, parts) in rows.items()}
-    return pd.DataFrame.from_dict(sizes, orient="index", columns=["output", "parameters"]).rename_axis("part")
-
-
 def count_parameters(*modules: Any) -> int:
     """Numbers of trained parameters in modules, or in trees of arrays, together; `mean_frames` are a constant."""
     trees = [nnx.state(module, nnx.Param) if isinstance(module, nnx.Module) else module for module in modules]
     leaves = jax.tree_util.tree_leaves_with_path(trees)
     return sum(leaf.size for path, leaf in leaves if "mean_frames" not in jax.tree_util.keystr(path))
+
+
+def layers(network: QNetwork, stack_size: int = 4) -> pd.DataFrame:
+    """The parts of a network in their order, from the observation to the heads.
+
+    Args:
+        network: whose parts.
+        stack_size: frames in an observation.
+
+    Returns:
+        columns layer, output (its shape for one observation, in words; of the heads that of one game's), parameters
+        (trained ones; of the heads those of all games).
+    """
+    image = jax.ShapeDtypeStruct((1, 84, 84, stack_size), network.dtype)
+    pixels = "pixels" if network.mean_frames is None else "pixels less their mean"
+    rows = [
+        (f"observation, {pixels}", image.shape[1:], ()),
+        ("encoder", jax.eval_shape(network.encoder, image).shape[1:], (network.encoder,)),
+        (f"spatial embedding: {network.embedding.kind}", (network.embedding.features,), (network.embedding,)),
+    ]
+    for number, layer in enumerate(network.hidden):
+        norm = (network.layer_norm,) if number == 0 and network.layer_norm else ()
+        rows.append(("dense, layer norm, ReLU" if norm else "dense, ReLU", (layer.out_features,), (layer, *norm)))
+    if network.normalize:
+        rows.append(("feature normalisation", (network.hidden[-1].out_features,), ()))
+    head = (NUM_ACTIONS,) if network.num_outputs == 1 else (NUM_ACTIONS, network.num_outputs)
+    rows.append(("heads", head, (network.head_kernel, network.head_bias)))
+    named = [(layer, " × ".join(map(str, shape)), count_parameters(*parts)) for layer, shape, parts in rows]
+    return pd.DataFrame(named, columns=["layer", "output", "parameters"])
