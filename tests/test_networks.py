@@ -237,16 +237,6 @@ def test_mean_frames_are_no_trained_parameters():
     assert count_parameters(nnx.to_pure_dict(nnx.state(centred, nnx.Param))) == count_parameters(plain)
 
 
-def test_the_layers_of_both_networks_of_bcq_follow_the_image():
-    how = {"hidden_sizes": (8, 6), "num_atoms": 5}
-    q, behaviour = (make_q_network("nature_narrow", 3, kind, **how) for kind in ("c51", "mse"))
-    both = networks.layers(networks.BCQNetwork(q, behaviour))
-    assert both["parameters"].sum() == count_parameters(q, behaviour)
-    outputs = ["84 × 84 × 4", "2 × 2 × 16", "64", "8", "6", "6"]
-    assert list(both["output"]) == [*outputs, "18 × 5", *outputs, "18"]
-    assert list(both["layer"])[7] == "behaviour: observation, pixels"
-
-
 # The spatial embedding.
 
 

@@ -135,6 +135,46 @@ def test_scaling_is_by_the_papers_count_and_says_what_impala_is() -> None:
     assert "encoder and first dense layer" in axis.get_xlabel()
 
 
+def test_learning_curves_are_those_of_the_methods_metrics_and_a_single_row_is_a_point() -> None:
+    row = {
+        "step": 5.0,
+        "nll": 1.0,
+        "nll/Pong": 1.0,
+        "nll/Qbert": np.nan,
+        "accuracy": 0.5,
+        "grad_norm": 0.1,
+        "loss": 1.0,
+    }
+    figure = plots.learning_curves(pd.DataFrame([row]), {"nll": "likelihood", "accuracy": "right", "other": "absent"})
+    assert [axis.get_title() for axis in figure.axes] == ["likelihood", "right", "gradient norm"]
+    assert [line.get_label() for line in figure.axes[0].lines] == ["Pong", "Qbert", "all"]
+    assert all(line.get_marker() == "o" for axis in figure.axes for line in axis.lines)
+
+
+def test_transitions_say_action_reward_and_whether_there_is_a_bootstrap() -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (2, 3, 84, 84, 4), np.uint8)
+    batch = Batch.of_stacks(
+        frames[0], np.int32([1, 0, 2]), np.float32([0.5, 0, -1]), np.float32([0.97, 0, 0.97]), frames[1],
+        np.int32([0, 1, 1]),
+    )  # fmt: skip
+    figure = plots.transitions(batch, ["Pong", "Qbert"], {"Pong": ["NOOP", "UP"], "Qbert": ["NOOP", "UP", "LEFT"]})
+    above, below = ([axis.get_title() for axis in figure.axes[i : i + 3]] for i in (0, 3))
+    assert above == ["Pong\nUP", "Qbert\nNOOP", "Qbert\nLEFT"]
+    assert below == ["reward 0.5\ndiscount 0.970", "reward 0\nterminal: no bootstrap", "reward -1\ndiscount 0.970"]
+    shown = figure.axes[1].images[0].get_array()
+    np.testing.assert_array_equal(shown, frames[0, 1, :, :, -1])
+
+
+def test_predicted_and_target_distributions_share_a_panel() -> None:
+    atoms = np.linspace(-2, 2, 5)
+    figure = plots.predicted_and_target(np.full((2, 5), 0.2), np.eye(5)[[0, 3]], atoms, ["a", "b"])
+    panel = figure.axes[1]
+    predicted, _, target, mean = panel.lines
+    np.testing.assert_allclose(predicted.get_ydata(), 0.2)
+    np.testing.assert_array_equal(target.get_ydata(), [0, 0, 0, 1, 0])
+    np.testing.assert_allclose(mean.get_xdata(), 1)
+
+
 ATOMS = np.linspace(-3, 3, 13)
 NORMAL = np.exp(-(ATOMS**2) / 2) / np.exp(-(ATOMS**2) / 2).sum()
 ACTIONS = ["NOOP", "FIRE", "RIGHT", "LEFT"]
@@ -238,42 +278,3 @@ def test_pulls_have_a_row_each_and_no_distribution_where_there_is_none() -> None
     heights = np.sum([[bar.get_height() for bar in bars] for bars in axes[1].containers], axis=0)
     np.testing.assert_allclose(heights, 1.1 * gradient[2])
     assert [[bar.get_height() for bar in bars] for bars in axes[2].containers] == [[1] * 4, [-1] * 4]
-
-
-def test_learning_curves_are_those_of_the_methods_metrics_and_a_single_row_is_a_point() -> None:
-    row = {
-        "step": 5.0,
-        "nll": 1.0,
-        "nll/Pong": 1.0,
-        "nll/Qbert": np.nan,
-        "accuracy": 0.5,
-        "grad_norm": 0.1,
-        "loss": 1.0,
-    }
-    figure = plots.learning_curves(pd.DataFrame([row]), {"nll": "likelihood", "accuracy": "right", "other": "absent"})
-    assert [axis.get_title() for axis in figure.axes] == ["likelihood", "right", "gradient norm"]
-    assert [line.get_label() for line in figure.axes[0].lines] == ["Pong", "Qbert", "all"]
-    assert all(line.get_marker() == "o" for axis in figure.axes for line in axis.lines)
-
-
-def test_transitions_say_action_reward_and_whether_there_is_a_bootstrap() -> None:
-    frames = np.random.default_rng(0).integers(0, 256, (2, 3, 84, 84, 4), np.uint8)
-    batch = Batch.of_stacks(
-        frames[0], np.int32([1, 0, 2]), np.float32([0.5, 0, -1]), np.float32([0.97, 0, 0.97]), frames[1],
-        np.int32([0, 1, 1]),
-    )  # fmt: skip
-    figure = plots.transitions(batch, ["Pong", "Qbert"], {"Pong": ["NOOP", "UP"], "Qbert": ["NOOP", "UP", "LEFT"]})
-    above, below = ([axis.get_title() for axis in figure.axes[i : i + 3]] for i in (0, 3))
-    assert above == ["Pong\nUP", "Qbert\nNOOP", "Qbert\nLEFT"]
-    assert below == ["reward 0.5\ndiscount 0.970", "reward 0\nterminal: no bootstrap", "reward -1\ndiscount 0.970"]
-    shown = figure.axes[1].images[0].get_array()
-    np.testing.assert_array_equal(shown, frames[0, 1, :, :, -1])
-
-
-def test_predicted_and_target_distributions_share_a_panel() -> None:
-    atoms = np.linspace(-2, 2, 5)
-    figure = plots.predicted_and_target(np.full((2, 5), 0.2), np.eye(5)[[0, 3]], atoms, ["a", "b"])
-    panel = figure.axes[1]
-    assert [bar.get_height() for bar in panel.patches] == [0, 0, 0, 1, 0]
-    np.testing.assert_allclose(panel.lines[0].get_ydata(), 0.2)
-    np.testing.assert_allclose(panel.lines[1].get_xdata(), 0, atol=1e-12)

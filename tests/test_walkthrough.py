@@ -74,7 +74,7 @@ def test_the_exercise_pulls_at_the_heads_bias_as_training_does(recording: Path) 
     graph, state = training.init_state(network, training.make_optimizer())
     forward = jax.jit(partial(training.apply, graph, state.params))
     pull = walkthrough.what_if(data, "Freeway", 20, forward, forward, ATOMS, n_step=5, discount=0.97, alpha=0.3)
-    objective = methods.q_learning(alpha=0.3, atoms=ATOMS).objective(graph, [4, 3], None)
+    objective = methods.q_learning(alpha=0.3, atoms=ATOMS).objective(graph, [4, 3])
     batch = data.batch("Freeway", [20], 5, 0.97)
     gradient = jax.grad(objective, has_aux=True)(state.params, state.target_params, batch, jax.random.key(0))[0]
     of_bias = gradient["head_bias"].reshape(2, 18, 21)

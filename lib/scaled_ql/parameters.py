@@ -54,7 +54,7 @@ class Walkthrough(Parameters):
     hidden_sizes: Annotated[list[Count], Field(min_length=1)] = [256, 256]
     v_min: float = -3.0
     v_max: float = 3.0
-    num_atoms: Annotated[int, Field(ge=2)] = 51
+    num_atoms: Annotated[int, Field(ge=2)] = defaults.NUM_ATOMS
     n_step: Count = 10
     discount: Share = 0.97
     alpha: Annotated[float, Field(ge=0)] = 0.05

@@ -245,21 +245,21 @@ def transitions(batch: Any, games: list[str], action_names: Mapping[str, Sequenc
 
 
 def predicted_and_target(predicted: np.ndarray, target: np.ndarray, atoms: np.ndarray, titles: Sequence[str]) -> Figure:
-    """Return distributions of single transitions: what the network predicts (line) and its target (bars).
+    """Return distributions of single transitions: what the network predicts, and its target, means as dashed lines.
 
     Args:
-        predicted, target: [B, N].
+        predicted: [B, N].
+        target: [B, N].
         atoms: [N].
         titles: [B].
     """
-    figure, axes = _grid(len(titles), height=2.4)
+    figure, axes = _grid(len(titles), height=2.6)
     for axis, title, ours, wanted in zip(axes, titles, predicted, target):
-        axis.bar(atoms, wanted, width=0.9 * (atoms[1] - atoms[0]), color=PLAYERS["dataset"], alpha=0.5, label="target")
-        axis.plot(atoms, ours, color=PLAYERS["agent"], label="predicted")
+        _distribution(axis, atoms, ours, PREDICTED, "predicted")
+        _distribution(axis, atoms, wanted, TARGET, "target")
         known = np.flatnonzero(np.maximum(ours, wanted) > 1e-3)
-        axis.set(title=title, xlabel="return", xlim=(atoms[known[0]] - 1, atoms[known[-1]] + 1))
-        axis.axvline(ours @ atoms, color=PLAYERS["agent"], ls="--", lw=1)
-    axes[0].legend(fontsize="x-small")
+        axis.set(title=title, xlabel="return z", xlim=(atoms[known[0]], atoms[known[-1]]))
+        axis.legend(fontsize="x-small")
     return figure
 
 

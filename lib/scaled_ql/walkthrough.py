@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from scaled_ql import losses
-from scaled_ql.defaults import Head
 from scaled_ql.methods.common import action_masks
+from scaled_ql.networks.q_network import Head
 from scaled_ql.replay import Replay
 
 Forward = Callable[[np.ndarray, np.ndarray], jax.Array]  # observation [B, 84, 84, S], game [B] -> logits [B, A, N]

@@ -81,7 +81,7 @@ class QNetwork(nnx.Module):
         dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        self.num_outputs, self.normalize, self.dtype, self.channels = num_outputs, normalize, dtype, stack_size
+        self.num_outputs, self.normalize, self.dtype = num_outputs, normalize, dtype
         # A constant, kept among the parameters so that a checkpoint holds it; without a gradient Adam leaves it alone.
         self.mean_frames = None if mean_frames is None else nnx.Param(mean_frames)
         how = {"group_size": group_size, "remat": remat, "dtype": dtype}
@@ -235,18 +235,18 @@ def count_parameters(*modules: Any) -> int:
     return sum(leaf.size for path, leaf in leaves if "mean_frames" not in jax.tree_util.keystr(path))
 
 
-def layers(network: nnx.Module) -> pd.DataFrame:
-    """The parts of a `QNetwork`, or of a `BCQNetwork`'s two, in order, from the observation to the heads.
+def layers(network: QNetwork, stack_size: int = 4) -> pd.DataFrame:
+    """The parts of a network in their order, from the observation to the heads.
+
+    Args:
+        network: whose parts.
+        stack_size: frames in an observation.
 
     Returns:
         columns layer, output (its shape for one observation, in words; of the heads that of one game's), parameters
         (trained ones; of the heads those of all games).
     """
-    if isinstance(network, BCQNetwork):
-        both = {name: layers(getattr(network, name)) for name in ("q", "behaviour")}
-        named = [table.assign(layer=f"{name}: " + table["layer"]) for name, table in both.items()]
-        return pd.concat(named, ignore_index=True)
-    image = jax.ShapeDtypeStruct((1, 84, 84, network.channels), network.dtype)
+    image = jax.ShapeDtypeStruct((1, 84, 84, stack_size), network.dtype)
     pixels = "pixels" if network.mean_frames is None else "pixels less their mean"
     rows = [
         (f"observation, {pixels}", image.shape[1:], ()),
