@@ -1,6 +1,8 @@
 """Recordings repeat bit for bit, survive being killed, and hold what the emulator showed."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -8,10 +10,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
+from scaled_ql import collect
 from scaled_ql.collect import SCRIPTED_PLAYERS, epsilon_at, mirrored, play_episode, record, record_game
-from scaled_ql.environments import make_environment, rules
+from scaled_ql.environments import EnvironmentDied, make_environment, rules
 from scaled_ql.games import RULES, UnknownGame, action_names, rom_md5
 from scaled_ql.replay import ReplayError, open_replay
 
@@ -176,6 +180,26 @@ def test_stopping_to_look_stops_the_recording(tmp_path):
     assert replay.validate() == []
     time.sleep(0.2)
     assert open_replay(tmp_path).identity() == replay.identity()
+
+
+def test_an_environment_that_does_not_answer_ends_the_recording(tmp_path, monkeypatch):
+    """Here its process is stopped in the middle of a step."""
+    updates = record(tmp_path, ["Breakout"], 10**7, processes=1, poll_seconds=0.05, **SHORT)
+    while next(updates)["Breakout"] == 0:
+        pass
+    shared = updates.gi_frame.f_locals
+    (pid,) = shared["pids"]
+    os.kill(pid, signal.SIGSTOP)
+    while not shared["since"][0]:  # between two steps
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.01)
+        os.kill(pid, signal.SIGSTOP)
+    monkeypatch.setattr(collect, "STEP_SECONDS", 0.5)
+    with pytest.raises(EnvironmentDied, match=r"Breakout: no answer from the environment within 0\.5 s"):
+        for _ in updates:
+            pass
+    assert not psutil.pid_exists(pid)
+    assert open_replay(tmp_path).validate() == []
 
 
 def test_failure_in_a_process_is_raised(tmp_path):

@@ -435,6 +435,10 @@ def dump_histories(draw):
 @example(history=(20, [10, 30], [9, 33], [0, 1], True, True))  # the first wrap lies between
 @example(history=(20, [30, 30, 30], [25, 41, 80], [3, 4, 9], True, True))  # after many
 def test_any_history_of_dumps(small_blocks, history):
+    check_history(history)
+
+
+def check_history(history):
     """What the last dump of a ring holds is told from its contents, whenever and how often it was dumped."""
     capacity, lengths, times, numbers, position, black = history
     with tempfile.TemporaryDirectory() as folder:

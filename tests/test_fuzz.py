@@ -1,4 +1,4 @@
-"""A campaign of 10,000 damaged inputs: ``pytest -m fuzz``. The default run leaves it out; it takes minutes.
+"""A campaign of 10,500 damaged inputs: ``pytest -m fuzz -n 0 -s``. The default run leaves it out; it takes minutes.
 
 Every input is accepted as what it was before, or refused with a sentence that names the file. A file of YAML has no
 checksum, and may say something else than before: it is accepted as exactly what an independent reader finds in it.
@@ -22,6 +22,8 @@ import numpy as np
 import pytest
 import yaml
 from dopamine_log import DopamineLog
+from hypothesis import given, settings
+from test_dqn_replay import SLOW, check_history, dump_histories
 from test_rl_unplugged import three_files, write_run
 
 from scaled_ql import batches, documents, parameters, training
@@ -253,6 +255,47 @@ def test_stores(small_blocks: None, tmp_path: Path) -> None:
         return file.name if file.parent == folder else file.parent.name
 
     campaign(others, 2_000, damaged, read, ReplayError, names)
+
+
+def test_stores_that_were_imported(small_blocks: None, tmp_path: Path) -> None:
+    """Damage where an import was made to: what is made again is the same, all else is named."""
+    log = DopamineLog(tmp_path / "source", capacity=12)
+    for length in (5, 8, 7, 9):
+        log.add_episode(length)
+    log.finish()
+    import_dqn_replay(tmp_path / "source", tmp_path / "store")
+    folder = tmp_path / "store" / "Pong" / "1"
+
+    def content() -> list:
+        replay = open_replay(tmp_path / "store")
+        problems = replay.validate()
+        if problems:
+            raise ReplayError(" ".join(problems))
+        return [replay.manifests("Pong"), replay.episodes("Pong").to_dict("list"), replay.import_reports("Pong")]
+
+    expected = content()
+
+    def read() -> None:
+        assert content() == expected, "read as something else"
+
+    def import_again() -> None:
+        import_dqn_replay(tmp_path / "source", tmp_path / "store")
+        read()
+
+    def names(file: Path) -> str:
+        return file.name if file.parent in (folder, folder / "parts") else file.parent.name
+
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.stat().st_size)
+    tables = [file for file in files if file.name == "import.json" or file.suffix == ".arrow"]
+    campaign(tables, 250, damaged, read, ReplayError, names)
+    campaign(files, 250, damaged, import_again, ReplayError, names)
+
+
+@settings(max_examples=1_000, **SLOW)
+@given(history=dump_histories())
+def test_histories_of_dumps(small_blocks: None, history: tuple) -> None:
+    """No damage here: rings that were dumped at any times, which the default run tries 25 of."""
+    check_history(history)
 
 
 def scalars(node: yaml.Node) -> object:

@@ -1,6 +1,7 @@
 """An imported Minari dataset holds what was played: frames as our environments make them, the minimal actions."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -178,6 +179,32 @@ def test_a_dataset_that_moved(tmp_path, root):
     for place in (moved, moved / "data", moved.as_uri(), tmp_path / "link", tmp_path / "linked"):
         import_minari(place, tmp_path / "sub/../store")
         assert mtimes(tmp_path / "store") == before  # nothing was done twice
+
+
+def test_a_copy_with_other_times_is_the_same_dataset(tmp_path, root):
+    """What a dataset is, its content says: not where it lies, and not when it was written."""
+    create(buffers([9, 5]))
+    import_minari(ID, tmp_path / "store")
+    before = mtimes(tmp_path / "store")
+    shutil.copytree(root / ID, tmp_path / "copy")
+    for number, file in enumerate((tmp_path / "copy").rglob("*")):
+        os.utime(file, (1_000_000 + number, 2_000_000 + number))
+    assert import_minari(tmp_path / "copy", tmp_path / "store").transitions == 14
+    assert mtimes(tmp_path / "store") == before  # nothing was done twice
+    times = {file: file.stat().st_mtime_ns for file in (tmp_path / "copy").rglob("*")}
+    with h5py.File(tmp_path / "copy/data/main_data.hdf5", "a") as file:
+        file["episode_1/rewards"][2] += 1
+    for file, time in times.items():
+        os.utime(file, ns=(time, time))
+    with pytest.raises(ReplayError, match=r"Breakout/1: holds other data"):
+        import_minari(tmp_path / "copy", tmp_path / "store")
+    assert mtimes(tmp_path / "store") == before
+
+
+def test_a_name_that_is_too_long_is_one_sentence(tmp_path):
+    for source in ("x" * 300, tmp_path / ("x" * 300)):
+        with pytest.raises(ReplayError, match=r"x: cannot be read \(.*File name too long.*\)\. Check the name"):
+            import_minari(source, tmp_path / "store")
 
 
 def test_another_dataset_of_the_same_game_is_refused(tmp_path):

@@ -28,7 +28,7 @@ import zstandard
 
 from scaled_ql.environments import make_vector_environment
 from scaled_ql.games import TRAINING_GAMES, action_names
-from scaled_ql.replay import Replay, export_dqn_replay, open_replay, prefetch, sample_batch, sample_batches
+from scaled_ql.replay import Replay, ReplayError, export_dqn_replay, open_replay, prefetch, sample_batch, sample_batches
 from scaled_ql.replay import format as fmt
 from scaled_ql.replay.memory import to_memory
 from scaled_ql.replay.writer import episode_rows
@@ -58,7 +58,6 @@ def repeat_store(source: Replay, destination: str | Path, games: list[str], copi
         )
         fmt.write_or_compare_manifest(folder, manifest)
         arrays = fmt.open_arrays(folder)
-        fmt.grow(arrays, rows * copies)
         episodes, columns, at = [], [], 0
         while at < rows:  # whole episodes of the lender until the rows are full
             episode = source.episode(lender, len(episodes) % len(source.episodes(lender)))
@@ -73,9 +72,15 @@ def repeat_store(source: Replay, destination: str | Path, games: list[str], copi
         together = {name: np.concatenate([data[name] for data in columns]) for name in columns[0]}
         once = together.pop("observation")
         repeated = {name: np.tile(column, min(per_shard, copies)) for name, column in together.items()}
-        writes = fmt.write_rows(arrays, 0, repeated)
-        for write in writes if lender in first else [*writes, *fmt.write_rows(arrays, 0, {"observation": once})]:
-            write.result()
+        try:
+            fmt.grow(arrays, rows * copies)
+            writes = fmt.write_rows(arrays, 0, repeated)
+            for write in writes if lender in first else [*writes, *fmt.write_rows(arrays, 0, {"observation": once})]:
+                write.result()
+        except fmt.STORE_ERRORS as error:
+            raise ReplayError(
+                f"{folder}: cannot be written ({fmt.said(error)}). Make room, or choose another folder."
+            ) from error
         frames = first.setdefault(lender, folder / fmt.file_name("observation", 0))
         for k in range(copies):
             target = folder / fmt.file_name("observation", k)

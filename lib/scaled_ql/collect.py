@@ -2,7 +2,10 @@
 
 import json
 import multiprocessing
+import os
 import re
+import signal
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -13,7 +16,7 @@ import gymnasium
 import numpy as np
 import pyarrow as pa
 
-from scaled_ql.environments import MAX_STEPS, EnvironmentDied, make_environment, rules
+from scaled_ql.environments import MAX_STEPS, STEP_SECONDS, EnvironmentDied, make_environment, rules
 from scaled_ql.games import action_names, rom_md5
 from scaled_ql.processes import main_guard_hint
 from scaled_ql.replay.format import read_table
@@ -129,7 +132,7 @@ def play_episode(
         observation uint8 [L, 84, 84], action int32 [L], reward float32 [L], terminal (bool).
     """
     rng = np.random.default_rng(seed)
-    frame, _ = environment.reset(seed=int(rng.integers(2**31)))
+    frame, _ = _timed(environment.reset, seed=int(rng.integers(2**31)))
     ale = environment.unwrapped.ale
     frames, chosen, rewards = [], [], []
     contrary = change_of_mind > 0 and rng.random() < 0.5
@@ -144,7 +147,7 @@ def play_episode(
             action = actions.index(mirrored(name) if contrary else name)
         frames.append(frame)
         chosen.append(action)
-        frame, reward, terminal, truncated, _ = environment.step(action)
+        frame, reward, terminal, truncated, _ = _timed(environment.step, action)
         ram, before = ale.getRAM(), ram
         rewards.append(reward)
     return {
@@ -227,7 +230,7 @@ def record(
         transitions on disk per game, about every `poll_seconds`, and once when all is done.
 
     Raises:
-        EnvironmentDied: a process ended.
+        EnvironmentDied: a process ended, or its environment does not answer.
         UnknownGame: before anything is recorded.
         ReplayError: the first failure of a recording; the others stop at the end of their episode.
     """
@@ -235,13 +238,23 @@ def record(
         action_names(game)  # an unknown game fails here, not after minutes in a worker
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_watch, initargs=(stop,)) as pool:
-        pending = {pool.submit(record_game, path, game, num_transitions, seed=seed, **options) for game in games}
+    since, pids = context.Array("d", len(games), lock=False), context.Array("q", len(games), lock=False)
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_watch, initargs=(stop, since, pids)) as pool:
+        pending = {
+            pool.submit(_record_here, number, path, game, num_transitions, seed=seed, **options)
+            for number, game in enumerate(games)
+        }
         try:
             while pending:
                 done, pending = wait(pending, timeout=poll_seconds)
                 for future in done:
                     future.result()
+                for number, game in enumerate(games):
+                    if 0 < since[number] < time.monotonic() - STEP_SECONDS:
+                        os.kill(pids[number], signal.SIGKILL)  # it hears nothing else
+                        raise EnvironmentDied(
+                            f"{game}: no answer from the environment within {STEP_SECONDS:g} s. Run again to resume."
+                        )
                 yield {game: _committed(Path(path) / game) for game in games}
         except BrokenProcessPool as error:
             remedy = main_guard_hint() or "Run again to resume; -9 in a system's log means that memory ran out."
@@ -251,12 +264,35 @@ def record(
             pool.shutdown(cancel_futures=True)
 
 
-_stop: Any = None  # in a worker: the event that ends its recordings
+# In a worker: the event that ends its recordings; for each of them, since when its environment is being called (0: it
+# is not) and the process; which one is this worker's.
+_stop: Any = None
+_since: Any = None
+_pids: Any = None
+_number = 0
 
 
-def _watch(stop: Any) -> None:
-    global _stop
-    _stop = stop
+def _watch(stop: Any, since: Any, pids: Any) -> None:
+    global _stop, _since, _pids
+    _stop, _since, _pids = stop, since, pids
+
+
+def _record_here(number: int, *arguments: Any, **options: Any) -> int:
+    """`record_game` in a worker."""
+    global _number
+    _number, _pids[number] = number, os.getpid()
+    return record_game(*arguments, **options)
+
+
+def _timed(call: Callable, *arguments: Any, **options: Any) -> Any:
+    """Call an environment, so that a parent who waits sees since when; no thread beside the emulator could."""
+    if _since is None:
+        return call(*arguments, **options)
+    _since[_number] = time.monotonic()
+    try:
+        return call(*arguments, **options)
+    finally:
+        _since[_number] = 0
 
 
 def _stopped() -> bool:

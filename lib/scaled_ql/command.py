@@ -213,12 +213,12 @@ def verify(store: str) -> None:
         total = sum(map(dataset.num_transitions, dataset.games))
         with tqdm(total=total, unit="transition", unit_scale=True, dynamic_ncols=True, disable=None) as bar:
             problems = dataset.validate(bar.update)
-    unfinished = [
-        f"{game} run {report['run']}: its import is not complete; run it again"
-        for game in dataset.games
-        for report in dataset.import_reports(game)
-        if not report["complete"]
-    ]
+        unfinished = [
+            f"{game} run {report['run']}: its import is not complete; run it again"
+            for game in dataset.games
+            for report in dataset.import_reports(game)
+            if not report["complete"]
+        ]
     for problem in (*problems, *unfinished):
         click.echo(problem)
     click.echo(f"{len(dataset.games)} games, {total:,} transitions: {len(problems) + len(unfinished)} problems")

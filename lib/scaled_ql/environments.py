@@ -159,6 +159,9 @@ def make_environment(
 ) -> gymnasium.Env:
     """One environment; observations are single frames, uint8 [84, 84], rewards are raw.
 
+    It computes in the caller's thread, waits for nothing, and lets no other thread of the process run meanwhile, so a
+    limit on its time can only be held by another process: `collect.record` and `ProcessVectorEnv` do.
+
     Args:
         game: name as in the paper.
         sticky_actions: probability that the emulator repeats the previous action, at every emulator frame.

@@ -373,7 +373,7 @@ _watching = contextlib.ExitStack()  # what to undo before this kernel follows an
 def _has_runner(folder: Path) -> bool:
     """Whether `execute` waits for this run in another process."""
     try:
-        with filelock.FileLock(folder / ".runner.lock", timeout=0):
+        with filelock.FileLock(folder / ".runner.lock", timeout=0, fallback_to_soft=False):
             return False
     except filelock.Timeout:
         return True
@@ -405,7 +405,7 @@ def _lock(file: Path, **options: Any) -> filelock.AcquireReturnProxy:
         RunError: nothing can be locked there.
     """
     try:
-        return filelock.FileLock(file, timeout=LOCK_SECONDS, **options).acquire()
+        return filelock.FileLock(file, timeout=LOCK_SECONDS, fallback_to_soft=False, **options).acquire()
     except filelock.Timeout:
         raise
     except OSError as error:

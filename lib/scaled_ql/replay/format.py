@@ -22,6 +22,7 @@ CRC-32C, every episode a CRC-32, and so have the manifest and each line of the j
 
 import json
 import os
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,17 @@ EPISODE = {
 }  # fmt: skip
 
 
+# What TensorStore raises where the system refuses: which of them depends on the system's answer.
+STORE_ERRORS = (OSError, ValueError, NotImplementedError)
+
+
 class ReplayError(Exception):
     """A store that cannot be read or written; the message names the file and the remedy."""
+
+
+def said(error: Exception) -> str:
+    """What an error says; of one of TensorStore's without the page of specification that follows."""
+    return re.sub(r" \[\w+='.*", "", str(error), flags=re.DOTALL)
 
 
 def array_spec(kvstore: Any, name: str) -> dict[str, Any]:
@@ -106,8 +116,11 @@ def open_arrays(folder: Path) -> dict[str, ts.TensorStore]:
             del spec["metadata"]["shape"]  # as long as it has become
         try:
             arrays[name] = ts.open(spec, open=exists, create=not exists).result()
-        except ValueError as error:
-            raise ReplayError(f"{folder / name}: cannot open or create this array ({error}).") from error
+        except STORE_ERRORS as error:
+            raise ReplayError(
+                f"{folder / name}: cannot open or create this array ({said(error)}). Make room or the folder writable, "
+                "on a file system with locks, or choose another folder."
+            ) from error
     return arrays
 
 
@@ -178,6 +191,9 @@ def make_manifest(
 
 
 LINE_CRC32 = b"line_crc32"
+REPORT = frozenset(
+    ("complete", "format", "source", "files", "gaps", "excluded", "left_out", "transitions", "episodes")
+)  # of an import
 KNOWN = frozenset((*make_manifest("", 0, actions=[], source="", sticky_actions=0.0), "crc32"))
 
 
@@ -208,7 +224,7 @@ def write_or_compare_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def encode_manifest(manifest: dict[str, Any]) -> bytes:
-    """The content of `manifest.json`."""
+    """The content of `manifest.json`, or of another JSON object that has a checksum."""
     return json.dumps(manifest | {"crc32": _crc32(manifest)}, indent=1).encode() + b"\n"
 
 
@@ -255,6 +271,28 @@ def read_manifest(content: bytes, where: str) -> dict[str, Any]:
             "purpose, remove its crc32."
         )
     return dict.fromkeys(RULES) | manifest
+
+
+def read_report(content: bytes, where: str) -> dict[str, Any]:
+    """Parse the `import.json` of an imported run.
+
+    Raises:
+        ReplayError: damaged.
+    """
+    try:
+        report = json.loads(content)
+        crc32 = report.pop("crc32", absent := object())
+        if crc32 is not absent and crc32 != _crc32(report):
+            raise ValueError("it differs from its checksum")
+        wrong = (REPORT ^ report.keys()) - ({"source"} - report.keys())  # which earlier versions did not have
+        if wrong:
+            raise ValueError(f"more or less than it should: {', '.join(sorted(wrong))}")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ReplayError(
+            f"{where}: not the report of an import ({type(error).__name__}: {error}). Run the same import again, which "
+            "writes it anew, or restore it from a copy."
+        ) from error
+    return report
 
 
 def local_folder(path: str | os.PathLike) -> Path:

@@ -63,7 +63,7 @@ class MemoryRecording(ChunkedRecording):
             group = numbers[begin : begin + FILES_AT_ONCE]
             reads = [self.kvstore.read(file_name("observation", number)) for number in group]
             for number, read in zip(group, reads):
-                content = read.result().value
+                content = self.reading(lambda read=read: read.result().value, "observation")
                 stored[number] = self._memory.append(content), len(content)
         return stored
 

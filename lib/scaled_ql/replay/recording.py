@@ -54,8 +54,10 @@ class Recording:
         spec = {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}  # missing is not zero
         try:
             array = ts.open(spec, open=True, read=True, dtype=ARRAYS[name]).result()
-        except ValueError as error:
-            raise ReplayError(f"{where}: cannot open this array ({error}). Restore the folder from a copy.") from error
+        except fmt.STORE_ERRORS as error:
+            raise ReplayError(
+                f"{where}: cannot open this array ({fmt.said(error)}). Restore the folder from a copy."
+            ) from error
         if array.shape[0] < self.num_rows:
             raise ReplayError(
                 f"{where}: holds {array.shape[0]} rows, but the episode table promises {self.num_rows}. "
@@ -72,11 +74,21 @@ class Recording:
         """Run a read; a checksum or decoding error names the array and the remedy."""
         try:
             return read()
-        except ValueError as error:
+        except fmt.STORE_ERRORS as error:
             raise ReplayError(
-                f"{self.kvstore.url}{name}: a chunk is damaged or missing ({error}). Restore the folder "
+                f"{self.kvstore.url}{name}: a chunk is damaged or missing ({fmt.said(error)}). Restore the folder "
                 "from a copy, or delete it and record or import it again."
             ) from error
+
+    def read_last_row(self) -> None:
+        """Read the end of every array: what was lost as a whole is noticed at once.
+
+        Raises:
+            ReplayError: it cannot be read.
+        """
+        for name in ARRAYS:
+            last = self.open_array(name)[self.num_rows - 1]
+            self.reading(lambda last=last: last.read().result(), name)
 
     def values(self, name: str, first: np.ndarray, last: np.ndarray, width: int = 1) -> np.ndarray:
         """One column at rows first[i]..last[i], inclusive, at most `width` of them: [B, width], zeros behind them."""
@@ -210,12 +222,28 @@ class Span(NamedTuple):
         return rewards @ discount ** np.arange(n_step)
 
 
+def read_file(kvstore: ts.KvStore, name: str) -> bytes | None:
+    """The content of a file, or None where there is none.
+
+    Raises:
+        ReplayError: it cannot be read.
+    """
+    try:
+        found = kvstore.read(name).result()
+    except fmt.STORE_ERRORS as error:
+        raise ReplayError(
+            f"{kvstore.url}{name}: cannot be read ({fmt.said(error)}). Check the address and your permissions, or "
+            "restore the folder from a copy."
+        ) from error
+    return found.value if found.state == "value" else None
+
+
 def open_recording(kvstore: ts.KvStore) -> Recording | None:
     """One game and run, or None where no episode was completed yet."""
-    described = kvstore.read("manifest.json").result().value
+    described = read_file(kvstore, "manifest.json") or b""
     manifest = fmt.read_manifest(described, f"{kvstore.url}manifest.json")
     # The journal first: a writer that moves it into the table meanwhile leaves both, never neither.
-    journal = kvstore.read("episodes.jsonl").result().value
+    journal = read_file(kvstore, "episodes.jsonl") or b""
     table = _read_table(kvstore)
     starts, lengths = table["start"].to_numpy(), table["length"].to_numpy()
     if not np.array_equal(starts, np.cumsum(lengths) - lengths):
@@ -238,10 +266,13 @@ def _read_table(kvstore: ts.KvStore) -> pa.Table:
         file = Path(unquote(parts.path)) / "episodes.arrow"
         if not file.exists():
             return fmt.empty_table()
-        with pa.memory_map(str(file)) as mapped:
-            return fmt.read_table(mapped.read_buffer(), where)
-    content = kvstore.read("episodes.arrow").result()
-    return fmt.read_table(pa.py_buffer(content.value), where) if content.state == "value" else fmt.empty_table()
+        try:
+            with pa.memory_map(str(file)) as mapped:
+                return fmt.read_table(mapped.read_buffer(), where)
+        except OSError as error:
+            raise ReplayError(f"{where}: cannot be read ({error}). Restore the folder from a copy.") from error
+    content = read_file(kvstore, "episodes.arrow")
+    return fmt.empty_table() if content is None else fmt.read_table(pa.py_buffer(content), where)
 
 
 def validate_recording(recording: Recording, progress: Callable[[int], None] = lambda transitions: None) -> list[str]:

@@ -19,7 +19,7 @@ from scaled_ql.games import OtherActions, check_actions
 from scaled_ql.replay import format as fmt
 from scaled_ql.replay.batch import Batch
 from scaled_ql.replay.format import FORMAT, FRAME_SHAPE, ReplayError
-from scaled_ql.replay.recording import Recording, Span, open_recording, validate_recording
+from scaled_ql.replay.recording import Recording, Span, open_recording, read_file, validate_recording
 from scaled_ql.replay.views import Episodes, View, drawn_transitions, load_view, select_episodes
 
 READ_TOGETHER = 32  # windows
@@ -191,9 +191,10 @@ class Replay:
         """`import.json` of each imported recording of a game, with its run: files, gaps, what was left out."""
         reports = []
         for recording in self._recordings_of(game):
-            content = recording.kvstore.read("import.json").result().value
-            if content:
-                reports.append({"run": recording.manifest["run"], **json.loads(content)})
+            content = read_file(recording.kvstore, "import.json")
+            if content is not None:
+                report = fmt.read_report(content, f"{recording.kvstore.url}import.json")
+                reports.append({"run": recording.manifest["run"], **report})
         return reports
 
     def action_names(self, game: str) -> list[str]:
@@ -467,8 +468,10 @@ def open_replay(path: str | os.PathLike, view: View | str | os.PathLike | None =
                         f"{folder}: is {what}. Expected the dataset's folder, which holds one folder per game: "
                         f"{folder.parents[1 - levels]}."
                     )
-    except ValueError as error:
-        raise ReplayError(f"{url}: cannot be listed ({error}). Check the address and your permissions.") from error
+    except fmt.STORE_ERRORS as error:
+        raise ReplayError(
+            f"{url}: cannot be listed ({fmt.said(error)}). Check the address and your permissions."
+        ) from error
     folders = [key.rsplit("/", 1)[0] for key in keys if key.count("/") == 2]
     recordings: dict[str, list[Recording]] = {}
     for folder in sorted(folders, key=lambda name: (name.split("/")[0], len(name), name)):

@@ -109,10 +109,7 @@ class ReplayWriter:
     def _check_last_row(self) -> None:
         """Read the end of every array: appending to a chunk that was lost would turn what it held into zeros."""
         if self.num_transitions:
-            recording = open_recording(ts.KvStore.open(self.folder.as_uri() + "/").result())
-            for name in fmt.ARRAYS:
-                last = recording.open_array(name)[self._next_row - 1]
-                recording.reading(lambda last=last: last.read().result(), name)
+            open_recording(ts.KvStore.open(self.folder.as_uri() + "/").result()).read_last_row()
 
     def append(
         self,
@@ -159,9 +156,9 @@ class ReplayWriter:
             for write in fmt.write_rows(self._arrays, self._next_row, data):
                 write.result()
             self._commit(row)
-        except (OSError, ValueError) as error:
+        except fmt.STORE_ERRORS as error:
             raise ReplayError(
-                f"{self.folder}: episode {self.num_episodes} could not be written ({error}). The "
+                f"{self.folder}: episode {self.num_episodes} could not be written ({fmt.said(error)}). The "
                 f"{self.num_transitions} transitions before it are safe; make room on the disk and run again to "
                 "continue."
             ) from error
@@ -212,13 +209,15 @@ def lock_recording(folder: Path, timeout: float) -> filelock.BaseFileLock:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ReplayError(f"{folder}: cannot create the store ({error}).") from error
-    lock = filelock.FileLock(folder / ".lock")
+    lock = filelock.FileLock(folder / ".lock", fallback_to_soft=False)  # which outlives a writer that was killed
     try:
         lock.acquire(timeout=timeout)
     except filelock.Timeout as error:
         raise ReplayError(f"{folder}: another process is writing this store; wait for it or stop it.") from error
     except OSError as error:
-        raise ReplayError(f"{folder}: cannot write here ({error}).") from error
+        raise ReplayError(
+            f"{folder}: cannot write here ({error}). Choose a folder that can be written, on a file system with locks."
+        ) from error
     return lock
 
 

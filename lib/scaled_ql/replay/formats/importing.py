@@ -109,8 +109,8 @@ def prepare_run(folder: Path, rows: int, manifest: dict[str, Any], parts: list[P
         folder.mkdir(parents=True, exist_ok=True)
         _expect_same_run(folder, manifest, parts)
         fmt.grow(fmt.open_arrays(folder), rows)
-    except (OSError, ValueError) as error:
-        raise ReplayError(f"{folder}: cannot be written ({error}). Choose another destination.") from error
+    except fmt.STORE_ERRORS as error:
+        raise ReplayError(f"{folder}: cannot be written ({fmt.said(error)}). Choose another destination.") from error
 
 
 def _expect_same_run(folder: Path, manifest: dict[str, Any], parts: list[Part]) -> None:
@@ -119,9 +119,16 @@ def _expect_same_run(folder: Path, manifest: dict[str, Any], parts: list[Part]) 
     if not stored.exists():
         return
     before = fmt.read_manifest(stored.read_bytes(), str(stored))
-    report = json.loads(file.read_bytes()) if file.exists() else {}
+    report, damaged = {}, False
+    with suppress(FileNotFoundError):
+        try:
+            report = fmt.read_report(file.read_bytes(), str(file))
+        except ReplayError:
+            damaged = True  # it is made again
     same = before["source"] == manifest["source"] and before["game"] == manifest["game"]
-    if "source" in report:
+    if damaged:
+        same &= any(_read_part(part) for part in parts)
+    elif "source" in report:
         same &= report["source"] == parts[0].source or any(_read_part(part) for part in parts)
     elif report:  # of an earlier version, which listed whole addresses
         same &= any(known.endswith(part.file) for known in report["files"] for part in parts)
@@ -181,7 +188,7 @@ class RowWriter:
         self.wait()
         try:
             self._pending = fmt.write_rows(self._arrays, self._row, columns)
-        except ValueError as error:
+        except fmt.STORE_ERRORS as error:
             raise self._error(error) from error
         self._row += len(next(iter(columns.values())))
 
@@ -190,15 +197,15 @@ class RowWriter:
         try:
             for write in self._pending:
                 write.result()
-        except ValueError as error:
+        except fmt.STORE_ERRORS as error:
             raise self._error(error) from error
         finally:
             self._pending = []
 
     def _error(self, error: Exception) -> ReplayError:
         return ReplayError(
-            f"{self._folder}: cannot be written ({error}). What was imported before is safe; make room, or mend the "
-            "permissions, and run the same import again to go on."
+            f"{self._folder}: cannot be written ({fmt.said(error)}). What was imported before is safe; make room, or "
+            "mend the permissions, and run the same import again to go on."
         )
 
 
@@ -275,7 +282,7 @@ def _read_part(part: Part) -> tuple[list[dict[str, Any]], dict[str, list]] | Non
         return None
     try:
         table = fmt.read_table(pa.py_buffer(file.read_bytes()), str(file))
-    except ReplayError:
+    except (ReplayError, OSError):
         return None  # it is made again
     metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
     if metadata["content"] != json.dumps(part.content, sort_keys=True):
@@ -393,7 +400,7 @@ def finish_run(plan: Plan, order_by: list[str], usable: int) -> dict[str, Any]:
         report["transitions"] = sum(episode["length"] for episode in episodes)
         report["episodes"] = len(episodes)
         report["complete"] = usable == len(plan.parts)
-        fmt.write_file(folder / "import.json", json.dumps(report, indent=1).encode() + b"\n")
+        fmt.write_file(folder / "import.json", fmt.encode_manifest(report))
     except OSError as error:
         raise ReplayError(f"{folder}: cannot be written ({error}). Make room and run the same import again.") from error
     return report
@@ -404,9 +411,14 @@ def _commit(
 ) -> None:
     truncated = fmt.open_arrays(folder)["truncated"]
     ends = {episode["row"] + episode["length"] - 1 for episode in episodes}
-    for border in [piece["row"] + piece["length"] - 1 for piece in segments if piece["open"]]:
-        if bool(truncated[border].read().result()) != (border in ends):
-            truncated[border].write(border in ends).result()
+    try:
+        for border in [piece["row"] + piece["length"] - 1 for piece in segments if piece["open"]]:
+            if bool(truncated[border].read().result()) != (border in ends):
+                truncated[border].write(border in ends).result()
+    except fmt.STORE_ERRORS as error:
+        raise ReplayError(
+            f"{folder}: cannot be written ({fmt.said(error)}). Make room and run the same import again."
+        ) from error
     for leftover in folder.glob("**/*.__lock"):
         leftover.unlink(missing_ok=True)
     if not episodes:
@@ -571,16 +583,20 @@ def _finished(plan: Plan) -> dict[str, Any] | None:
     """The report of a run that was imported from these very files, or None."""
     if not plan.parts:
         return None
-    file = Path(plan.parts[0].folder) / "import.json"
-    if not file.exists():
-        return None
+    folder = Path(plan.parts[0].folder)
+    file = folder / "import.json"
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
+        report = fmt.read_report(file.read_bytes(), str(file))
         same = report["files"] == [part.file for part in plan.parts]
         whole = report["complete"] and not report["left_out"]
-    except (ValueError, KeyError, TypeError):
-        return None  # it is made again
-    return report if whole and same and all(_read_part(part) for part in plan.parts) else None
+        recording = open_recording(ts.KvStore.open(folder.as_uri() + "/").result())
+        if recording:
+            recording.read_last_row()
+    except (FileNotFoundError, ReplayError):
+        return None  # it is made again, and so is a table of episodes; what else was lost is named then
+    there = recording.num_transitions if recording else 0
+    sound = whole and same and there == report["transitions"]
+    return report if sound and all(_read_part(part) for part in plan.parts) else None
 
 
 def list_folder(filesystem: fsspec.AbstractFileSystem, path: str) -> list[dict[str, Any]]:

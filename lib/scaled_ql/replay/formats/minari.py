@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box, Discrete
+from isal import isal_zlib
 
 from scaled_ql.games import NUM_ACTIONS, UnknownGame, action_names
 from scaled_ql.replay import format as fmt
@@ -97,9 +98,12 @@ def _open(dataset: "MinariDataset | str | os.PathLike") -> "MinariDataset":
         return dataset
     if str(dataset).startswith("file://"):
         dataset = importing.open_source(dataset)[1]
-    folders = [folder for folder in (Path(dataset), Path(dataset) / "data") if (folder / "metadata.json").is_file()]
-    if not folders:
-        _expect_dataset(Path(dataset))
+    try:
+        folders = [folder for folder in (Path(dataset), Path(dataset) / "data") if (folder / "metadata.json").is_file()]
+        if not folders:
+            _expect_dataset(Path(dataset))
+    except OSError as error:
+        raise ReplayError(f"{dataset}: cannot be read ({error}). Check the name and your permissions.") from error
     try:
         return minari.MinariDataset(folders[0]) if folders else minari.load_dataset(str(dataset))
     except Exception as error:  # asserts, and what its storages and spaces raise
@@ -122,7 +126,7 @@ def _expect_dataset(path: Path) -> None:
 
 
 @lru_cache(maxsize=1)
-def _keep_open(folder: str, changed: int) -> "MinariDataset":
+def _keep_open(folder: str, crc32: int) -> "MinariDataset":
     """For many episodes: its spaces, as text with every pixel's bounds, take a third of a second to read."""
     return _open(folder)
 
@@ -153,11 +157,11 @@ def plan_run(dataset: "MinariDataset", destination: Path, game: str, run: int, a
             "[84, 84, n], or colour [H, W, 3]."
         )
     indices = action_indices(dataset, path, game, actions)
-    changed = max(file.stat().st_mtime_ns for file in path.rglob("*"))
+    crc32 = _crc32(path)
     parts, row = [], 0
     episodes = [int(number) for number in dataset.episode_indices]
     for place, (number, length) in enumerate(zip(episodes, _lengths(dataset, path, episodes))):
-        content = {"changed": changed, "episode": number, "length": length, "row": row, "actions": indices}
+        content = {"crc32": crc32, "episode": number, "length": length, "row": row, "actions": indices}
         parts.append(Part(str(target), place, f"{path.name} episode {number}", content, str(path.parent)))
         row += length + 1
     if not parts:
@@ -171,6 +175,24 @@ def plan_run(dataset: "MinariDataset", destination: Path, game: str, run: int, a
     )
     importing.prepare_run(target, row, manifest, parts)
     return Plan(manifest, parts, {})
+
+
+def _crc32(path: Path) -> int:
+    """CRC-32 of a dataset's files and their names: a copy is the same dataset, wherever it lies and whenever written.
+
+    Raises:
+        ReplayError: a file cannot be read.
+    """
+    crc32, block = 0, bytearray(1 << 20)
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        crc32 = isal_zlib.crc32(str(file.relative_to(path)).encode(), crc32)
+        try:
+            with file.open("rb") as content:
+                while count := content.readinto(block):
+                    crc32 = isal_zlib.crc32(memoryview(block)[:count], crc32)
+        except OSError as error:
+            raise ReplayError(f"{file}: cannot be read ({error}). Check your permissions and the disk.") from error
+    return crc32
 
 
 def _lengths(dataset: "MinariDataset", path: Path, episodes: list[int]) -> list[int]:
@@ -249,7 +271,7 @@ def convert(part: Part) -> tuple[list[dict[str, Any]], dict[str, list], Unreadab
     writer = RowWriter(Path(part.folder), content["row"])
     indices = np.array(content["actions"])
     try:
-        dataset = _keep_open(part.address.removesuffix(f" episode {number}"), content["changed"])
+        dataset = _keep_open(part.address.removesuffix(f" episode {number}"), content["crc32"])
         (episode,) = dataset.iterate_episodes([number])
         _check(episode, length, dataset.observation_space.shape)
         played, reward = np.asarray(episode.actions), np.asarray(episode.rewards, np.float32)
