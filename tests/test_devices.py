@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -211,3 +212,12 @@ def test_a_platform_that_jaxlib_lacks_is_named():
     if done.returncode == 0 and not done.stdout:
         pytest.skip("there is an accelerator")
     assert "JAX_PLATFORMS = cuda, but the installed jaxlib has no such device" in done.stdout, done.stderr
+
+
+def test_an_accelerator_that_jax_does_not_see_is_named_with_the_remedy(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.warns(UserWarning, match=r"1 NVIDIA device.*lib\[cuda13\]"):
+        devices.make_mesh(1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    with warnings.catch_warnings(action="error"):
+        devices.make_mesh(1)
