@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from scaled_ql import devices, networks, objectives, training
+from scaled_ql import devices, methods, networks, training
 from scaled_ql.replay import share_of
 from scaled_ql.replay.batch import Batch
 
@@ -41,7 +41,7 @@ def run(folder, last, encoder="nature_narrow", head="c51", split=False, accumula
     optimizer = training.make_optimizer(5e-5)  # at larger ones rounding errors on noise may double every step
     graph, state = training.init_state(build(), optimizer)
     shardings = devices.state_shardings(state, mesh, split)
-    objective = objectives.q_learning(graph, NUM_ACTIONS, head=head, random_shift=4)
+    objective = methods.q_learning(head=head, random_shift=4).objective(graph, NUM_ACTIONS)
     options = {"target_update_period": 6, "accumulate": accumulate, "shardings": shardings}
     train_step = training.make_train_step(objective, optimizer, seed=3, **options)
     checkpoints = training.Checkpoints(folder, {"head": head})

@@ -250,3 +250,13 @@ def test_nothing_to_gather(tmp_path: Path) -> None:
     assert list(ablations.shown(table)["score, %"]) == ["missing", "missing"]
     assert ablations.per_game(gathered, table).empty
     assert list(ablations.difference(gathered, table, "C51", "MSE", **FEW)["verdict"]) == ["missing"]
+
+
+def test_the_most_frequent_action_is_counted_over_runs_and_games(outputs):
+    for run, counts in (("base.seed-0", "9,1"), ("base.seed-1", "2,8")):
+        folder = outputs / "04_scaled_training" / run / "evaluation" / "step-5"
+        folder.mkdir(parents=True)
+        (folder / "Pong.csv").write_text(f"episode_return,action_NOOP,action_UP\n1.0,{counts}\n")
+    compared = ablations.compare(ablations.gather(outputs), BASE, VARIANTS, **FEW).set_index("variant")
+    assert compared.loc["C51", "top_action"] == pytest.approx(0.85)
+    assert list(ablations.shown(compared.reset_index())["most frequent action, %"]) == ["", "85"]

@@ -208,7 +208,7 @@ QUICKSTART = "params/04_scaled_training/quickstart.yaml"
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["02_scaled_trainig"], "no such batch or notebook. Did you mean: scaled-ql run 04_scaled_training"),
+        (["04_scaled_trainig"], "no such batch or notebook. Did you mean: scaled-ql run 04_scaled_training"),
         (["quickstart"], "Did you mean: scaled-ql run params/batches/quickstart.yaml"),
         (["params/batches/quickstrat.yaml"], "Did you mean: scaled-ql run params/batches/quickstart.yaml"),
         (["quickstart.yaml"], "Did you mean: scaled-ql run params/batches/quickstart.yaml"),
@@ -238,7 +238,7 @@ def test_a_misspelt_target_names_what_was_meant(
         ("steps: 5", "steps: Input should be a valid list, got 5"),
         ("steps: []", "steps: List should have at least 1 item"),
         ("steps: [{notebook: 04_scaled_training}]", "steps.0.parameters: Field required"),
-        ("steps: [{notebook: 02_scaled, parameters: x}]", "'02_scaled'; did you mean 04_scaled_training?"),
+        ("steps: [{notebook: 04_scaled, parameters: x}]", "'04_scaled'; did you mean 04_scaled_training?"),
         ("steps: [{notebook: 04_scaled_training, parameters: x.yaml}]", "x.yaml: cannot be read as YAML"),
         ("steps: [", "cannot be read as YAML"),
         ("steps:\n  - notebook: 04_scaled_training\n    parameters: tiny.yaml\n    grid: {}\n", "steps.0.grid: "),

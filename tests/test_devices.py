@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from parallel import make_batch
 
-from scaled_ql import devices, networks, objectives, training
+from scaled_ql import devices, methods, networks, training
 
 SCRIPT = Path(__file__).parent / "parallel.py"
 
@@ -70,7 +71,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     network = networks.make_q_network("nature_narrow", 3, "c51", hidden_sizes=(16,))
     optimizer = training.make_optimizer(1e-3)
     graph, state = training.init_state(network, optimizer)
-    objective, key = objectives.q_learning(graph, [4, 3, 6]), jax.random.key(0)
+    objective, key = methods.q_learning().objective(graph, [4, 3, 6]), jax.random.key(0)
     batch = make_batch(0)
     (whole, metrics), (parts, same) = (
         jax.jit(training.make_update(objective, optimizer, accumulate=n))(state, batch, key) for n in (1, 4)
@@ -153,7 +154,7 @@ def test_distributed_on_a_single_process(tmp_path, environment):
 def test_a_step_without_enough_memory_is_refused_before_compiling():
     network = networks.make_q_network("resnet_narrow", 3, "c51", hidden_sizes=(32,))
     graph, state = training.init_state(network, training.make_optimizer())
-    objective = objectives.q_learning(graph, [4, 3, 6])
+    objective = methods.q_learning().objective(graph, [4, 3, 6])
     reckon = lambda size, **options: training.memory_needed(objective, state, make_batch(0, size), **options)  # noqa: E731
     small, large, parts = reckon(16), reckon(64), reckon(64, accumulate=4)
     assert large["activations"] == pytest.approx(4 * small["activations"], rel=0.05)
@@ -168,7 +169,7 @@ def test_the_reckoned_memory_is_what_a_compiler_reserves():
     network = networks.make_q_network("resnet_narrow", 3, "c51", hidden_sizes=(512,))
     optimizer = training.make_optimizer()
     graph, state = training.init_state(network, optimizer)
-    objective, batch = objectives.q_learning(graph, [4, 3, 6]), make_batch(0, 64)
+    objective, batch = methods.q_learning().objective(graph, [4, 3, 6]), make_batch(0, 64)
     compiled = jax.jit(training.make_update(objective, optimizer)).lower(state, batch, jax.random.key(0)).compile()
     reserved = compiled.memory_analysis().temp_size_in_bytes
     needed = training.memory_needed(objective, state, batch)
@@ -195,7 +196,7 @@ def test_recomputing_changes_nothing():
     for remat in (False, True):
         network = networks.make_q_network("resnet_narrow", 3, "c51", hidden_sizes=(16,), remat=remat)
         graph, state = training.init_state(network, training.make_optimizer())
-        objective, batch = objectives.q_learning(graph, [4, 3, 6]), make_batch(0)
+        objective, batch = methods.q_learning().objective(graph, [4, 3, 6]), make_batch(0)
         update = jax.jit(training.make_update(objective, training.make_optimizer()))
         outputs[remat] = update(state, batch, jax.random.key(0))[1]
         needed = training.memory_needed(objective, state, batch)
@@ -211,3 +212,12 @@ def test_a_platform_that_jaxlib_lacks_is_named():
     if done.returncode == 0 and not done.stdout:
         pytest.skip("there is an accelerator")
     assert "JAX_PLATFORMS = cuda, but the installed jaxlib has no such device" in done.stdout, done.stderr
+
+
+def test_an_accelerator_that_jax_does_not_see_is_named_with_the_remedy(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.warns(UserWarning, match=r"1 NVIDIA device.*lib\[cuda13\]"):
+        devices.make_mesh(1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    with warnings.catch_warnings(action="error"):
+        devices.make_mesh(1)

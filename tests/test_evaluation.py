@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaled_ql import evaluation, losses, networks, objectives, training
-from scaled_ql.environments import UnknownAction, make_environment
+from scaled_ql import evaluation, losses, methods, networks, training
+from scaled_ql.environments import make_environment
 from scaled_ql.games import action_names
 
 
@@ -179,12 +179,6 @@ def test_an_action_that_the_game_does_not_have_is_refused() -> None:
             evaluation.evaluate(evaluation.constant_action(action), "Breakout", episodes=2, seed=0)
 
 
-def test_a_film_of_a_player_with_other_actions_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnknownAction, match=r"Breakout: actions \[17\] are outside the environment's set, 0 to 3"):
-        evaluation.record_video(always(17, 18), "Breakout", tmp_path / "play.mp4", seed=0, epsilon=0.0, num_steps=5)
-    assert not (tmp_path / "play.mp4").exists()
-
-
 def test_the_best_constant_action_is_the_largest_of_plain_loops() -> None:
     """Each action alone in one environment without sticky actions: the same returns."""
     table = evaluation.best_constant_action("Freeway", episodes=2, seed=0, epsilon=0.0, max_steps=120)
@@ -212,7 +206,7 @@ def test_the_q_function_is_the_networks_expected_value_of_the_games_own_actions(
     network = networks.make_q_network("nature", 2, head, hidden_sizes=(16, 16))
     graph, state = training.init_state(network, training.make_optimizer())
     stacks = np.random.default_rng(0).integers(256, size=(3, 4, 84, 84), dtype=np.uint8)
-    prefer = objectives.preferences(graph, [3, 4], head=head)
+    prefer = methods.q_learning(head=head).preferences(graph, [3, 4])
     q = evaluation.make_q_function(prefer, state.params, 1, 4)(stacks)
     outputs = network(jnp.asarray(stacks.transpose(0, 2, 3, 1)), jnp.ones(3, int))
     expected = losses.expected_q(outputs, losses.support()) if head == "c51" else outputs
@@ -238,13 +232,40 @@ def test_the_score_curve_is_in_order_of_steps_and_knows_complete_plain_evaluatio
     assert evaluation.score_curve(tmp_path / "nothing").empty
 
 
-def test_a_video_plays_and_has_the_frames_asked_for(tmp_path: Path) -> None:
-    file = tmp_path / "play.mp4"
-    score = evaluation.record_video(always(1), "Breakout", file, seed=0, num_steps=25)
-    assert score >= 0
-    with av.open(str(file)) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-        assert container.streams.video[0].codec_context.name == "h264"
-    assert len(frames) == 25
-    assert frames[0].shape == (420, 640, 3)
-    assert frames[0][:, :320].std() > 5, "the game's screen is not empty"
+def of_pixels(stacks: np.ndarray) -> np.ndarray:
+    """A player whose choice depends on what it sees, and on nothing else."""
+    return np.stack([stacks[:, :, row::7, 3::5].sum((1, 2, 3)) % 97 for row in range(4)], 1).astype(np.float32)
+
+
+def test_a_film_is_the_evaluations_episode(tmp_path: Path) -> None:
+    """With sticky and random actions, also where it is not its environment's first one."""
+    played = evaluation.evaluate(
+        of_pixels, "Breakout", episodes=5, seed=4, epsilon=0.2, sticky_actions=0.25, max_steps=250,
+        num_environments=2, keep_actions=True,
+    )  # fmt: skip
+    assert (played["actions"].str.len() == 1 + played["length"]).all()
+    assert (played["environment"] == played.loc[4, "environment"]).sum() > 1
+    shared = {"seed": 4, "sticky_actions": 0.25, "max_steps": 250}
+    for number in played.index:
+        file = tmp_path / f"{number}.mp4"
+        score = evaluation.record_film(of_pixels, "Breakout", played, number, file, num_steps=20, **shared)
+        assert score == played.loc[number, "episode_return"]
+        with av.open(str(file)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            assert container.streams.video[0].codec_context.name == "h264"
+        assert len(frames) == 20 and frames[0].shape == (420, 640, 3)
+        assert frames[0][:, :320].std() > 5, "the game's screen is not empty"
+
+
+def test_the_episode_to_film_is_the_longest_of_those_next_to_the_median() -> None:
+    played = pd.DataFrame({"episode_return": [9.0, 2.0, 3.0, 0.0, 2.0], "length": [5, 1, 9, 3, 4]})
+    assert evaluation.representative(played) == 4
+
+
+def test_a_film_skips_what_is_still_and_what_is_far_from_a_reward() -> None:
+    rewards, still = np.zeros(100), np.zeros(100, bool)
+    rewards[60] = 1
+    assert evaluation.eventful(rewards, still, 100).tolist() == list(range(100))
+    assert evaluation.eventful(rewards, still, 9).tolist() == [0, 1, 2, 58, 59, 60, 61, 98, 99]
+    still[10:40] = True  # frames 10 to 39 are frame 9 again
+    assert evaluation.eventful(rewards, still, 100).tolist() == [*range(24), *range(40, 100)]

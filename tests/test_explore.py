@@ -43,6 +43,33 @@ def test_the_browser_shows_the_episode_that_its_sliders_name(recording: Path) ->
     assert len(pictures) == 3
 
 
+def test_sliders_draw_with_what_they_are_set_to() -> None:
+    drawn = []
+
+    def draw(**chosen: object) -> plt.Figure:
+        drawn.append(chosen)
+        return plt.figure(figsize=(1 + len(drawn), 1))
+
+    widget = explore.sliders(draw, {"n": [1, 3, 5], "head": ["c51", "mse"]}, {"n": 3, "head": "mse"})
+    (n, head), picture = widget.children[0].children, widget.children[1]
+    before = bytes(picture.value)
+    head.value = "c51"
+    n.value = 5
+    assert drawn == [{"n": 3, "head": "mse"}, {"n": 3, "head": "c51"}, {"n": 5, "head": "c51"}]
+    assert [control.description for control in (n, head)] == ["n", "head"]
+    assert bytes(picture.value) != before
+
+
+def test_values_are_printed_behind_their_names(capsys: pytest.CaptureFixture) -> None:
+    explore.values({"loss": np.float32(1 / 3), "by hand": 2, "rewards": np.array([0.0, 1.5]), "action": "LEFT"})
+    assert capsys.readouterr().out.splitlines() == [
+        "loss     0.333333",
+        "by hand  2",
+        "rewards  0, 1.5",
+        "action   LEFT",
+    ]
+
+
 def test_the_static_twin_shows_the_stack_that_a_batch_holds(recording: Path) -> None:
     data = open_replay(recording)
     row = data.episodes("Breakout").iloc[1]

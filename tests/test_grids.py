@@ -11,7 +11,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from scaled_ql import batches, collect, grids, parameters, runs
+from scaled_ql import batches, collect, grids, parameters, processes, runs
 from scaled_ql.parameters import ParameterError
 from scaled_ql.replay import open_replay
 
@@ -117,9 +117,9 @@ def test_the_table_shows_where_runs_are(tmp_path: Path) -> None:
 
 def test_every_worker_has_cores_of_its_own_and_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    assert grids.accelerators() == ["4", "7"]
+    assert processes.accelerators() == ["4", "7"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert grids.accelerators() == []
+    assert processes.accelerators() == []
 
 
 def test_a_batch_with_a_grid(tmp_path: Path) -> None:

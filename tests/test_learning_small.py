@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from scaled_ql import losses, objectives, training
+from scaled_ql import losses, methods, training
 from scaled_ql.games import NUM_ACTIONS
 from scaled_ql.networks.q_network import normalize_features
 from scaled_ql.replay.batch import Batch
@@ -60,7 +60,7 @@ def corridor():
 def corridor_training():
     """(parameters, Adam's epsilon) -> (Q [places, 2], metrics [steps]); one program for all."""
     graph, _ = nnx.split(CorridorNetwork(nnx.Rngs(0)), nnx.Param)
-    objective, batch = objectives.q_learning(graph, [2], atoms=ATOMS), jax.device_put(corridor())
+    objective, batch = methods.q_learning(atoms=ATOMS).objective(graph, [2]), jax.device_put(corridor())
 
     @jax.jit
     def run(params, epsilon):
@@ -141,7 +141,7 @@ def random_play():
 def catch_training():
     """(parameters, Adam's epsilon) -> (trained parameters, metrics [steps]); one program for all."""
     graph, _ = nnx.split(CatchNetwork(nnx.Rngs(0)), nnx.Param)
-    objective, data = objectives.q_learning(graph, [3], atoms=ATOMS), jax.device_put(random_play())
+    objective, data = methods.q_learning(atoms=ATOMS).objective(graph, [3]), jax.device_put(random_play())
 
     @jax.jit
     def run(params, epsilon):
@@ -162,7 +162,7 @@ def catch_training():
 def caught(params, episodes=20):
     """Mean return of the greedy player; the best is 5."""
     graph, _ = nnx.split(CatchNetwork(nnx.Rngs(0)), nnx.Param)
-    prefer = objectives.preferences(graph, [3], atoms=ATOMS)
+    prefer = methods.q_learning(atoms=ATOMS).preferences(graph, [3])
     env, returns = catch.Catch(BALLS), []
     for seed in range(episodes):
         (frame, _), total, ended = env.reset(seed=seed), 0.0, False

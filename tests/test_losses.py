@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from scaled_ql import losses, objectives, training
+from scaled_ql import losses, methods, training
 from scaled_ql.games import NUM_ACTIONS
 from scaled_ql.replay.batch import Batch
 
@@ -385,7 +385,7 @@ def test_batch_loss_and_its_gradient_equal_the_references(head, double_q):
         graph, state = training.init_state(Table(table), optimizer)
         state = state._replace(target_params={"table": jnp.array(target_table)})
         settings = {"head": head, "alpha": alpha, "atoms": jnp.array(atoms), "double_q": double_q}
-        objective = objectives.q_learning(graph, NUM_GAME_ACTIONS, **settings)
+        objective = methods.q_learning(**settings).objective(graph, NUM_GAME_ACTIONS)
         train_step = training.make_train_step(objective, optimizer)
         state, metrics = jax.device_get(train_step(state, batch))
     expected = reference_metrics(*outputs(table, table if double_q else target_table), batch, atoms, alpha)

@@ -2,6 +2,10 @@
 
 import functools
 import math
+import os
+import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +31,9 @@ from test_losses import (
     reference_softmax,
 )
 
-from scaled_ql import losses, objectives, training
+from scaled_ql import losses, methods, parameters, training
 from scaled_ql.games import NUM_ACTIONS
+from scaled_ql.methods import common
 from scaled_ql.networks import BCQNetwork, make_q_network, q_network
 from scaled_ql.replay.batch import Batch
 
@@ -379,7 +384,7 @@ def test_the_two_observations_and_the_rows_of_a_batch_are_shifted_independently(
 
     @jax.jit
     def both(key):
-        return [4 - shift(images)[:, 4, 4] for shift in objectives.shifts(key, 3_000, 2)]
+        return [4 - shift(images)[:, 4, 4] for shift in common.shifts(key, 3_000, 2)]
 
     now, then = jax.device_get(both(jax.random.key(0)))
     for offsets in (now, then):
@@ -387,7 +392,7 @@ def test_the_two_observations_and_the_rows_of_a_batch_are_shifted_independently(
     correlations = np.corrcoef(np.concatenate([now, then], 1).T)
     assert np.abs(correlations - np.eye(4)).max() < 0.07  # four standard errors
     assert np.abs(np.corrcoef(now[1:, 0], now[:-1, 0])[0, 1]) < 0.07
-    assert objectives.shifts(jax.random.key(0), 3, 0) == (None, None)
+    assert common.shifts(jax.random.key(0), 3, 0) == (None, None)
 
 
 # Objectives, of a network small enough for central differences.
@@ -558,9 +563,8 @@ def test_q_learning_with_everything_equals_the_reference(head):
     )
     assert 0 < reference(params)["allowed_share"] < 1
     with jax.enable_x64(True):
-        objective = objectives.q_learning(
-            graph_of(params), NUM_GAME_ACTIONS, atoms=jnp.array(ATOMS), reward_scale=jnp.array([2.0, 0.5]), **settings
-        )
+        method = methods.bcq(atoms=jnp.array(ATOMS), **settings)
+        objective = method.objective(graph_of(params), NUM_GAME_ACTIONS, jnp.array([2.0, 0.5]))
         assert_equals_reference(objective, params, target_params, reference, True)  # DR3 is in float32
 
 
@@ -573,7 +577,7 @@ def test_bcq_by_default_equals_the_reference_without_cql(head):
     assert 0 < reference(params)["allowed_share"] < 1
     with jax.enable_x64(True):
         settings = {"head": head, "tau": 0.3, "atoms": jnp.array(ATOMS)}
-        objective = objectives.q_learning(graph_of(params), NUM_GAME_ACTIONS, **settings)
+        objective = methods.bcq(**settings).objective(graph_of(params), NUM_GAME_ACTIONS)
         assert_equals_reference(objective, params, target_params, reference)
 
 
@@ -583,7 +587,7 @@ def test_q_learning_by_default_equals_the_reference():
         reference_q_learning, target_params=target_params, batch=linear_batch(), head="c51", alpha=0.05
     )
     with jax.enable_x64(True):
-        objective = objectives.q_learning(graph_of(params), NUM_GAME_ACTIONS, atoms=jnp.array(ATOMS))
+        objective = methods.q_learning(atoms=jnp.array(ATOMS)).objective(graph_of(params), NUM_GAME_ACTIONS)
         assert_equals_reference(objective, params, target_params, reference)
 
 
@@ -592,7 +596,8 @@ def test_cloning_equals_the_reference(returns):
     params = linear_params(0, "c51" if returns else "mse")
     reference = functools.partial(reference_cloning, batch=linear_batch(), returns=returns)
     with jax.enable_x64(True):
-        objective = objectives.cloning(graph_of(params), NUM_GAME_ACTIONS, returns=returns, atoms=jnp.array(ATOMS))
+        method = methods.return_bc(atoms=jnp.array(ATOMS)) if returns else methods.bc()
+        objective = method.objective(graph_of(params), NUM_GAME_ACTIONS)
         assert_equals_reference(objective, params, {}, reference)
 
 
@@ -604,8 +609,8 @@ def bcq_with_threshold(head):
     graph = graph_of({"q": linear_params(0, head), "behaviour": linear_params(0)})
 
     def loss(params, target_params, batch, tau):
-        settings = {"head": head, "alpha": 0.3, "atoms": jnp.array(ATOMS, jnp.float32), "tau": tau}
-        return objectives.q_learning(graph, NUM_GAME_ACTIONS, **settings)(params, target_params, batch, None)
+        settings = {"head": head, "alpha": 0.3, "atoms": jnp.array(ATOMS, jnp.float32), "likely": tau}
+        return methods.q_learning(**settings).objective(graph, NUM_GAME_ACTIONS)(params, target_params, batch, None)
 
     return jax.jit(jax.grad(loss, has_aux=True))
 
@@ -618,9 +623,8 @@ def with_behaviour(head, behaviour, seed=0):
 def test_bcq_without_a_threshold_is_cql_however_unlikely_an_action(head):
     behaviour, batch = linear_params(10), single(linear_batch())
     params, target_params = with_behaviour(head, behaviour), with_behaviour(head, behaviour, seed=1)
-    objective = objectives.q_learning(
-        graph_of(params["q"]), NUM_GAME_ACTIONS, head=head, alpha=0.3, atoms=jnp.array(ATOMS, jnp.float32)
-    )
+    method = methods.q_learning(head=head, alpha=0.3, atoms=jnp.array(ATOMS, jnp.float32))
+    objective = method.objective(graph_of(params["q"]), NUM_GAME_ACTIONS)
     of_cql, wanted = jax.jit(jax.grad(objective, has_aux=True))(params["q"], target_params["q"], batch, None)
     for size in (1.0, 1e6, 1e30):
         params = with_behaviour(head, behaviour | {"kernel": size * behaviour["kernel"]})
@@ -672,11 +676,11 @@ def joint_and_alone(tau):
     params = with_behaviour("c51", linear_params(10))
     settings = {"alpha": 0.3, "atoms": atoms}
     graph, state = training.init_state(to_network(params), optimizer)
-    objective = objectives.q_learning(graph, NUM_GAME_ACTIONS, tau=tau, **settings)
+    objective = methods.bcq(tau=tau, **settings).objective(graph, NUM_GAME_ACTIONS)
     joint = training.make_train_step(objective, optimizer, target_update_period=3), state
     optimizer = training.make_optimizer(0.01)
     graph, state = training.init_state(to_network(params["q"]), optimizer)
-    objective = objectives.q_learning(graph, NUM_GAME_ACTIONS, **settings)
+    objective = methods.q_learning(**settings).objective(graph, NUM_GAME_ACTIONS)
     alone = training.make_train_step(objective, optimizer, target_update_period=3), state
     batches = [single(linear_batch(np.random.default_rng(seed).normal(size=ROWS))) for seed in range(8)]
     return params, joint, alone, batches
@@ -727,7 +731,7 @@ def test_without_the_regulariser_it_is_distributional_q_learning():
         single(x) for x in (linear_params(0, "c51"), linear_params(1, "c51"), linear_batch())
     )
     graph, atoms = graph_of(params), jnp.array(ATOMS, jnp.float32)
-    objective = objectives.q_learning(graph, NUM_GAME_ACTIONS, alpha=0.0, atoms=atoms)
+    objective = methods.q_learning(alpha=0.0, atoms=atoms).objective(graph, NUM_GAME_ACTIONS)
 
     def plain(params):
         now = training.apply(graph, params, batch.observation, batch.game)
@@ -754,7 +758,7 @@ def test_a_reward_scale_divides_the_rewards_and_nothing_else():
 
     @jax.jit
     def loss(params, batch, scale):
-        objective = objectives.q_learning(graph, NUM_GAME_ACTIONS, head="mse", reward_scale=scale)
+        objective = methods.q_learning(head="mse").objective(graph, NUM_GAME_ACTIONS, scale)
         return objective(params, params, batch, None)
 
     scale = np.float32([4.0, 0.5])
@@ -769,10 +773,10 @@ def test_weights_of_zero_leave_the_program_as_it_is():
     graph = graph_of(params)
 
     def program(**settings):
-        objective = objectives.q_learning(graph, NUM_GAME_ACTIONS, head="mse", **settings)
+        objective = methods.q_learning(head="mse", **settings).objective(graph, NUM_GAME_ACTIONS)
         return str(jax.make_jaxpr(objective)(params, params, batch, jax.random.key(0)))
 
-    assert program() == program(dr3=0.0) == program(random_shift=0) == program(tau=None, reward_scale=None)
+    assert program() == program(dr3=0.0) == program(random_shift=0) == program(likely=None)
     assert program() != program(dr3=0.1)
 
 
@@ -799,7 +803,7 @@ def test_random_shifts_are_a_function_of_the_step_and_change_with_it():
     state = jax.device_get(state)
     images = rng.uniform(size=(2, ROWS, 9, 9, 1)).astype(np.float32)
     batch = show(single(linear_batch()), *images)
-    objective = objectives.q_learning(graph, NUM_GAME_ACTIONS, head="mse", random_shift=2)
+    objective = methods.q_learning(head="mse", random_shift=2).objective(graph, NUM_GAME_ACTIONS)
     train_step = training.make_train_step(objective, optimizer, seed=3)
 
     def metrics(first, last):
@@ -818,7 +822,9 @@ def test_random_shifts_are_a_function_of_the_step_and_change_with_it():
 
 def test_an_objectives_key_is_of_seed_and_step():
     def reveal(params, target_params, batch, key):
-        return 0 * params.sum(), {"key": jax.random.key_data(key)}
+        loss, ones = 0 * params.sum(), jnp.ones(1)
+        halves = {f"key_{name}": half for name, half in zip("ab", jax.random.key_data(key))}
+        return loss, {"loss": loss, "of_sum": ones, "of_count": ones} | halves
 
     optimizer, keys = optax.sgd(0.0), []
     for seed in (0, 1, 0):
@@ -826,7 +832,7 @@ def test_an_objectives_key_is_of_seed_and_step():
         state = training.TrainState(jnp.int32(0), jnp.zeros(1), jnp.zeros(1), optimizer.init(jnp.zeros(1)))
         for _ in range(3):
             state, metrics = train_step(state, None)
-            keys.append(tuple(metrics["key"].tolist()))
+            keys.append((int(metrics["key_a"]), int(metrics["key_b"])))
     assert keys[:3] == keys[6:] and len(set(keys)) == 6
 
 
@@ -834,11 +840,11 @@ def test_cloning_shifts_its_images():
     graph, state = training.init_state(Middle(), optax.sgd(0.0))
     images = np.random.default_rng(0).uniform(size=(ROWS, 9, 9, 1)).astype(np.float32)
     batch = show(single(linear_batch()), images, images)
-    objective = objectives.cloning(graph, NUM_GAME_ACTIONS, random_shift=2)
+    objective = methods.bc(random_shift=2).objective(graph, NUM_GAME_ACTIONS)
 
     @jax.jit
     def loss_and_middles(key):
-        return objective(state.params, {}, batch, key)[0], objectives.shifts(key, ROWS, 2)[0](images)[:, 4, 4]
+        return objective(state.params, {}, batch, key)[0], common.shifts(key, ROWS, 2)[0](images)[:, 4, 4]
 
     loss, middle = jax.device_get(loss_and_middles(jax.random.key(5)))
     assert (middle != images[:, 4, 4]).any()
@@ -866,19 +872,19 @@ def test_the_q_network_shifts_both_observations_after_the_mean_was_taken_off(mon
     plain = {name: value for name, value in state.params.items() if name != "mean_frames"}
 
     settings = {"head": "mse", "alpha": 0.1}
-    objective = objectives.q_learning(graph, NUM_GAME_ACTIONS, random_shift=pixels, **settings)
+    objective = methods.q_learning(random_shift=pixels, **settings).objective(graph, NUM_GAME_ACTIONS)
     batch = show(batch, *images)
     where = np.broadcast_to(np.indices((84, 84)).transpose(1, 2, 0).astype(np.float32), (size, 84, 84, 2))
 
     @jax.jit
     def metrics_and_offsets(params, batch):
-        offsets = [40 - shift(where)[:, 40, 40].astype(int) for shift in objectives.shifts(key, size, pixels)]
+        offsets = [40 - shift(where)[:, 40, 40].astype(int) for shift in common.shifts(key, size, pixels)]
         return objective(params, params, batch, key)[1], offsets
 
     shifted, offsets = jax.device_get(metrics_and_offsets(state.params, batch))
     assert len({tuple(offset) for both in offsets for offset in both}) > 1
     mean = mean_frames[batch.game][..., None]
-    plain_loss = jax.jit(objectives.q_learning(plain_graph, NUM_GAME_ACTIONS, **settings))
+    plain_loss = jax.jit(methods.q_learning(**settings).objective(plain_graph, NUM_GAME_ACTIONS))
 
     def loss(change):
         pair = [np.stack(list(map(change, image, mean, offset))) for image, offset in zip(images, offsets)]
@@ -904,9 +910,10 @@ def test_preferences_are_the_methods_numbers_within_the_allowed_actions(method, 
     params = {"q": params, "behaviour": linear_params(10)} if method == "bcq" else params
     batch = linear_batch()
     with jax.enable_x64(True):
-        prefer = objectives.preferences(
-            graph_of(params), NUM_GAME_ACTIONS, method=method, head=head, atoms=jnp.array(ATOMS), tau=tau, kappa=kappa
-        )
+        atoms = {"atoms": jnp.array(ATOMS)}
+        own = {"cql": {"head": head} | atoms, "bcq": {"head": head, "tau": tau} | atoms, "bc": {}}
+        made = methods.METHODS[method](**own.get(method, {"kappa": kappa} | atoms))
+        prefer = made.preferences(graph_of(params), NUM_GAME_ACTIONS)
         preferred = np.asarray(prefer(params, batch.observation, batch.game))
     assert preferred.shape == (ROWS, NUM_ACTIONS)
     _, outputs = reference_outputs(params["q"] if method == "bcq" else params, batch.observation, batch.game)
@@ -925,3 +932,140 @@ def test_preferences_are_the_methods_numbers_within_the_allowed_actions(method, 
         expected = values if head == "mse" else np.array([reference_expected_q(x, ATOMS) for x in values])
         np.testing.assert_allclose(preferred[row][allowed], expected[allowed], atol=1e-12)
     assert forbidden or method != "bcq"
+
+
+# The record.
+
+
+def weight(method):
+    """The weight of CQL in what a method's objective minimises."""
+    params, batch = single(linear_params(0, "mse")), single(linear_batch())
+    loss, metrics = method.objective(graph_of(params), NUM_GAME_ACTIONS)(params, params, batch, None)
+    return float((loss - metrics["td_loss"]) / metrics["cql_loss"])
+
+
+def test_the_papers_alpha_is_table_b1s_and_none_with_bcq():
+    assert weight(methods.q_learning(head="mse")) == pytest.approx(0.1, abs=1e-6)
+    assert weight(methods.q_learning(head="mse", alpha=0.3)) == pytest.approx(0.3, abs=1e-6)
+    assert r"0.05 \left(" in methods.q_learning().minimises and r"\left(" not in methods.q_learning(alpha=0).minimises
+    assert r"\left(" not in methods.bcq().minimises, "BCQ replaces CQL"
+    assert r"0.05 \left(" in methods.bcq(alpha=0.05).minimises, "unless both are asked for"
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_a_method_gives_the_metrics_that_it_names_and_builds_its_network_from_parameters(name):
+    p = parameters.check("04_scaled_training", {"method": name, "v_min": -2.0, "v_max": 2.0, "num_atoms": 5})
+    method = methods.make(p)
+    network = nnx.eval_shape(lambda: method.build("nature_narrow", 2, 3, num_atoms=5, hidden_sizes=(4,)))
+    graph, variables = nnx.split(network, nnx.Param)
+    params = nnx.to_pure_dict(variables)
+    images = np.zeros((ROWS, 84, 84, 4), np.uint8)
+    batch = show(single(linear_batch()), images, images)
+    objective = common.checked_objective(method.objective(graph, NUM_GAME_ACTIONS))
+    _, metrics = jax.eval_shape(objective, params, params, batch, jax.random.key(0))
+    summed = {name for name, value in metrics.items() if value.shape}
+    assert summed == {f"{next(iter(method.metrics))}{suffix}" for suffix in ("_sum", "_count")}
+    assert metrics.keys() & method.metrics.keys() >= method.metrics.keys() - {"dr3_penalty"}
+    preferred = jax.eval_shape(method.preferences(graph, NUM_GAME_ACTIONS), params, images, batch.game)
+    assert preferred.shape == (ROWS, NUM_ACTIONS)
+    assert [folder for folder, *_ in method.stages(network)] == (["behaviour", ""] if name == "bcq" else [""])
+    assert method.scales_rewards == (name in ("cql", "bcq") and p.head == "mse")
+
+
+def huber(outputs_t, action_t, reward, discount, target_outputs_tn, selector_q_tn, allowed):
+    best = losses.greedy_action(selector_q_tn, allowed)
+    target = jax.lax.stop_gradient(reward + discount * target_outputs_tn[best])
+    return optax.losses.huber_loss(outputs_t[action_t], target)
+
+
+def test_a_td_loss_of_ones_own_is_minimised():
+    params, batch = single(linear_params(0)), single(linear_batch())
+    method = methods.q_learning(head="mse", td_loss=huber, alpha=0.0)
+    assert "huber" in method.minimises
+    loss, metrics = method.objective(graph_of(params), NUM_GAME_ACTIONS)(params, params, batch, None)
+    q, then = (reference_outputs(params, x, batch.game)[1] for x in (batch.observation, batch.next_observation))
+    best = [then[row][: NUM_GAME_ACTIONS[game]].max() for row, game in enumerate(batch.game)]
+    errors = np.abs(np.array(q)[range(ROWS), batch.action] - batch.reward - batch.discount * best)
+    np.testing.assert_allclose(loss, np.mean([min(e, 1) * (e - min(e, 1) / 2) for e in errors]), rtol=1e-5)
+    assert loss == metrics["td_loss"]
+
+
+@pytest.mark.parametrize(
+    "td_loss, words",
+    [
+        (lambda q, action: q[action], r"td_loss takes \(outputs_t, .*this one takes \(q, action\): too many"),
+        (lambda q, *rest: q, r"td_loss returns a float scalar for one transition, this one float32\[18\]\."),
+        (lambda q, action, *rest: action, r"this one int32\[\]\."),
+        (lambda q, action, *rest: (q[action], 0.0), r"this one tuple\."),
+    ],
+)
+def test_a_wrong_td_loss_is_refused_in_one_sentence(td_loss, words):
+    params, batch = single(linear_params(0)), single(linear_batch())
+    with pytest.raises(methods.MethodError, match=words) as raised:
+        method = methods.q_learning(head="mse", td_loss=td_loss)
+        method.objective(graph_of(params), NUM_GAME_ACTIONS)(params, params, batch, None)
+    assert "\n" not in str(raised.value)
+
+
+ONES, ZERO = jnp.ones(2), jnp.float32(0)
+
+
+@pytest.mark.parametrize(
+    "returned, words",
+    [
+        (ZERO, r"returns \(loss, metrics\)"),
+        ((ONES, {}), r"loss is a float scalar, this one's float32\[2\]"),
+        ((ZERO, {"nll": ZERO}), r"have a scalar loss, this one's only nll"),
+        ((ZERO, {"loss": ZERO}), r"one pair of sums per game, .* this one's arrays are none"),
+        ((ZERO, {"loss": ZERO, "td_sum": ONES}), r"this one's arrays are td_sum"),
+        ((ZERO, {"loss": ZERO, "a": ONES, "td_sum": ONES, "td_count": ONES}), r"arrays are a, td_count, td_sum"),
+    ],
+)
+def test_a_wrong_objective_is_refused_in_one_sentence_before_anything_is_compiled(returned, words):
+    optimizer = optax.sgd(0.0)
+    train_step = training.make_train_step(lambda *_: returned, optimizer)
+    state = training.TrainState(jnp.int32(0), ONES, ONES, optimizer.init(ONES))
+    with pytest.raises(methods.MethodError, match=words) as raised:
+        train_step(state, None)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("head", ["c51", "two_hot", "hl_gauss"])
+def test_predicted_and_target_distributions_are_those_of_the_loss(head):
+    """Their cross-entropy is the loss, and the target has no part in the prediction."""
+    params, target_params, batch = (single(x) for x in (linear_params(0, head), linear_params(1, head), linear_batch()))
+    method = methods.q_learning(head=head, alpha=0.0, atoms=jnp.array(ATOMS, jnp.float32))
+    _, metrics = method.objective(graph_of(params), NUM_GAME_ACTIONS)(params, target_params, batch, None)
+    predicted, target = method.distributions(graph_of(params), NUM_GAME_ACTIONS)(params, target_params, batch)
+    np.testing.assert_allclose(np.stack([predicted, target]).sum(-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(-(target * np.log(predicted)).sum(-1).mean(), metrics["td_loss"], rtol=1e-4)
+    assert (np.asarray(target) > -1e-6).all() and np.abs(target - predicted).max() > 0.01
+
+
+MADE_UP = """
+from scaled_ql.methods import cloning
+
+
+def parrot(*, random_shift=0):
+    return cloning.bc(random_shift=random_shift)._replace(minimises="what a parrot minds")
+"""
+
+
+def test_adding_a_method_is_one_file_and_a_name_in_a_table(tmp_path, workspace):
+    package = tmp_path / "scaled_ql"
+    shutil.copytree(workspace / "lib" / "scaled_ql", package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "methods" / "parrot.py").write_text(MADE_UP)
+    table = package / "defaults.py"
+    line = '    "parrot": ("parrot", ("random_shift",)),\n'
+    table.write_text(table.read_text().replace("METHODS = {\n", "METHODS = {\n" + line))
+    code = (
+        "from scaled_ql import methods, parameters\n"
+        "p = parameters.check('04_scaled_training', {'method': 'parrot'})\n"
+        "print(methods.make(p).minimises)\n"
+        "try: parameters.check('04_scaled_training', {'method': 'parrot', 'head': 'mse'})\n"
+        "except parameters.ParameterError as error: print(error)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.splitlines()[0] == "what a parrot minds", done.stderr
+    assert "head: without effect in method 'parrot'" in done.stdout

@@ -216,6 +216,19 @@ def test_count_parameters():
     assert count_parameters(linear, {"a": np.zeros((2, 3)), "b": [np.zeros(4)]}, linear) == 42 + 10 + 42
 
 
+@pytest.mark.parametrize("options", [{}, {"mean_frames": np.zeros((3, 84, 84)), "normalize_features": False}])
+@pytest.mark.parametrize("encoder, head", [("nature", "c51"), ("resnet_narrow", "mse")])
+def test_layers_hold_all_parameters_and_name_what_they_make(encoder, head, options):
+    network = small(encoder, head, embedding="sum", **options)
+    table = networks.layers(network)
+    assert table["parameters"].sum() == count_parameters(network)
+    assert ("feature normalisation" in set(table["layer"])) == network.normalize
+    features = table["output"][2]
+    assert f"{network.embedding.features}" == features
+    assert table["output"].iloc[-1] == ("18 × 11" if head == "c51" else "18")
+    assert "mean" in table["layer"][0] if options else table["layer"][0] == "observation, pixels"
+
+
 def test_mean_frames_are_no_trained_parameters():
     plain, centred = (nnx.eval_shape(lambda m=m: small(mean_frames=m)) for m in (None, np.zeros((3, 84, 84))))
     both = nnx.eval_shape(lambda: networks.BCQNetwork(small(mean_frames=np.zeros((3, 84, 84))), small(head="mse")))

@@ -125,7 +125,7 @@ def test_a_finished_run_that_is_shown_again_has_its_curves(outputs: Path) -> Non
     done = run(target, outputs, TINY[target], "-p", "run", "shown")
     assert done.returncode == 0, done.stderr
     cells = nbformat.read(folder / "run.ipynb", as_version=4).cells
-    (training,) = (cell for cell in cells if "for trained, log in steps" in cell.source)
+    (training,) = (cell for cell in cells if "for state, log in steps" in cell.source)
     assert any("image/png" in output.get("data", {}) for output in training.outputs)
 
 
@@ -241,6 +241,44 @@ def test_bcq_stopped_in_both_phases_resumes_bit_identically(outputs: Path) -> No
     assert last < first, "the policy was trained"
 
 
+LOSS = """
+def huber(outputs_t, action_t, reward, discount, target_outputs_tn, selector_q_tn, allowed, atoms):
+    \"\"\"Huber's loss of the expected value.\"\"\"
+    q, target_q = losses.expected_q(outputs_t, atoms), losses.expected_q(target_outputs_tn, atoms)
+    best = losses.greedy_action(selector_q_tn, allowed)
+    target = jax.lax.stop_gradient(reward + discount * target_q[best])
+    return optax.losses.huber_loss(q[action_t], target)
+"""
+
+
+def test_a_loss_of_ones_own_in_a_cell_is_trained_logged_checkpointed_plotted_and_evaluated(
+    outputs: Path, tmp_path: Path
+) -> None:
+    book = nbformat.read(runs.workspace() / "notebooks" / "04_scaled_training.ipynb", as_version=4)
+    (start,) = (cell for cell in book.cells if "methods.make(p)" in cell.source and cell.cell_type == "code")
+    start.source = start.source.replace("methods.make(p)", "methods.make(p, td_loss=huber)")
+    cell = nbformat.v4.new_code_cell("import jax\nimport optax\n\nfrom scaled_ql import losses\n\n" + LOSS)
+    book.cells.insert(book.cells.index(start), cell)
+    nbformat.write(book, tmp_path / "own.ipynb")
+    values = parameters.load(runs.workspace() / TINY["04_scaled_training"]) | {"run": "huber", "outputs": str(outputs)}
+    papermill.execute_notebook(tmp_path / "own.ipynb", tmp_path / "out.ipynb", values, progress_bar=False)
+    folder = outputs / "04_scaled_training" / "huber"
+    assert [row["step"] for row in metrics(folder)] == [5, 10, 15, 20]
+    c51 = metrics(outputs / "04_scaled_training" / "tiny")
+    assert metrics(folder)[0].keys() == c51[0].keys() and metrics(folder)[0]["td_loss"] < 0.5 < c51[0]["td_loss"]
+    assert (folder / "checkpoints" / "20").is_dir()
+    summary = json.loads((folder / "summary.json").read_text())["games"]
+    assert all(np.isfinite(row["agent_return"]) for row in summary.values())
+    cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+    (loop,) = (cell for cell in cells if "for state, log in steps" in cell.source)
+    assert any("image/png" in output.get("data", {}) for output in loop.outputs)
+    assert any(
+        "huber" in output.get("data", {}).get("text/markdown", "")
+        for cell in cells
+        for output in cell.get("outputs", ())
+    )
+
+
 def test_the_score_of_an_iteration_is_measured_once(outputs: Path) -> None:
     target, more = "04_scaled_training", ["-p", "run", "iterations", "-p", "eval_every", "10"]
     done = run(target, outputs, TINY[target], *more)
@@ -269,7 +307,7 @@ def test_the_training_cell_goes_on_after_an_interrupt(recording: Path, tmp_path:
     values |= {"dataset": str(recording), "outputs": str(tmp_path), "num_steps": 400, "log_every": 1, "run": "again"}
     book = nbformat.read(runs.workspace() / "notebooks" / "04_scaled_training.ipynb", as_version=4)
     code = [cell for cell in book.cells if cell.cell_type == "code"]
-    (training,) = (number for number, cell in enumerate(code) if 'steps = train("", state' in cell.source)
+    (training,) = (number for number, cell in enumerate(code) if "trainer.steps(" in cell.source)
     given = nbformat.v4.new_code_cell("\n".join(f"{name} = {value!r}" for name, value in values.items()))
     book.cells = [code[0], given, *code[1 : training + 1]]
     client = NotebookClient(book, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})

@@ -10,18 +10,20 @@ import pytest
 
 # From the bottom up; a module imports only what stands before it.
 ORDER = (
-    "documents", "games", "processes", "environments", "metrics", "plots", "replay.format", "replay.views",
+    "defaults", "documents", "games", "processes", "environments", "metrics", "parameters", "plots",
+    "replay.format", "replay.views",
     "replay.chunks", "replay.shared", "replay.batch", "replay.recording", "replay.store", "replay.writer",
     "replay.sampling", "replay.workers", "replay.returns", "replay", "replay.memory", "replay.device",
     "replay.formats", "replay.formats.importing", "replay.formats.dqn_replay", "replay.formats.export",
     "replay.formats.rl_unplugged", "replay.formats.minari", "collect", "networks.encoders", "networks.q_network",
-    "networks", "losses", "objectives", "devices", "training", "evaluation", "online", "online.ring", "online.log",
-    "online.agents", "online.play", "benchmarks", "torch_step", "performance", "parameters", "paper", "recorder",
-    "runs", "batches", "ablations", "reward_control", "grids", "explore", "command",
+    "networks", "losses", "methods.common", "methods.cloning", "methods.q_learning", "methods", "devices", "training",
+    "evaluation", "transfer", "walkthrough", "online", "online.ring", "online.log", "online.agents", "online.play",
+    "benchmarks", "torch_step", "performance", "paper", "recorder", "equations", "runs", "batches", "ablations",
+    "reward_control", "grids", "explore", "command",
 )  # fmt: skip
 WITHOUT_JAX = (
-    "documents", "games", "processes", "environments", "replay", "replay.formats.minari", "collect", "metrics", "plots",
-    "parameters", "runs", "batches",
+    "defaults", "documents", "games", "processes", "environments", "replay", "replay.formats.minari", "collect",
+    "metrics", "plots", "parameters", "runs", "batches",
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from scaled_ql.games import TRAINING_GAMES, reference_score
 
 VIEW = "forty_games_suboptimal"
 DEFAULTS = {
-    "method": "cql", "encoder": "resnet101", "head": "c51", "hidden_sizes": [2048, 1024], "alpha": -1.0, "seed": 0,
+    "method": "cql", "encoder": "resnet101", "head": "c51", "hidden_sizes": [2048, 1024], "alpha": "paper", "seed": 0,
     "view": VIEW, "dataset": "dqn_replay", "num_steps": 10_000, "log_every": 100, "data_id": "0123456789ab",
     "num_parameters": 122_100_000, "paper_parameters": 80_300_000, "eval_epsilon": 0.001, "eval_max_steps": 27_000,
 }  # fmt: skip

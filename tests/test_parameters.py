@@ -106,11 +106,14 @@ def test_table_b1_is_the_default() -> None:
     p = check("04_scaled_training", {})
     assert (p.v_min, p.v_max, p.num_atoms, p.n_step, p.discount) == (-20, 20, 51, 3, 0.99)
     assert (p.games_per_batch, p.transitions_per_game, p.target_update_period) == (128, 4, 2_000)
-    assert (p.learning_rate, p.cql_alpha) == (2e-4, 0.05)
-    assert check("04_scaled_training", {"head": "mse"}).cql_alpha == 0.1
-    assert check("04_scaled_training", {"alpha": 0.0}).cql_alpha == 0
-    assert check("04_scaled_training", {"method": "bcq"}).cql_alpha == 0, "BCQ replaces CQL"
-    assert check("04_scaled_training", {"method": "bcq", "alpha": 0.05}).cql_alpha == 0.05, "unless both are asked for"
+    assert (p.learning_rate, p.alpha) == (2e-4, "paper")
+
+
+@pytest.mark.parametrize("value", [-1.0, "papers", True, float("nan"), None])
+def test_alpha_is_a_number_or_the_papers(value: object) -> None:
+    assert [check("04_scaled_training", {"alpha": number}).alpha for number in (0, 0.0, 0.3)] == [0, 0.0, 0.3]
+    with pytest.raises(ParameterError, match="alpha: a number from 0 up, or the word paper, not"):
+        check("04_scaled_training", {"alpha": value})
 
 
 @pytest.mark.parametrize("name", ["forty_games", "forty_games_suboptimal", "six_games", "six_games_long"])

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from scaled_ql import objectives, parameters, reward_control
+from scaled_ql import methods, parameters, reward_control
 from scaled_ql.ablations import GatherError, gather
 from scaled_ql.replay.batch import Batch
 
@@ -27,6 +27,10 @@ def write(outputs, name, agent, *, data="abc", sampled=None, truncated=25.0, **c
     )
     summary = {"games": {"Pong": row}, "dataset": data, "parameters": 1, "steps": 5}
     (folder / "summary.json").write_text(json.dumps(summary))
+    played = folder / "evaluation" / "step-5"
+    played.mkdir(parents=True)
+    counts = "6,3,1" if changes.get("rewards") != "zero" else "0,10,0"
+    (played / "Pong.csv").write_text(f"episode_return,action_NOOP,action_UP,action_DOWN\n{agent},{counts}\n")
 
 
 @pytest.fixture
@@ -46,7 +50,9 @@ def test_arms_are_told_apart_and_other_runs_stay_out(outputs):
     (row,) = reward_control.players(scores, "cql").to_dict("records")
     assert row == {
         "random": -20.7, "best constant action": -20.0, "data": -18.0, "cloning": 11.0, "cloning, sampled": -19.0,
-        "zero rewards": -19.5, "agent": 11.0, "truncated %": 25.0, "truncated %, zero rewards": 25.0,
+        "zero rewards": -19.5, "agent": 11.0,
+        "own actions": "NOOP 60%, UP 30%, DOWN 10%", "own actions, zero rewards": "UP 100%, NOOP 0%, DOWN 0%",
+        "truncated %": 25.0, "truncated %, zero rewards": 25.0,
         "truncated %, cloning": 25.0, "truncated %, data": 50.0, "seeds": 3,
     }  # fmt: skip
 
@@ -134,7 +140,7 @@ def seen_by(objective_rewards, seed=0, size=64):
     def objective(params, target_params, batch, key):
         return batch.reward, {}
 
-    control = objectives.without_rewards(objective, objective_rewards)
+    control = methods.without_rewards(objective, objective_rewards)
     return np.asarray(control({}, {}, Batch(**fields), jax.random.key(seed))[0]), game, reward
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from scaled_ql import objectives, training
+from scaled_ql import methods, training
 from scaled_ql.games import NUM_ACTIONS
 from scaled_ql.networks import BCQNetwork
 from scaled_ql.replay.batch import Batch
@@ -150,12 +150,10 @@ def compiled(method, head, settings, acting):
     optimizer = make_optimizer(method)
     graph, _ = training.init_state(make_network(method, head, 0), optimizer)
     atoms = jnp.array(ATOMS, jnp.float32)
-    if method in ("bc", "return_bc"):
-        objective = objectives.cloning(graph, [3], returns=method == "return_bc", atoms=atoms)
-    else:
-        objective = objectives.q_learning(graph, [3], head=head, atoms=atoms, **dict(settings))
-    train_step = training.make_train_step(objective, optimizer, target_update_period=20)
-    return train_step, objectives.preferences(graph, [3], method=method, head=head, atoms=atoms, **dict(acting))
+    own = {"bc": {}, "return_bc": {"atoms": atoms}}.get(method, {"head": head, "atoms": atoms})
+    trained = methods.METHODS[method](**own, **dict(settings))
+    train_step = training.make_train_step(trained.objective(graph, [3]), optimizer, target_update_period=20)
+    return train_step, methods.METHODS[method](**own, **dict(acting)).preferences(graph, [3])
 
 
 def train(method, head, network, settings=(), acting=()):

@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 from test_losses import Table, reference_batch
 
-from scaled_ql import devices, losses, objectives, training
+from scaled_ql import devices, losses, methods, training
 from scaled_ql.games import NUM_ACTIONS
+from scaled_ql.methods import common
 from scaled_ql.networks import make_q_network
 from scaled_ql.replay.batch import Batch
 from scaled_ql.training import CheckpointError, Checkpoints, Diverged, MetricsLog
@@ -79,7 +80,7 @@ def table_state(step=0, table=TABLE):
 @functools.cache
 def table_step():
     graph = training.init_state(Table(TABLE), OPTIMIZER)[0]
-    objective = objectives.q_learning(graph, NUM_GAME_ACTIONS, head="mse", alpha=0.1)
+    objective = methods.q_learning(head="mse", alpha=0.1).objective(graph, NUM_GAME_ACTIONS)
     return training.make_train_step(objective, OPTIMIZER, target_update_period=3)
 
 
@@ -108,7 +109,7 @@ def test_steps_equal_a_plain_numpy_adam_with_a_target_table():
     with jax.enable_x64(True):
         optimizer = training.make_optimizer(learning_rate, epsilon)
         graph, state = training.init_state(Table(table), optimizer)
-        objective = objectives.q_learning(graph, NUM_GAME_ACTIONS, head="mse", alpha=alpha)
+        objective = methods.q_learning(head="mse", alpha=alpha).objective(graph, NUM_GAME_ACTIONS)
         train_step = training.make_train_step(objective, optimizer, target_update_period=period)
         online, target, mean, square = table.copy(), table.copy(), 0.0, 0.0
         for step in range(1, 9):
@@ -155,7 +156,7 @@ def test_the_state_passed_in_is_donated():
 
 
 def test_action_masks():
-    masks = np.asarray(objectives.action_masks([3, 18]))
+    masks = np.asarray(common.action_masks([3, 18]))
     assert masks.tolist() == [3 * [True] + 15 * [False], 18 * [True]]
 
 
@@ -171,7 +172,7 @@ def test_the_heads_gradient_is_measured_by_its_root_mean_square(where, accumulat
 
     def objective(params, target_params, batch, key):
         loss = sum((a * b).sum() for a, b in zip(*map(jax.tree.leaves, (params, slopes))))
-        return loss, {"loss": loss}
+        return loss, {"loss": loss, "of_sum": jnp.zeros(3), "of_count": jnp.zeros(3)}
 
     optimizer = training.make_optimizer()
     params = jax.tree.map(jnp.zeros_like, slopes)
@@ -224,7 +225,7 @@ def nature_step(head):
     optimizer = training.make_optimizer(2e-3)
     network = make_q_network("nature", 3, head, num_atoms=11, hidden_sizes=(16, 16))
     graph, state = training.init_state(network, optimizer)
-    objective = objectives.q_learning(graph, NUM_GAME_ACTIONS, head=head, atoms=jnp.linspace(-2, 2, 11))
+    objective = methods.q_learning(head=head, atoms=jnp.linspace(-2, 2, 11)).objective(graph, NUM_GAME_ACTIONS)
     train_step = training.make_train_step(objective, optimizer, target_update_period=5)
     return graph, train_step, jax.device_get(state)
 
@@ -265,7 +266,7 @@ def test_a_network_learns_the_best_actions(head):
     assert td[-1] < (0.6 if head == "c51" else 0.1) * td[0]  # rewards between two atoms leave C51 some entropy
     outputs = jax.jit(lambda params: training.apply(graph, params, batch.observation, batch.game))(state.params)
     q = losses.expected_q(outputs, jnp.linspace(-2, 2, 11)) if head == "c51" else outputs
-    masks = objectives.action_masks(NUM_GAME_ACTIONS)[batch.game]
+    masks = common.action_masks(NUM_GAME_ACTIONS)[batch.game]
     assert np.array_equal(jax.vmap(losses.greedy_action)(q, masks), best)
 
 

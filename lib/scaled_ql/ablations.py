@@ -40,7 +40,8 @@ class Gathered(NamedTuple):
         runs: index name of the run; all parameters, `data_id`, `num_parameters` (in all), `paper_parameters` (as the
             paper counts, encoder and first dense layer; NaN of a run that did not record it).
         scores: columns run, game, agent_return (raw), human_normalized (a fraction, NaN where not known or cut),
-            episodes, truncated (share of them), cut (whether most were truncated before the protocol's limit), and
+            episodes, truncated (share of them), cut (whether most were truncated before the protocol's limit), actions
+            (by name, their shares of the agent's own choices; empty where there is no table of its episodes), and
             whatever else the run's summary says of the game.
         left_out: columns run, why: unfinished, failed or unreadable runs.
     """
@@ -79,12 +80,21 @@ def gather(folder: Path) -> Gathered:
             truncated = row.get("truncated_percent", 0) / 100
             cut = truncated > metrics.MOSTLY and values["eval_max_steps"] < MAX_STEPS
             normalized = float("nan") if cut else _normalized_or_nan(game, row["agent_return"])
-            scores.append(score | {"human_normalized": normalized, "truncated": truncated, "cut": cut})
+            score |= {"human_normalized": normalized, "truncated": truncated, "cut": cut}
+            scores.append(score | {"actions": _own_actions(place.parent, summary["steps"], game)})
     return Gathered(
         pd.DataFrame.from_dict(found, orient="index"),
         pd.DataFrame(scores, columns=None if scores else list(SCORE_COLUMNS)),
         pd.DataFrame(left_out, columns=["run", "why"]),
     )
+
+
+def _own_actions(folder: Path, step: int, game: str) -> dict[str, float]:
+    file = folder / "evaluation" / f"step-{step}" / f"{game}.csv"
+    if not file.exists():
+        return {}
+    counts = pd.read_csv(file).filter(like="action_").sum()
+    return {name.removeprefix("action_"): n / counts.sum() for name, n in counts.items()}
 
 
 def _normalized_or_nan(game: str, score: float) -> float:
@@ -207,8 +217,9 @@ def compare(
     Returns:
         columns variant, the parameter of `across`, runs (how many), seeds, score, low, high, over (``runs``, or
         ``tasks`` where there is one run), names (of the runs), truncated (mean share of their episodes),
-        without (games left out of all scores, see `cut_games`), paper_parameters, num_parameters (see `Gathered`),
-        otherwise (the runs of `otherwise_evaluated`, in words). Without runs, or without a game: score and interval
+        top_action (share of the most frequent of their own actions, mean over runs and games), without (games left out
+        of all scores, see `cut_games`), paper_parameters, num_parameters (see `Gathered`), otherwise (the runs of
+        `otherwise_evaluated`, in words). Without runs, or without a game: score and interval
         NaN.
 
     Raises:
@@ -225,7 +236,7 @@ def compare(
     for row, chosen in found:
         row |= {"runs": len(chosen), "seeds": ", ".join(map(str, chosen["seed"])) if len(chosen) else ""}
         row |= {"score": np.nan, "low": np.nan, "high": np.nan, "over": "", "names": list(chosen.index)}
-        row |= {"truncated": np.nan, "without": ", ".join(without)}
+        row |= {"truncated": np.nan, "top_action": np.nan, "without": ", ".join(without)}
         row |= {"paper_parameters": np.nan, "num_parameters": np.nan}
         changes = variants[row["variant"]] | ({axis: row[axis]} if axis else {})
         row["otherwise"] = [f"{name} ({how})" for name, how in otherwise_evaluated(gathered, base, changes).items()]
@@ -234,6 +245,8 @@ def compare(
             scores = score_matrix(gathered, chosen.index, without=without).to_numpy()
             row |= chosen[["paper_parameters", "num_parameters"]].iloc[0].to_dict()
             row["truncated"] = score_matrix(gathered, chosen.index, "truncated").to_numpy().mean()
+            actions = gathered.scores.loc[gathered.scores["run"].isin(chosen.index), "actions"]
+            row["top_action"] = actions.map(lambda shares: max(shares.values(), default=np.nan)).mean()
         if len(chosen) and scores.size:
             over = "runs" if len(scores) > 1 else "tasks"
             low, high = metrics.interval(scores, statistic, replicates, seed=seed, over=over)
@@ -245,7 +258,7 @@ def compare(
 
 
 def shown(compared: pd.DataFrame, paper: pd.DataFrame | None = None) -> pd.DataFrame:
-    """The table of `compare` for people: percent, interval, number of runs, truncated episodes.
+    """The table of `compare` for people: percent, interval, number of runs, truncated episodes, most frequent action.
 
     A score is "missing" where there is no run, "none" where most episodes were cut short in every game.
 
@@ -267,7 +280,8 @@ def shown(compared: pd.DataFrame, paper: pd.DataFrame | None = None) -> pd.DataF
     ]
     for name, title in {"paper_parameters": "parameters, millions", "num_parameters": "in all, millions"}.items():
         table[title] = [f"{size / 1e6:.1f}" if size == size else "" for size in compared[name]]
-    table["truncated, %"] = [f"{100 * share:.0f}" if share == share else "" for share in compared["truncated"]]
+    for name, title in {"truncated": "truncated, %", "top_action": "most frequent action, %"}.items():
+        table[title] = [f"{100 * share:.0f}" if share == share else "" for share in compared[name]]
     if compared["without"].any():
         table["without, as cut short"] = compared["without"]
     if paper is not None:

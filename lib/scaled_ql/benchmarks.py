@@ -236,7 +236,7 @@ def benchmark_online(
 
     sizes = {"hidden_sizes": (hidden,), "normalize_features": False, "layer_norm": False}
     build = partial(networks.make_q_network, encoder, 1, "c51", **sizes)
-    atoms, optimizer = losses.support(-10, 10, 51), training.make_optimizer()
+    atoms, optimizer = losses.support(-10, 10), training.make_optimizer()
     num_actions = [len(action_names(game))]
     learner = independent_learners(build, num_actions, optimizer, seed=0, atoms=atoms)
 

@@ -5,6 +5,7 @@ rest: the train step is the same program text everywhere.
 """
 
 import os
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,7 @@ import psutil
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from scaled_ql.processes import accelerators
 from scaled_ql.replay.batch import Batch
 
 PyTree = Any
@@ -62,6 +64,8 @@ def join_cluster(distributed: bool) -> None:
 def make_mesh(num_devices: int = 0) -> Mesh:
     """A mesh of the first `num_devices` devices (0: all), with one axis, `data`.
 
+    Warns where this machine has an NVIDIA device and JAX, not told to do without, sees none.
+
     Raises:
         DeviceError: there are not so many, or none of the platform that JAX_PLATFORMS asks for.
     """
@@ -71,8 +75,14 @@ def make_mesh(num_devices: int = 0) -> Mesh:
         platforms = jax.config.jax_platforms or "any"
         raise DeviceError(
             f"JAX_PLATFORMS = {platforms}, but the installed jaxlib has no such device ({error or 'CPU only'}). "
-            "Install jax for it, as in pip install 'jax[cuda13]', or unset JAX_PLATFORMS."
+            "Install jax for it, as in pip install -e 'lib[cuda13]', or unset JAX_PLATFORMS."
         ) from error
+    if devices[0].platform == "cpu" and not jax.config.jax_platforms and accelerators():
+        warnings.warn(
+            f"this machine has {len(accelerators())} NVIDIA device(s), but JAX computes on the CPU. Install JAX for "
+            "CUDA: pip install -e 'lib[cuda13]', or 'lib[cuda12]' where the driver is older than CUDA 13's (580).",
+            stacklevel=2,
+        )
     if num_devices > len(devices):
         kinds = ", ".join(sorted({device.device_kind for device in devices}))
         raise DeviceError(
@@ -159,6 +169,11 @@ def whole(tree: PyTree) -> PyTree:
         return np.asarray(leaf)
 
     return jax.tree.map(fetch, tree)
+
+
+def on_device(tree: PyTree) -> PyTree:
+    """A tree that lies on a mesh, whole on the default device; all processes must ask."""
+    return jax.device_put(whole(tree))
 
 
 def free_bytes(device: jax.Device) -> int:

@@ -357,6 +357,7 @@ def make_vector_environment(
     num_threads: int = 0,
     mode: int | None = None,
     difficulty: int | None = None,
+    screens: bool = False,
 ) -> VectorEnvironment:
     """Many environments of one game, frames and rewards bit-identical to `make_environment`'s without sticky actions.
 
@@ -375,6 +376,7 @@ def make_vector_environment(
         num_threads: of the default variant; 0: one per core.
         mode: as in `make_environment`.
         difficulty: as in `make_environment`.
+        screens: of the default variant; observations are coloured screens, uint8 [N, 1, 210, 160, 3], the same play.
 
     Raises:
         EnvironmentDied: they do not answer; so from whatever waits for them.
@@ -392,7 +394,8 @@ def make_vector_environment(
         num_threads=num_threads,
         max_num_frames_per_episode=FRAME_SKIP * max_steps,
         repeat_action_probability=sticky_actions,
-        stack_num=STACK_SIZE,
+        stack_num=1 if screens else STACK_SIZE,
+        **({"grayscale": False, "img_height": 210, "img_width": 160} if screens else {}),
         frameskip=FRAME_SKIP,
         noop_max=0,
         use_fire_reset=False,

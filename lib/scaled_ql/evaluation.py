@@ -1,6 +1,6 @@
 """Evaluation in ALE: greedy policies, whole episodes, videos (appendix B.3)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
-from scaled_ql.environments import MAX_STEPS, STACK_SIZE, make_environment, make_vector_environment
+from scaled_ql.environments import MAX_STEPS, make_vector_environment
 from scaled_ql.games import action_names
-from scaled_ql.objectives import Preferences, PyTree
+from scaled_ql.methods.common import Preferences, PyTree
 
 # uint8 [N, 4, 84, 84] stacks -> float32 [N, actions], the largest is played; -inf is never
 QFunction = Callable[[np.ndarray], np.ndarray]
@@ -21,7 +21,7 @@ def make_q_function(prefer: Preferences, params: PyTree, game_index: int, num_ac
     """A trained network's values, or other preferences, for one game's actions.
 
     Args:
-        prefer: from `objectives.preferences`.
+        prefer: from `methods.Method.preferences`.
         params: the online parameters.
         game_index: which head.
         num_actions: size of the game's minimal set; the other outputs are cut off.
@@ -87,6 +87,7 @@ def evaluate(
     sticky_actions: float = 0.0,
     mode: int | None = None,
     difficulty: int | None = None,
+    keep_actions: bool = False,
 ) -> pd.DataFrame:
     """Play whole episodes, epsilon-greedily, in environments side by side.
 
@@ -109,11 +110,13 @@ def evaluate(
         num_environments: at most; never more than episodes or steps asked for.
         sticky_actions: 0 in the paper's evaluation, which departs from the data's 0.25.
         mode, difficulty: the game's variant; see `make_vector_environment`.
+        keep_actions: add a column `actions`, from which `record_film` plays an episode again.
 
     Returns:
         one row per episode: environment, episode_return (raw), length, truncated, and `action_<NAME>` for each of the
         game's actions: how often the player itself chose it. The random actions of epsilon are not counted, so that a
-        row's counts sum to its length without them, and a random player's are all 0.
+        row's counts sum to its length without them, and a random player's are all 0. `actions` has a letter per
+        step after a colon (no CSV reader takes it for a number), a for the game's first action, random ones included.
 
     Raises:
         ValueError: the player chose an action outside the game's set.
@@ -123,7 +126,8 @@ def evaluate(
     variant = {"mode": mode, "difficulty": difficulty}
     environments = make_vector_environment(game, slots, sticky_actions=sticky_actions, max_steps=max_steps, **variant)
     rng, num_actions = np.random.default_rng(seed), environments.single_action_space.n
-    stacks, _ = environments.reset(seed=int(rng.integers(2**30)))
+    stacks, _ = environments.reset(seed=int(rng.integers(2**30)))  # slot i: this seed + i
+    sent: list[list[int]] = [[] for _ in range(slots)]
     played, steps, total, length = np.zeros(slots, int), np.zeros(slots, int), np.zeros(slots), np.zeros(slots, int)
     chosen, resetting, done = np.zeros((slots, num_actions), int), np.zeros(slots, bool), np.zeros(slots, bool)
     rows = []
@@ -142,20 +146,26 @@ def evaluate(
         explore = rng.random(slots) < epsilon
         own = np.flatnonzero(~explore & ~resetting)
         chosen[own, actions[own]] += 1
-        environments.send(np.where(explore, rng.integers(num_actions, size=slots), actions))
+        actions = np.where(explore, rng.integers(num_actions, size=slots), actions)
+        environments.send(actions)
+        for slot in np.flatnonzero(~resetting) if keep_actions else ():
+            sent[slot].append(actions[slot])
         stacks, reward, terminated, truncated, _ = environments.recv()
         total += np.where(resetting, 0, reward)
         length += ~resetting
         ended = (terminated | truncated) & ~resetting
         for slot in np.flatnonzero(ended & ~done):
-            rows.append((slot, total[slot], length[slot], bool(truncated[slot]), *chosen[slot]))
+            kept = (":" + "".join(chr(ord("a") + action) for action in sent[slot]),) if keep_actions else ()
+            rows.append((slot, total[slot], length[slot], bool(truncated[slot]), *kept, *chosen[slot]))
         played += ended
         steps += np.where(ended, length, 0)
         done |= ended & (played >= quota) & (steps >= share)
         total[ended], length[ended], chosen[ended] = 0, 0, 0
+        for slot in np.flatnonzero(ended):
+            sent[slot].clear()
         resetting = ended
     environments.close()
-    columns = ["environment", "episode_return", "length", "truncated"]
+    columns = ["environment", "episode_return", "length", "truncated", *(["actions"] if keep_actions else [])]
     return pd.DataFrame(rows, columns=[*columns, *(f"action_{name}" for name in action_names(game))])
 
 
@@ -187,66 +197,126 @@ def score_curve(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).sort_values(["game", "step"], ignore_index=True)
 
 
-def record_video(
+def representative(episodes: pd.DataFrame) -> int:
+    """The row of the episode whose return is nearest to the median, the longest of several: the one to film."""
+    distance = (episodes["episode_return"] - episodes["episode_return"].median()).abs()
+    return int(episodes[distance == distance.min()]["length"].idxmax())
+
+
+def record_film(
     q_function: QFunction,
     game: str,
+    episodes: pd.DataFrame,
+    number: int,
     file: str | Path,
     *,
     seed: int,
-    epsilon: float = 0.001,
+    sticky_actions: float = 0.0,
+    max_steps: int = MAX_STEPS,
     num_steps: int = 900,
     frames_per_second: int = 30,
     label: str = "Q(s, a)",
 ) -> float:
-    """Write an MP4 of the agent at play, with the value of each action drawn beside the screen.
+    """Play an evaluation's episode again and write an MP4 of it, with the value of each action beside the screen.
 
     Args:
-        q_function: uint8 [1, 4, 84, 84] -> [1, actions].
+        q_function: as in the evaluation; only shown, the actions are the evaluation's.
         game: name as in the paper.
+        episodes: from `evaluate`, with `keep_actions`.
+        number: which row.
         file: to write.
-        seed: of the random actions and of the emulator.
-        epsilon: probability of a random action.
-        num_steps: agent steps at most; the game itself runs at 15 of them a second.
+        seed, sticky_actions, max_steps: as in the evaluation.
+        num_steps: agent steps shown at most, 15 of which are a second of the game; idle stretches are skipped
+            (`eventful`).
         frames_per_second: of the video: 30 is twice the game's speed.
         label: what the values are.
 
     Returns:
-        the raw return of the part that is shown.
+        the episode's raw return.
     """
-    environment = make_environment(game, sticky_actions=0.0)
-    names, rng = action_names(game), np.random.default_rng(seed)
-    frame, _ = environment.reset(seed=int(rng.integers(2**31)))
-    stack, total, frames = np.zeros((STACK_SIZE, 84, 84), np.uint8), 0.0, []
-    for _ in range(num_steps):
-        stack = np.concatenate([stack[1:], frame[None]])
-        q = q_function(stack[None])[0]
-        action = int(q.argmax()) if rng.random() >= epsilon else int(rng.integers(len(names)))
-        frames.append((environment.unwrapped.ale.getScreenRGB(), q, action, total))
-        frame, reward, terminated, truncated, _ = environment.step(action)
-        total += float(reward)
-        if terminated or truncated:
-            break
-    environment.close()
+    names, slot = action_names(game), int(episodes.loc[number, "environment"])
+    before = episodes.loc[:number]
+    actions = [
+        [ord(letter) - ord("a") for letter in row[1:]] for row in before[before["environment"] == slot]["actions"]
+    ]
+    first = int(np.random.default_rng(seed).integers(2**30)) + slot
+    options = {"sticky_actions": sticky_actions, "max_steps": max_steps}
+    rewards, still, last = [], [], None
+    for stack, reward in _play_again(game, first, actions, options):
+        still.append(last is not None and np.array_equal(stack[-1], last))
+        last = stack[-1]
+        rewards.append(reward)
+    shown = eventful(np.array(rewards), np.array(still), num_steps)
+    wanted = set(shown.tolist())
+    both = zip(_play_again(game, first, actions, options), _play_again(game, first, actions, options, screens=True))
+    moments = [(stack, screen[0]) for step, ((stack, _), (screen, _)) in enumerate(both) if step in wanted]
+    stacks = np.stack([stack for stack, _ in moments])
+    padded = np.concatenate([stacks, stacks[:1].repeat(-len(stacks) % 64, axis=0)])  # one size is one compiled program
+    q = np.concatenate([q_function(part) for part in np.split(padded, len(padded) // 64)])[: len(stacks)]
     # One scale for the whole video, so that bars can be compared from frame to frame.
-    low, high = min(q[np.isfinite(q)].min() for _, q, _, _ in frames), max(q.max() for _, q, _, _ in frames)
-    pictures = (_draw(screen, game, names, q, a, score, low, high, label) for screen, q, a, score in frames)
+    low, high = q[np.isfinite(q)].min(), q.max()
+    scores = np.cumsum(rewards) - rewards
+    pictures = (
+        _draw(screen, f"{game}   score {scores[step]:g}", f"step {step:,} of {len(rewards):,}", names, values,
+              actions[-1][step], low, high, label)
+        for step, (_, screen), values in zip(shown, moments, q)
+    )  # fmt: skip
     write_video(file, pictures, frames_per_second)
-    return total
+    return float(np.sum(rewards))
+
+
+def eventful(rewards: np.ndarray, still: np.ndarray, number: int, patience: int = 15) -> np.ndarray:
+    """The steps of an episode that a film shows, at most `number`: those nearest to an event.
+
+    Args:
+        rewards: [T]; a step with a reward is an event, and so are the first and the last.
+        still: bool [T], whether the frame is the one before it; skipped from the `patience`-th in a row on.
+        number: steps.
+        patience: steps.
+
+    Returns:
+        int [at most number], ascending.
+    """
+    steps = np.arange(len(rewards))
+    idle = steps - np.maximum.accumulate(np.where(still, -1, steps)) >= patience
+    events = np.union1d(np.flatnonzero(rewards), [0, len(rewards) - 1])
+    after = np.clip(np.searchsorted(events, steps), 0, len(events) - 1)
+    distance = np.minimum(np.abs(events[after] - steps), np.abs(steps - events[np.maximum(after - 1, 0)]))
+    kept = np.flatnonzero(~idle | np.isin(steps, events))
+    return np.sort(kept[np.argsort(distance[kept], kind="stable")[:number]])
+
+
+def _play_again(
+    game: str, seed: int, episodes: list[list[int]], options: dict[str, Any], screens: bool = False
+) -> Iterator[tuple[np.ndarray, float]]:
+    """Observation and reward of each step of the last of an environment's episodes, from all their actions."""
+    environment = make_vector_environment(game, 1, screens=screens, num_threads=1, **options)
+    observation, _ = environment.reset(seed=seed)
+    for number, actions in enumerate(episodes):
+        if number:
+            observation = environment.step(np.zeros(1, int))[0]  # resets
+        for action in actions:
+            before = observation
+            observation, reward, *_ = environment.step(np.array([action]))
+            if number == len(episodes) - 1:
+                yield before[0], float(reward[0])
+    environment.close()
 
 
 def _draw(
-    screen: np.ndarray, game: str, names: tuple[str, ...], q: np.ndarray, action: int,
-    score: float, low: float, high: float, label: str,
+    screen: np.ndarray, title: str, place: str, names: tuple[str, ...], q: np.ndarray, action: int,
+    low: float, high: float, label: str,
 ) -> np.ndarray:  # fmt: skip
     """The game's screen with a bar per action: uint8 [420, 640, 3]."""
     picture = Image.new("RGB", (640, 420), (250, 250, 250))
     picture.paste(Image.fromarray(screen).resize((320, 420), Image.Resampling.NEAREST))
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
-    draw.text((336, 10), f"{game}   score {score:g}", (20, 20, 20), font=ImageFont.load_default(size=17))
-    draw.text((336, 36), f"{label}, bars from {low:.2f} to {high:.2f}", (90, 90, 90), font=font)
-    pitch = min(34, 350 // len(names))
+    draw.text((336, 6), title, (20, 20, 20), font=ImageFont.load_default(size=17))
+    draw.text((336, 28), place, (90, 90, 90), font=font)
+    draw.text((336, 44), f"{label}, bars from {low:.2f} to {high:.2f}", (90, 90, 90), font=font)
+    pitch = min(34, 346 // len(names))
     for number, (name, value) in enumerate(zip(names, q)):
-        top = 62 + number * pitch
+        top = 66 + number * pitch
         if not np.isfinite(value):
             draw.text((336, top), f"{name}: not allowed", (150, 150, 150), font=font)
             continue

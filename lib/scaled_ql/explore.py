@@ -35,22 +35,33 @@ def to_png(figure: Figure) -> bytes:
 class Progress:
     """One progress line and one picture, updated in place: alive in JupyterLab, a single output in a report."""
 
-    def __init__(self, run: Run, unit: str, seconds_between_pictures: float = 20):
-        """Show nothing yet; `run` also gets the progress, for whoever started it."""
-        self.run, self.unit, self.period = run, unit, seconds_between_pictures
+    def __init__(self, run: Run, unit: str, seconds_between_pictures: float = 20, first: str = ""):
+        """Show nothing yet; `run` also gets the progress, for whoever started it; `first` is what comes first."""
+        self.run, self.unit, self.period, self.first = run, unit, seconds_between_pictures, first
         self._line: DisplayHandle | None = None
         self._picture: DisplayHandle | None = None
         self._started = self._drawn = time.monotonic()
         self._initial = 0
 
-    def update(self, done: int, total: int, draw: Callable[[], Figure] | None = None) -> None:
-        """Say how far things are; `draw` makes the picture, called now and then and at the end."""
+    def update(
+        self, done: int, total: int, draw: Callable[[], Figure] | None = None, final: bool | None = None
+    ) -> None:
+        """Say how far things are.
+
+        Args:
+            done, total: units of all the work.
+            draw: makes the picture; called now and then, and where `final`.
+            final: whether the picture is the last one; None: where `total` is reached.
+        """
         now = time.monotonic()
         if self._line is None:
             self._initial = done
         line = tqdm.format_meter(done, total, now - self._started, unit=self.unit, initial=self._initial, ncols=100)
+        if self._line is None and done < total and self.first:
+            line += f"  {self.first}"
         self._line = _put(self._line, {"text/plain": line}, raw=True)
-        if draw is not None and (self._picture is None or done >= total or now - self._drawn > self.period):
+        final = done >= total if final is None else final
+        if draw is not None and (self._picture is None or final or now - self._drawn > self.period):
             self._picture = _put(self._picture, Image(to_png(draw())))
             self._drawn = now
         self.run.progress(done, total)
@@ -137,6 +148,42 @@ def episode_browser(replay: Replay) -> widgets.Widget:
     step.observe(show, "value")
     set_game()
     return widgets.VBox([widgets.HBox([game, episode]), widgets.HBox([play, step]), picture])
+
+
+def sliders(
+    draw: Callable[..., Figure], choices: Mapping[str, Sequence], start: Mapping[str, object]
+) -> widgets.Widget:
+    """A slider for each argument of a function that draws, and what it draws with their values, for JupyterLab.
+
+    Args:
+        draw: makes the figure; takes the choices by name.
+        choices: the values of each argument, in the order of its slider.
+        start: one of these each, to begin with.
+    """
+    picture = widgets.Image(format="png")
+    controls = {
+        name: widgets.SelectionSlider(options=values, value=start[name], description=name, continuous_update=False)
+        for name, values in choices.items()
+    }
+
+    def show(_: object = None) -> None:
+        picture.value = to_png(draw(**{name: control.value for name, control in controls.items()}))
+
+    for control in controls.values():
+        control.observe(show, "value")
+    show()
+    return widgets.VBox([widgets.HBox(list(controls.values())), picture])
+
+
+def values(named: Mapping[str, object]) -> None:
+    """Print values under each other, each behind its name: numbers and arrays of them to six digits, or as they are."""
+    width = max(map(len, named))
+    for name, value in named.items():
+        number = np.asarray(value)
+        shown = f"{number.item():.6g}" if number.ndim == 0 and number.dtype.kind == "f" else value
+        if number.ndim and number.dtype.kind == "f":
+            shown = ", ".join(f"{x:.6g}" for x in number.ravel())
+        print(f"{name:{width}}  {shown}")
 
 
 def table(data: pd.DataFrame, decimals: int = 1, caption: str = "", none: Sequence[Hashable] = ()) -> None:

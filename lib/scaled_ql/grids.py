@@ -19,7 +19,7 @@ from rich.table import Table
 
 from scaled_ql import metrics, parameters, runs
 from scaled_ql.parameters import Parameters
-from scaled_ql.processes import main_guard_hint
+from scaled_ql.processes import accelerators, main_guard_hint
 
 REFRESH_SECONDS = 2.0
 FINISHED_SHOWN = 5
@@ -118,13 +118,6 @@ def _execute(notebook: str, values: dict) -> None:
             os.environ["CUDA_VISIBLE_DEVICES"] = accelerator
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         runs.execute(notebook, parameters.check(notebook, values))
-
-
-def accelerators() -> list[str]:
-    """Numbers of this machine's NVIDIA accelerators, as CUDA_VISIBLE_DEVICES lists them; JAX is not needed."""
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
-    return [str(number) for number, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
 
 
 @contextlib.contextmanager

@@ -8,13 +8,16 @@ Subscripts carry time: `_t` at the state, `_tn` at the state n steps later.
 
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
+
+from scaled_ql.defaults import NUM_ATOMS, V_MAX, V_MIN
 
 MASKED = -1e9  # a value below any Q, finite so that gradients of what it masks are zero and not NaN
 
 
-def support(v_min: float = -20.0, v_max: float = 20.0, num_atoms: int = 51) -> jax.Array:
+def support(v_min: float = V_MIN, v_max: float = V_MAX, num_atoms: int = NUM_ATOMS) -> jax.Array:
     """The returns z_1..z_N that a categorical value distribution weighs, [N] (appendix B.2: 51 on [-20, 20])."""
     return jnp.linspace(v_min, v_max, num_atoms)
 
@@ -30,6 +33,7 @@ def unit_normal_logits(atoms: jax.Array) -> jax.Array:
 
 def entropy(logits: jax.Array) -> jax.Array:
     """Of the distribution softmax(logits) [N], a scalar in nats: log N where it is uniform."""
+    chex.assert_rank(logits, 1)
     return -jax.nn.softmax(logits) @ jax.nn.log_softmax(logits)
 
 
@@ -56,6 +60,8 @@ def project_categorical(target_atoms: jax.Array, probabilities: jax.Array, atoms
     Returns:
         [N], the projected probabilities, with the same sum.
     """
+    chex.assert_rank([target_atoms, probabilities, atoms], 1)
+    chex.assert_equal_shape([target_atoms, probabilities])
     spacing = (atoms[-1] - atoms[0]) / (len(atoms) - 1)
     position = (jnp.clip(target_atoms, atoms[0], atoms[-1]) - atoms[0]) / spacing
     # Atom i takes the share 1 - |position - i| of mass within one spacing of it.
@@ -89,6 +95,8 @@ def c51_loss(
     Returns:
         The cross-entropy in nats; its gradient is taken with respect to `logits_t` only.
     """
+    _check_transition(logits_t, action_t, reward, discount, target_logits_tn, selector_q_tn, allowed, rank=2)
+    chex.assert_shape(atoms, logits_t.shape[1:])
     action_tn = greedy_action(selector_q_tn, allowed)
     probabilities = jax.nn.softmax(target_logits_tn[action_tn])
     target = project_categorical(reward + discount * atoms, probabilities, atoms)
@@ -112,6 +120,7 @@ def hl_gauss(value: jax.Array, atoms: jax.Array, sigma: float = 0.75) -> jax.Arr
         sigma: standard deviation in bin widths, above 0; the source recommends 0.75. Towards 0 the result becomes a one
             at the nearest atom.
     """
+    chex.assert_rank([value, atoms], [0, 1])
     width = (atoms[-1] - atoms[0]) / (len(atoms) - 1)
     edges = jnp.append(atoms - width / 2, atoms[-1] + width / 2)
     value = jnp.clip(value, atoms[0], atoms[-1])
@@ -136,6 +145,8 @@ def histogram_loss(
         encode: (scalar, atoms [N]) -> [N]: `two_hot` or `hl_gauss`. The other arguments are those of `c51_loss`, whose
             target is the whole distribution of the next state's return instead.
     """
+    _check_transition(logits_t, action_t, reward, discount, target_logits_tn, selector_q_tn, allowed, rank=2)
+    chex.assert_shape(atoms, logits_t.shape[1:])
     action_tn = greedy_action(selector_q_tn, allowed)
     target = reward + discount * expected_q(target_logits_tn[action_tn], atoms)
     return -jax.lax.stop_gradient(encode(target, atoms)) @ jax.nn.log_softmax(logits_t[action_t])
@@ -151,6 +162,7 @@ def mse_loss(
     allowed: jax.Array,
 ) -> jax.Array:
     """Squared temporal-difference error (Q(s_t, a_t) - r - discount Q'(s_{t+n}, a*))^2, all Q [A]; see `c51_loss`."""
+    _check_transition(q_t, action_t, reward, discount, target_q_tn, selector_q_tn, allowed, rank=1)
     action_tn = greedy_action(selector_q_tn, allowed)
     target = jax.lax.stop_gradient(reward + discount * target_q_tn[action_tn])
     return jnp.square(q_t[action_t] - target)
@@ -164,6 +176,7 @@ def cql_loss(q_t: jax.Array, action_t: jax.Array, mask: jax.Array) -> jax.Array:
         action_t: int scalar, the data's action.
         mask: bool [A].
     """
+    _check_policy(q_t, action_t, mask)
     return jax.nn.logsumexp(q_t, where=mask) - q_t[action_t]
 
 
@@ -175,6 +188,8 @@ def likely_actions(behaviour_logits: jax.Array, mask: jax.Array, tau: float = 0.
         mask: bool [A].
         tau: 0 allows every action of the game, 1 only the likeliest.
     """
+    chex.assert_rank([behaviour_logits, mask], 1)
+    chex.assert_type([behaviour_logits, mask], [float, bool])
     log_policy = jnp.where(mask, behaviour_logits, -jnp.inf)  # only compared: no gradient comes here
     # tau = 0 must allow even what has no probability left; log(0) = -inf does.
     return mask & (log_policy - log_policy.max() >= jnp.log(jnp.float32(tau)))
@@ -182,6 +197,7 @@ def likely_actions(behaviour_logits: jax.Array, mask: jax.Array, tau: float = 0.
 
 def bc_loss(logits_t: jax.Array, action_t: jax.Array, mask: jax.Array) -> jax.Array:
     """Negative log-likelihood of the data's action under a policy with logits [A]: behaviour cloning."""
+    _check_policy(logits_t, action_t, mask)
     return jax.nn.logsumexp(logits_t, where=mask) - logits_t[action_t]
 
 
@@ -200,6 +216,8 @@ def return_bc_loss(
         mask: bool [A].
         atoms: [N].
     """
+    chex.assert_rank([logits_t, action_t, return_to_go, mask, atoms], [2, 0, 0, 1, 1])
+    chex.assert_type([logits_t, action_t, return_to_go, mask, atoms], [float, int, float, bool, float])
     log_joint = logits_t - jax.nn.logsumexp(logits_t, where=mask[:, None])
     return -two_hot(return_to_go, atoms) @ log_joint[action_t]
 
@@ -220,6 +238,8 @@ def dr3_penalty(features_t: jax.Array, features_tn: jax.Array) -> jax.Array:
 
     Both carry gradients. The paper at hand replaces it by feature normalisation (section 4).
     """
+    chex.assert_rank([features_t, features_tn], 1)
+    chex.assert_type([features_t, features_tn], float)
     return features_t @ features_tn
 
 
@@ -233,3 +253,27 @@ def shift_image(image: jax.Array, offset: jax.Array, pixels: int) -> jax.Array:
     padded = jnp.pad(image, ((pixels, pixels), (pixels, pixels), (0, 0)), mode="edge")
     start = (pixels - offset[0], pixels - offset[1], 0)
     return jax.lax.dynamic_slice(padded, start, image.shape)
+
+
+def _check_transition(
+    outputs_t: jax.Array,
+    action_t: jax.Array,
+    reward: jax.Array,
+    discount: jax.Array,
+    target_outputs_tn: jax.Array,
+    selector_q_tn: jax.Array,
+    allowed: jax.Array,
+    *,
+    rank: int,
+) -> None:
+    """Assert ranks and dtypes of a TD loss's arguments: outputs of a rank, the rest as `c51_loss` describes it."""
+    transition = [outputs_t, action_t, reward, discount, target_outputs_tn, selector_q_tn, allowed]
+    chex.assert_rank(transition, [rank, 0, 0, 0, rank, 1, 1])
+    chex.assert_type(transition, [float, int, float, float, float, float, bool])
+    chex.assert_equal_shape([outputs_t, target_outputs_tn])
+    chex.assert_equal_shape([selector_q_tn, allowed])
+
+
+def _check_policy(values: jax.Array, action: jax.Array, mask: jax.Array) -> None:
+    chex.assert_rank([values, action, mask], [1, 0, 1])
+    chex.assert_type([values, action, mask], [float, int, bool])

@@ -13,17 +13,22 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from scaled_ql import documents
+from scaled_ql import defaults, documents
+from scaled_ql.defaults import Embedding, Head, Rewards
 from scaled_ql.environments import MAX_STEPS
 
-Encoder = Literal[
-    "resnet34", "resnet50", "resnet101", "resnet152", "resnet_narrow",
-    "impala_x1", "impala_x4", "impala_x8", "impala_x16", "nature", "nature_narrow",
-]  # fmt: skip
+Encoder = Literal[tuple(defaults.ENCODERS)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0)]
+
+
+def _alpha(value: Any) -> float | str:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value == "paper" or (number and 0 <= value < float("inf")):
+        return value
+    raise ValueError(f"alpha: a number from 0 up, or the word paper, not {value!r}")
 
 
 class ParameterError(ValueError):
@@ -37,6 +42,33 @@ class Parameters(pydantic.BaseModel):
 
     run: Name = "default"  # name of the run: its folder below outputs/<notebook>/
     outputs: str = ""  # folder that holds the runs; "" is outputs/ of the workspace
+
+
+class Walkthrough(Parameters):
+    """`00_walkthrough`; what is not the paper's is the quickstart's."""
+
+    num_transitions: Count = 5_000
+    seed: Seed = 0
+    steps_before_reward: Annotated[int, Field(ge=0)] = 4
+    encoder: Encoder = "nature_narrow"
+    hidden_sizes: Annotated[list[Count], Field(min_length=1)] = [256, 256]
+    v_min: float = -3.0
+    v_max: float = 3.0
+    num_atoms: Annotated[int, Field(ge=2)] = defaults.NUM_ATOMS
+    n_step: Count = 10
+    discount: Share = 0.97
+    alpha: Annotated[float, Field(ge=0)] = 0.05
+    learning_rate: Annotated[float, Field(gt=0)] = 1.0e-3
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1.0e-8
+    target_update_period: Count = 200
+    batch_size: Count = 32
+    num_steps: Count = 400
+
+    @pydantic.model_validator(mode="after")
+    def _support_is_not_empty(self) -> "Walkthrough":
+        if self.v_min >= self.v_max:
+            raise ValueError(f"v_min ({self.v_min}) must be below v_max ({self.v_max})")
+        return self
 
 
 class DataCollection(Parameters):
@@ -73,21 +105,21 @@ class OnlineAgents(Parameters):
     export: bool = False
 
     learner: Literal["independent", "multi_task"] = "independent"
-    head: Literal["c51", "hl_gauss", "two_hot", "mse"] = "c51"
+    head: Head = "c51"
     encoder: Encoder = "nature"
     hidden_sizes: Annotated[list[Count], Field(min_length=1)] = [512]
     dtype: Literal["float32", "bfloat16"] = "float32"
     v_max: Annotated[float, Field(gt=0)] = 10.0
-    num_atoms: Annotated[int, Field(ge=2)] = 51
+    num_atoms: Annotated[int, Field(ge=2)] = defaults.NUM_ATOMS
     narrow_start: bool = False
     n_step: Count = 1
     discount: Share = 0.99
     double_q: bool = False
     learning_rate: Annotated[float, Field(gt=0)] = 2.5e-4
-    adam_epsilon: Annotated[float, Field(gt=0)] = 3.125e-4
+    adam_epsilon: Annotated[float, Field(gt=0)] = defaults.ADAM_EPSILON
     batch_size: Count = 32
     update_period: Count = 4
-    target_update_period: Count = 2_000
+    target_update_period: Count = defaults.TARGET_UPDATE_PERIOD
     min_history: Count = 20_000
     final_epsilon: Share = 0.01
     epsilon_decay: Count = 250_000
@@ -114,7 +146,8 @@ INCIDENTAL = frozenset((
     "keep_checkpoint_every", "eval_every", "video_steps", "num_devices", "distributed", "shard_parameters",
     "accumulate", "remat",
 ))  # fmt: skip
-Q_LEARNING_ONLY = ("head", "double_q", "scale_rewards", "dr3")
+# What a method must take where it is set; alpha, tau and kappa may stand in a file that several methods share.
+CHECKED = ("head", "double_q", "scale_rewards", "dr3", "rewards")
 
 
 class ScaledTraining(Parameters):
@@ -131,34 +164,34 @@ class ScaledTraining(Parameters):
     remat: bool = False
     seed: Seed = 0
 
-    method: Literal["cql", "bcq", "bc", "return_bc"] = "cql"
+    method: Literal[tuple(defaults.METHODS)] = "cql"
     encoder: Encoder = "resnet101"
-    head: Literal["c51", "hl_gauss", "two_hot", "mse"] = "c51"
-    hidden_sizes: Annotated[list[Count], Field(min_length=1)] = [2048, 1024, 1024, 1024]
-    embedding: Literal["pointwise", "sum", "none"] = "pointwise"
+    head: Head = "c51"
+    hidden_sizes: Annotated[list[Count], Field(min_length=1)] = list(defaults.HIDDEN_SIZES)
+    embedding: Embedding = "pointwise"
     normalize_features: bool = True
-    group_size: Count = 4
+    group_size: Count = defaults.GROUP_SIZE
     subtract_mean_frames: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
 
-    v_min: float = -20.0
-    v_max: float = 20.0
-    num_atoms: Annotated[int, Field(ge=2)] = 51
+    v_min: float = defaults.V_MIN
+    v_max: float = defaults.V_MAX
+    num_atoms: Annotated[int, Field(ge=2)] = defaults.NUM_ATOMS
     narrow_start: bool = False
-    rewards: Literal["real", "zero", "shuffled"] = "real"
+    rewards: Rewards = "real"
     n_step: Count = 3
     discount: Share = 0.99
-    alpha: float = -1.0
+    alpha: Annotated[Any, pydantic.PlainValidator(_alpha)] = "paper"
     double_q: bool = False
-    tau: Share = 0.3
-    kappa: Annotated[float, Field(ge=0)] = 1.0
+    tau: Share = defaults.TAU
+    kappa: Annotated[float, Field(ge=0)] = defaults.KAPPA
     scale_rewards: Literal["auto", "yes", "no"] = "auto"
     dr3: Annotated[float, Field(ge=0)] = 0.0
     random_shift: Annotated[int, Field(ge=0, le=42)] = 0
-    learning_rate: Annotated[float, Field(gt=0)] = 2.0e-4
+    learning_rate: Annotated[float, Field(gt=0)] = defaults.LEARNING_RATE
     decay_learning_rate: bool = False
-    adam_epsilon: Annotated[float, Field(gt=0)] = 3.125e-4
-    target_update_period: Count = 2_000
+    adam_epsilon: Annotated[float, Field(gt=0)] = defaults.ADAM_EPSILON
+    target_update_period: Count = defaults.TARGET_UPDATE_PERIOD
     games_per_batch: Count = 128
     transitions_per_game: Count = 4
 
@@ -182,31 +215,15 @@ class ScaledTraining(Parameters):
             raise ValueError(f"v_min ({self.v_min}) must be below v_max ({self.v_max})")
         if self.eval_every % self.log_every:
             raise ValueError(f"eval_every ({self.eval_every}) must be a multiple of log_every ({self.log_every})")
-        if self.method == "bc" and self.rewards != "real":
-            raise ValueError("rewards: without effect in method 'bc', which sees none; leave out")
-        if self.method in ("bc", "return_bc"):
-            fields = type(self).model_fields
-            idle = [name for name in Q_LEARNING_ONLY if getattr(self, name) != fields[name].default]
-            if idle:
-                raise ValueError(f"{', '.join(idle)}: without effect in method {self.method!r}; leave out")
+        idle = [
+            name
+            for name in CHECKED
+            if name not in defaults.METHODS[self.method][1]
+            and getattr(self, name) != type(self).model_fields[name].default
+        ]
+        if idle:
+            raise ValueError(f"{', '.join(idle)}: without effect in method {self.method!r}; leave out")
         return self
-
-    @property
-    def cql_alpha(self) -> float:
-        """The CQL weight; a negative `alpha` stands for the paper's: Table B.1's for the head, none with BCQ (A.2)."""
-        if self.alpha >= 0:
-            return self.alpha
-        return 0.0 if self.method == "bcq" else 0.1 if self.head == "mse" else 0.05
-
-    @property
-    def scales_rewards(self) -> bool:
-        """Whether rewards are divided by each game's standard deviation; ``auto``: with MSE (section 5.3)."""
-        return self.scale_rewards == "yes" or (self.scale_rewards == "auto" and self.head == "mse")
-
-    @property
-    def network_head(self) -> str:
-        """The form of the network's outputs: clones have logits of actions, or of actions and returns."""
-        return {"bc": "mse", "return_bc": "c51"}.get(self.method, self.head)
 
 
 class PaperReport(Parameters):
@@ -251,7 +268,7 @@ class Performance(Parameters):
     ]  # fmt: skip
     dtypes: Annotated[list[Literal["float32", "bfloat16"]], Field(min_length=1)] = ["float32", "bfloat16"]
     batch_sizes: Annotated[list[Count], Field(min_length=1)] = [128, 512]
-    hidden_sizes: Annotated[list[Count], Field(min_length=1)] = [2048, 1024, 1024, 1024]
+    hidden_sizes: Annotated[list[Count], Field(min_length=1)] = list(defaults.HIDDEN_SIZES)
     heads_encoder: Encoder = "resnet34"
     heads_batch: Count = 512
     num_games: Annotated[list[Annotated[int, Field(ge=1, le=40)]], Field(min_length=1)] = [1, 10, 40]
@@ -269,6 +286,7 @@ class Performance(Parameters):
 
 
 NOTEBOOKS: dict[str, type[Parameters]] = {
+    "00_walkthrough": Walkthrough,
     "01_data_collection": DataCollection,
     "02_online_agents": OnlineAgents,
     "03_data_exploration": DataExploration,

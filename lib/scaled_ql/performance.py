@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from scaled_ql import devices, evaluation, networks, objectives, training
+from scaled_ql import devices, evaluation, methods, networks, training
 from scaled_ql.games import TRAINING_GAMES, action_names
-from scaled_ql.objectives import Objective
+from scaled_ql.methods import Objective
 from scaled_ql.replay import Batch, Replay, sample_batches
 
 # Dense bfloat16 TFLOP/s of data sheets, for arithmetic about devices that are not here.
@@ -191,7 +191,7 @@ def make_step(encoder: str, num_games: int = 40, *, seed: int = 0, **architectur
     network = networks.make_q_network(encoder, num_games, "c51", seed, **architecture)
     optimizer = training.make_optimizer()
     graph, state = training.init_state(network, optimizer)
-    objective = objectives.q_learning(graph, [len(action_names(game)) for game in TRAINING_GAMES[:num_games]])
+    objective = methods.q_learning().objective(graph, [len(action_names(game)) for game in TRAINING_GAMES[:num_games]])
     return TrainingStep(objective, training.make_update(objective, optimizer), state)
 
 
@@ -383,7 +383,7 @@ def measure_evaluation(game: str, encoder: str, episodes: int = 64, max_steps: i
     network = networks.make_q_network(encoder, 1, "c51", **architecture)
     graph, state = training.init_state(network, training.make_optimizer())
     size = len(action_names(game))
-    prefer = objectives.preferences(graph, [size])
+    prefer = methods.q_learning().preferences(graph, [size])
     players = {"network": evaluation.make_q_function(prefer, state.params, 0, size)}
     players["random moves"] = evaluation.play_randomly
 

@@ -1,8 +1,9 @@
 """Figures: a tidy DataFrame or arrays in, a matplotlib figure out; colour-blind-safe, a game always one colour."""
 
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,7 +11,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from scaled_ql.metrics import MOSTLY, iqm
 
@@ -192,39 +194,72 @@ def contact_sheet(rows: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-def learning_curves(metrics: pd.DataFrame) -> Figure:
-    """Training against steps: the loss per game, then what the method has of CQL, values, accuracy; gradients.
+def learning_curves(metrics: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
+    """Training against steps: the first metric per game, the others over all, then gradients.
 
     Args:
         metrics: rows of `training.train`.
+        titles: names of metrics and their titles; see `methods.Method.metrics`. Those that no row has are left out.
     """
-    main = "td_loss" if "td_loss" in metrics else "nll"
+    main = next(iter(titles))
     games = [name.removeprefix(f"{main}/") for name in metrics if name.startswith(f"{main}/")]
-    titles = {
-        main: {"td_loss": "TD loss", "nll": "negative log-likelihood, nats"}[main],
-        "cql_loss": "CQL loss (before alpha)",
-        "q_data": "mean Q",
-        "entropy": "entropy of the return, nats",
-        "dr3_penalty": "DR3 (before its weight)",
-        "accuracy": "data's action is the likeliest",
-        "grad_norm": "gradient norm",
-        "head_grad_rms": "head's gradient, RMS",
-    }
+    titles = {**titles, "grad_norm": "gradient norm", "head_grad_rms": "head's gradient, RMS"}
     titles = {name: title for name, title in titles.items() if name in metrics}
-    figure, axes = plt.subplots(1, len(titles), figsize=(15, 3.2))
-    for axis, (name, title) in zip(axes, titles.items()):
+    figure, axes = plt.subplots(1, len(titles), figsize=(15, 3.2), squeeze=False)
+    few = {"marker": "o", "ms": 3} if len(metrics) <= 30 else {}  # a single row is a point
+    for axis, (name, title) in zip(axes.flat, titles.items()):
         if name == main:
             for game, color in list(game_colors(games).items())[:10]:
-                axis.plot(metrics["step"], metrics[f"{main}/{game}"], color=color, label=game, alpha=0.8)
-            axis.plot(metrics["step"], metrics[name], color="black", lw=2, label="all")
+                axis.plot(metrics["step"], metrics[f"{main}/{game}"], color=color, label=game, alpha=0.8, **few)
+            axis.plot(metrics["step"], metrics[name], color="black", lw=2, label="all", **few)
         elif name == "q_data":
-            axis.plot(metrics["step"], metrics["q_data"], color=PLAYERS["dataset"], label="actions of the data")
-            axis.plot(metrics["step"], metrics["q_greedy"], color=PLAYERS["agent"], label="greedy actions")
+            axis.plot(metrics["step"], metrics["q_data"], color=PLAYERS["dataset"], label="actions of the data", **few)
+            axis.plot(metrics["step"], metrics["q_greedy"], color=PLAYERS["agent"], label="greedy actions", **few)
         else:
-            axis.plot(metrics["step"], metrics[name], color="black")
+            axis.plot(metrics["step"], metrics[name], color="black", **few)
         axis.set(title=title, xlabel="gradient step", yscale="log" if "grad" in name else "linear")
         if name in (main, "q_data"):
             axis.legend(fontsize="x-small")
+    return figure
+
+
+def transitions(batch: Any, games: list[str], action_names: Mapping[str, Sequence[str]]) -> Figure:
+    """Each transition of a small batch: the last frame of the stack above, that of the stack n steps later below.
+
+    Args:
+        batch: a `replay.Batch`.
+        games: names by number.
+        action_names: of each game.
+    """
+    figure, axes = plt.subplots(2, len(batch.game), figsize=(2.1 * len(batch.game), 5), squeeze=False)
+    for row, (above, below) in enumerate(axes.T):
+        game, discount = games[batch.game[row]], float(batch.discount[row])
+        above.imshow(batch.observation[row, :, :, -1], cmap="gray", vmin=0, vmax=255)
+        above.set_title(f"{game}\n{action_names[game][batch.action[row]]}", fontsize="small")
+        below.imshow(batch.next_observation[row, :, :, -1], cmap="gray", vmin=0, vmax=255)
+        after = f"discount {discount:.3f}" if discount else "terminal: no bootstrap"
+        below.set_title(f"reward {float(batch.reward[row]):g}\n{after}", fontsize="small")
+        for axis in (above, below):
+            axis.set_axis_off()
+    return figure
+
+
+def predicted_and_target(predicted: np.ndarray, target: np.ndarray, atoms: np.ndarray, titles: Sequence[str]) -> Figure:
+    """Return distributions of single transitions: what the network predicts, and its target, means as dashed lines.
+
+    Args:
+        predicted: [B, N].
+        target: [B, N].
+        atoms: [N].
+        titles: [B].
+    """
+    figure, axes = _grid(len(titles), height=2.6)
+    for axis, title, ours, wanted in zip(axes, titles, predicted, target):
+        _distribution(axis, atoms, ours, PREDICTED, "predicted")
+        _distribution(axis, atoms, wanted, TARGET, "target")
+        known = np.flatnonzero(np.maximum(ours, wanted) > 1e-3)
+        axis.set(title=title, xlabel="return z", xlim=(atoms[known[0]], atoms[known[-1]]))
+        axis.legend(fontsize="x-small")
     return figure
 
 
@@ -559,4 +594,291 @@ def losses_by_dtype(table: pd.DataFrame) -> Figure:
     right.plot(table["step"], table["bfloat16"] / table["float32"] - 1, color="black", lw=1)
     right.yaxis.set_major_formatter(PercentFormatter(1))
     right.set(xlabel="gradient step", ylabel="bfloat16 less float32, of float32")
+    return figure
+
+
+# Of the walkthrough: what was predicted, what it should be, what came of it; and the two signs of a gradient.
+PREDICTED, TARGET, LATER = PLAYERS["dataset"], PLAYERS["agent"], PLAYERS["human"]
+DOWN, UP = "#b2182b", "#2166ac"
+
+
+def transition(
+    observation: np.ndarray, next_observation: np.ndarray, rewards: np.ndarray, discount: float, action: str
+) -> Figure:
+    """One n-step transition: its two stacks of frames, and each step's reward with the weight it has in the return.
+
+    Args:
+        observation: uint8 [84, 84, S] at step t, oldest frame first.
+        next_observation: uint8 [84, 84, S] at step t + n.
+        rewards: [n], clipped, from step t on.
+        discount: per step.
+        action: name of the data's action at step t.
+    """
+    stack, n = observation.shape[-1], len(rewards)
+    figure = plt.figure(figsize=(12.4, 4.6))
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.0, 1.15))
+    ages = range(1 - stack, 1)
+    sides = {
+        f"s, the state at t; action {action}": (observation, [f"t{age}" if age else "t" for age in ages]),
+        f"s', the state at t+{n}": (next_observation, [f"t{n + age:+d}" if n + age else "t" for age in ages]),
+    }
+    for side, (title, (frames, times)) in zip(top.subfigures(1, 2, wspace=0.05), sides.items()):
+        side.suptitle(title, fontsize="medium")
+        for axis, frame, time in zip(side.subplots(1, stack), frames.transpose(2, 0, 1), times):
+            axis.imshow(frame, cmap="gray", vmin=0, vmax=255)
+            axis.set_axis_off()
+            axis.set_title(time, fontsize="small")
+    axis = bottom.subplots()
+    weights = discount ** np.arange(n)
+    axis.plot(range(n), weights, color="black", marker="o", ms=3, lw=1, label="weight γᵏ")
+    axis.bar(range(n), weights * rewards, color=TARGET, width=0.5, label="weight × clipped reward")
+    axis.axhline(0, color="black", lw=0.8)
+    axis.set_xticks(range(n), [f"t+{k}" if k else "t" for k in range(n)])
+    axis.set(xlabel="agent step", ylabel="share of the return")
+    axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def frames(pictures: Mapping[str, np.ndarray]) -> Figure:
+    """Pictures side by side, each under its name: [84, 84] from 0, black, to 255, white."""
+    figure, axes = plt.subplots(1, len(pictures), figsize=(3.1 * len(pictures), 3.3), squeeze=False)
+    for axis, (title, picture) in zip(axes.flat, pictures.items()):
+        axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
+        axis.set_axis_off()
+        axis.set_title(title)
+    return figure
+
+
+def network(layers: pd.DataFrame, heads: Sequence[str]) -> Figure:
+    """The network from left to right as in the paper's Figure 3: what each part makes, and how many numbers it learns.
+
+    Args:
+        layers: from `networks.layers`: columns layer, output, parameters; the last row is the heads.
+        heads: names of the games that have one.
+    """
+    trunk, head = layers.iloc[:-1], layers.iloc[-1]
+    colors = {"observation": "#e8e8e8", "encoder": "#cfe3f3", "feature": "#fbe0c8"}
+    figure, axis = plt.subplots(figsize=(12.4, 2.1 if len(heads) == 1 else 2.9))
+    box = {"boxstyle": "round,pad=0.02,rounding_size=0.06", "edgecolor": "#555555"}
+
+    def draw(x: float, y: float, height: float, lines: list[str], color: str) -> None:
+        axis.add_patch(FancyBboxPatch((x, y - height / 2), 0.8, height, facecolor=color, **box))
+        axis.text(x + 0.4, y, "\n".join(lines), ha="center", va="center", fontsize="small")
+
+    for place, row in enumerate(trunk.itertuples()):
+        color = next((color for word, color in colors.items() if row.layer.startswith(word)), "#e4efdc")
+        learned = f"{row.parameters:,}\nparameters" if row.parameters else "nothing learned"
+        draw(place, 0.0, 1.5, [textwrap.fill(row.layer, 13), "", row.output, "", learned], color)
+        if place:
+            axis.annotate("", (place, 0), (place - 0.2, 0), arrowprops={"arrowstyle": "->", "color": "#555555"})
+    shown = heads if len(heads) <= 4 else [*heads[:2], "…", heads[-1]]
+    height = min(1.5, 2.2 / len(shown))
+    for place, y in zip(shown, (np.arange(len(shown)) - (len(shown) - 1) / 2) * -1.05 * height):
+        learned = f"{head.parameters // len(heads):,}\nparameters"
+        lines = [f"head of\n{place}", "", head.output, "", learned] if len(shown) == 1 else [f"{place}: {head.output}"]
+        draw(len(trunk), y, height, lines, "#f3d9ea")
+        arrow = {"arrowstyle": "->", "color": "#555555"}
+        axis.annotate("", (len(trunk), y), (len(trunk) - 0.2, 0), arrowprops=arrow)
+    axis.set(xlim=(-0.1, len(trunk) + 0.95), ylim=(-0.85, 0.85) if len(heads) == 1 else (-1.2, 1.2))
+    axis.set_axis_off()
+    return figure
+
+
+def over_atoms(
+    atoms: np.ndarray, distributions: Mapping[str, np.ndarray], gradient: np.ndarray | None = None
+) -> Figure:
+    """Return distributions over their support, means as dashed lines; below them, if given, the gradient of the logits.
+
+    Args:
+        atoms: [N].
+        distributions: probabilities [N] by name.
+        gradient: [N]; where it is positive, descent lowers the logit.
+    """
+    rows = 1 if gradient is None else 2
+    figure, axes = plt.subplots(rows, 1, figsize=(8.5, 1.0 + 2.3 * rows), sharex=True, squeeze=False)
+    colors = (PREDICTED, TARGET, LATER, "#cc79a7", "black")
+    for (name, probabilities), color in zip(distributions.items(), colors):
+        _distribution(axes[0, 0], atoms, probabilities, color, name)
+    axes[0, 0].set(ylabel="probability", ylim=(0, None))
+    axes[0, 0].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    if gradient is not None:
+        _signed_bars(axes[1, 0], atoms, gradient)
+        axes[1, 0].set(ylabel="∂ loss / ∂ logit")
+    axes[-1, 0].set(xlabel="return z")
+    return figure
+
+
+def _distribution(axis: Axes, atoms: np.ndarray, probabilities: np.ndarray, color: str, name: str) -> None:
+    mean = float(probabilities @ atoms)
+    axis.plot(atoms, probabilities, color=color, drawstyle="steps-mid", lw=1.6, label=f"{name}, mean {mean:.3f}")
+    axis.axvline(mean, color=color, ls="--", lw=1)
+
+
+def _signed_bars(axis: Axes, atoms: np.ndarray, values: np.ndarray) -> None:
+    """Bars in the colour of what descent does to the logit: down where the gradient is positive, up where negative."""
+    width = 0.9 * (atoms[-1] - atoms[0]) / (len(atoms) - 1)
+    for sign, color, label in ((1, DOWN, "descent lowers the logit"), (-1, UP, "descent raises it")):
+        axis.bar(atoms, np.where(sign * values > 0, values, 0), width, color=color, lw=0, label=label)
+    axis.axhline(0, color="black", lw=0.8)
+    axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def projection(moved: np.ndarray, probabilities: np.ndarray, atoms: np.ndarray, projected: np.ndarray) -> Figure:
+    """A target distribution where the Bellman update puts it, and on the support's atoms.
+
+    Args:
+        moved: [N], returns r + discount * z; may lie between atoms and beyond them.
+        probabilities: [N], their mass.
+        atoms: [N], the support.
+        projected: [N], the mass that the atoms have after the projection.
+    """
+    figure, (wide, close) = plt.subplots(1, 2, figsize=(12.4, 3.4), width_ratios=(1.6, 1))
+    middle, spacing = float(moved @ probabilities), (atoms[-1] - atoms[0]) / (len(atoms) - 1)
+    for axis in (wide, close):
+        look = {"basefmt": " ", "markerfmt": "o"}
+        for x, y, color, label in (
+            (moved, probabilities, PREDICTED, "before: at r + γⁿ z"),
+            (atoms, projected, TARGET, "after: on the atoms"),
+        ):
+            stems = axis.stem(x, y, linefmt=color, label=label, **look)
+            stems.markerline.set(color=color, markersize=3 if axis is wide else 6)
+            stems.stemlines.set(linewidth=0.8 if axis is wide else 1.8)
+        axis.set(xlabel="return z", ylabel="probability", ylim=(0, None))
+    for edge in (atoms[0], atoms[-1]):
+        wide.axvline(edge, color="black", ls=":", lw=1)
+    wide.set_title("the whole distribution; dotted: ends of the support")
+    close.set_xlim(middle - 3.5 * spacing, middle + 3.5 * spacing)
+    close.set_xticks(atoms[np.abs(atoms - middle) < 3.5 * spacing])
+    close.xaxis.set_major_formatter("{x:.2f}")
+    close.set_title("around its mean; ticks are atoms")
+    wide.legend(fontsize="small", loc="upper left")
+    return figure
+
+
+def by_action(names: Sequence[str], values: Mapping[str, np.ndarray], taken: str, ylabel: str) -> Figure:
+    """Bars per action, side by side for each series, the data's action marked.
+
+    Args:
+        names: of the game's actions.
+        values: [A] by name.
+        taken: the data's action.
+        ylabel: what the values are.
+    """
+    figure, axis = plt.subplots(figsize=(8.5, 3.2))
+    _bars_by_action(axis, names, values, taken)
+    axis.set(ylabel=ylabel)
+    if len(values) > 1:
+        axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _bars_by_action(axis: Axes, names: Sequence[str], values: Mapping[str, np.ndarray], taken: str) -> None:
+    width = 0.8 / len(values)
+    for number, ((name, heights), color) in enumerate(zip(values.items(), (PREDICTED, TARGET, LATER))):
+        axis.bar(
+            np.arange(len(names)) + (number - (len(values) - 1) / 2) * width, heights, width, color=color, label=name
+        )
+    axis.set_xticks(range(len(names)), [f"{name}\n(data)" if name == taken else name for name in names])
+    axis.axhline(0, color="black", lw=0.8)
+    axis.grid(False, axis="x")
+
+
+def gradient_by_action(atoms: np.ndarray, names: Sequence[str], gradients: Mapping[str, np.ndarray]) -> Figure:
+    """Gradients of the logits, a row per action and a column per atom; each panel has a scale of its own.
+
+    Args:
+        atoms: [N].
+        names: of the game's actions.
+        gradients: [A, N] by name.
+    """
+    figure, axes = plt.subplots(1, len(gradients), figsize=(12.4, 2.6), squeeze=False)
+    half = (atoms[-1] - atoms[0]) / (len(atoms) - 1) / 2
+    for axis, (title, gradient) in zip(axes.flat, gradients.items()):
+        largest = max(float(np.abs(gradient).max()), 1e-12)
+        extent = (atoms[0] - half, atoms[-1] + half, len(names) - 0.5, -0.5)
+        look = {"cmap": "RdBu_r", "vmin": -largest, "vmax": largest, "aspect": "auto", "interpolation": "nearest"}
+        picture = axis.imshow(gradient, extent=extent, **look)
+        axis.set_yticks(range(len(names)), names)
+        axis.grid(False)
+        axis.set(title=title, xlabel="return z")
+        bar = figure.colorbar(picture, ax=axis, ticks=[-largest, 0, largest], format=StrMethodFormatter("{x:.0e}"))
+        bar.ax.tick_params(labelsize="small")
+    return figure
+
+
+def features(plain: np.ndarray, plain_next: np.ndarray, normalized: np.ndarray, normalized_next: np.ndarray) -> Figure:
+    """Norms of representations, and their dot products with those of the next states, before and after normalisation.
+
+    Args:
+        plain: [B, F] of the states, as the last dense layer leaves them.
+        plain_next: [B, F] of the states n steps later.
+        normalized: [B, F] of the states, divided by their norms.
+        normalized_next: [B, F] of the states n steps later.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.2))
+    pairs = {"as computed": (plain, plain_next), "normalised": (normalized, normalized_next)}
+    measures = {
+        "norm of φ(s)": {name: np.linalg.norm(now, axis=-1) for name, (now, _) in pairs.items()},
+        "φ(s) · φ(s')": {name: (now * then).sum(-1) for name, (now, then) in pairs.items()},
+    }
+    for axis, (label, measured) in zip(axes, measures.items()):
+        everything = np.concatenate(list(measured.values()))
+        edges = np.linspace(everything.min() - 1e-6, everything.max() + 1e-6, 41)
+        for (name, values), color in zip(measured.items(), (PREDICTED, TARGET)):
+            spread = f"{name}: {values.min():.3g} to {values.max():.3g}"
+            axis.hist(values, bins=edges, color=color, alpha=0.75, label=spread)
+        axis.set(xlabel=label, ylabel="states")
+        axis.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
+    return figure
+
+
+def values_and_returns(values: Mapping[str, np.ndarray], returns: np.ndarray) -> Figure:
+    """Q of the data's actions against the discounted return that followed in the data, a panel per stage of training.
+
+    Args:
+        values: [B] by stage.
+        returns: [B].
+    """
+    figure, axes = plt.subplots(1, len(values), figsize=(12.4, 3.6), sharex=True, sharey=True, squeeze=False)
+    ends = (
+        min(returns.min(), *(q.min() for q in values.values())),
+        max(returns.max(), *(q.max() for q in values.values())),
+    )
+    for axis, (stage, q) in zip(axes.flat, values.items()):
+        axis.plot(ends, ends, color="black", ls=":", lw=1)
+        axis.scatter(returns, q, s=14, alpha=0.6, color=PREDICTED)
+        moves = q.std() > 0 and returns.std() > 0
+        axis.set_title(f"{stage}: correlation {np.corrcoef(returns, q)[0, 1]:.2f}" if moves else stage)
+        axis.set(xlabel="discounted return in the data")
+    axes[0, 0].set(ylabel="Q(s, a of the data)")
+    return figure
+
+
+def pulls(atoms: np.ndarray, names: Sequence[str], settings: Mapping[str, Any]) -> Figure:
+    """What one transition pulls at under different settings: a row each of target, gradient, and push on each action.
+
+    Args:
+        atoms: [N].
+        names: of the game's actions.
+        settings: `walkthrough.Pull` by title.
+    """
+    size = (12.4, 2.9 * len(settings) + 0.4)
+    figure, axes = plt.subplots(len(settings), 3, figsize=size, squeeze=False)
+    for (left, middle, right), (title, pull) in zip(axes, settings.items()):
+        action = names[pull.action]
+        _distribution(left, atoms, pull.predicted, PREDICTED, "predicted")
+        if pull.target is None:
+            left.axvline(pull.target_mean, color=TARGET, lw=2, label=f"target, {pull.target_mean:.3f}")
+        else:
+            _distribution(left, atoms, pull.target, TARGET, "target")
+        left.set(title=title, xlabel="return z", ylim=(0, None))
+        left.legend(fontsize="x-small", loc="upper left")
+        left.set_ylim(0, 1.35 * left.get_ylim()[1])  # room for the legend
+        _signed_bars(middle, atoms, (pull.td_gradient + pull.cql_gradient)[pull.action])
+        middle.get_legend().remove()
+        middle.set(title=f"gradient of the logits of {action}", xlabel="return z")
+        pushes = {"TD error": pull.td_push, "α · CQL": pull.cql_push}
+        _bars_by_action(right, names, {name: push[: len(names)] for name, push in pushes.items()}, action)
+        right.set(title="push on Q(s, ·)")
+        right.legend(fontsize="x-small", loc="best")
     return figure

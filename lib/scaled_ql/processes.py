@@ -1,5 +1,6 @@
-"""What goes wrong when a program starts processes."""
+"""What a program has to know before it starts processes: the machine's accelerators, and its own main guard."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -19,3 +20,10 @@ def main_guard_hint() -> str:
         f"{file} starts processes without a main guard: each of them runs the script again and ends. Put what the "
         'script does below a line if __name__ == "__main__":.'
     )
+
+
+def accelerators() -> list[str]:
+    """Numbers of this machine's NVIDIA accelerators, as CUDA_VISIBLE_DEVICES lists them; JAX is not needed."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+    return [str(number) for number, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]

@@ -14,7 +14,7 @@ from scaled_ql.parameters import Parameters
 ARM_PARAMETERS = ("method", "rewards")
 SCORE_COLUMNS = (
     "run", "method", "rewards", "seed", "game", "random_return", "constant_return", "dataset_return", "agent_return",
-    "sampled_return", "agent_episodes", "truncated_share", "cut", "dataset_truncated_percent",
+    "sampled_return", "agent_episodes", "truncated_share", "cut", "dataset_truncated_percent", "actions",
 )  # fmt: skip
 DIFFERENCE_COLUMNS = ("game", "better than", "difference", "low", "high", "refused", "verdict")
 
@@ -60,8 +60,9 @@ def players(table: pd.DataFrame, method: str, control: str = "zero") -> pd.DataF
         control: its control's `rewards`.
 
     Returns:
-        index game; columns random, best constant action, data, cloning, cloning (sampled), control, agent; truncated
-        (shares of the episodes behind those means); seeds.
+        index game; columns random, best constant action, data, cloning, cloning (sampled), control, agent; own actions
+        (the agent's most frequent ones, in percent of its own choices, mean over seeds); truncated (shares of the
+        episodes behind those means); seeds.
     """
     rows = {}
     for game, here in table.groupby("game"):
@@ -74,6 +75,8 @@ def players(table: pd.DataFrame, method: str, control: str = "zero") -> pd.DataF
             "cloning, sampled": clone["sampled_return"].mean(),
             f"{control} rewards": zero["agent_return"].mean(),
             "agent": agent["agent_return"].mean(),
+            "own actions": _most_frequent(agent["actions"]),
+            f"own actions, {control} rewards": _most_frequent(zero["actions"]),
             "truncated %": 100 * agent["truncated_share"].mean(),
             f"truncated %, {control} rewards": 100 * zero["truncated_share"].mean(),
             "truncated %, cloning": 100 * clone["truncated_share"].mean(),
@@ -81,6 +84,11 @@ def players(table: pd.DataFrame, method: str, control: str = "zero") -> pd.DataF
             "seeds": len(agent),
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("game")
+
+
+def _most_frequent(actions: pd.Series, number: int = 3) -> str:
+    shares = pd.DataFrame(actions.tolist()).mean().sort_values(ascending=False, kind="stable")
+    return ", ".join(f"{name} {share:.0%}" for name, share in shares.head(number).items())
 
 
 def differences(

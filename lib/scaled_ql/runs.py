@@ -625,7 +625,8 @@ def publish(notebook: Path) -> None:
 def render(notebook: Path) -> Path:
     """Write a notebook's HTML beside it: one file that opens without a network, figures and videos inside."""
     import nbformat
-    from nbconvert import HTMLExporter
+
+    from scaled_ql.equations import ReportExporter
 
     content = nbformat.read(notebook, as_version=4)
     content.metadata.pop("widgets", None)  # their state would load scripts from the web; each has a static twin
@@ -633,7 +634,7 @@ def render(notebook: Path) -> Path:
     for cell in content.cells:
         if "outputs" in cell:
             cell.outputs = [output for output in cell.outputs if widget not in output.get("data", {})]
-    exporter = HTMLExporter(
+    exporter = ReportExporter(
         embed_images=True, mathjax_url="", require_js_url="", jquery_url="", widget_renderer_url="", theme="light"
     )
     html, _ = exporter.from_notebook_node(content, {"metadata": {"name": notebook.parent.name}})

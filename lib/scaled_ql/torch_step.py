@@ -12,13 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from scaled_ql.defaults import ENCODERS, NUM_ATOMS
 from scaled_ql.replay import Batch
-
-BLOCKS = {
-    "resnet_narrow": (16, 1, (1, 1, 1, 1)), "resnet34": (64, 1, (3, 4, 6, 3)), "resnet50": (64, 4, (3, 4, 6, 3)),
-    "resnet101": (64, 4, (3, 4, 23, 3)), "resnet152": (64, 4, (3, 8, 36, 3)),
-}  # fmt: skip
-ATOMS = 51
 
 
 class Block(nn.Module):
@@ -54,7 +49,8 @@ class Network(nn.Module):
 
     def __init__(self, encoder: str, num_games: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        width, expansion, repeats = BLOCKS[encoder]
+        family, repeats, width = ENCODERS[encoder]
+        expansion = {"resnet_basic": 1, "resnet_bottleneck": 4}[family]
         layers = [_conv(4, width, 7, 2), nn.GroupNorm(width // 4, width), nn.MaxPool2d(3, 2, 1), nn.ReLU()]
         features = width
         for stage, count in enumerate(repeats):
@@ -67,7 +63,7 @@ class Network(nn.Module):
         sizes = [9 * features, *hidden_sizes]
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.norm = nn.LayerNorm(sizes[1])
-        self.heads = nn.Linear(sizes[-1], num_games * 18 * ATOMS)
+        self.heads = nn.Linear(sizes[-1], num_games * 18 * NUM_ATOMS)
 
     def forward(self, frames: Tensor, game: Tensor) -> Tensor:
         """See the class."""
@@ -75,7 +71,7 @@ class Network(nn.Module):
         x = x.flatten(1)
         for number, layer in enumerate(self.hidden):
             x = F.relu(self.norm(layer(x)) if number == 0 else layer(x))
-        logits = self.heads(F.normalize(x.float(), dim=-1)).view(len(x), -1, 18, ATOMS)
+        logits = self.heads(F.normalize(x.float(), dim=-1)).view(len(x), -1, 18, NUM_ATOMS)
         return logits[torch.arange(len(x), device=x.device), game].float()
 
 
@@ -106,7 +102,7 @@ def measure_torch_step(
     target = Network(encoder, len(num_actions), hidden_sizes).to(device, memory_format=torch.channels_last)
     target.load_state_dict(online.state_dict())
     optimizer = torch.optim.Adam(online.parameters(), 2e-4, eps=3.125e-4)
-    atoms = torch.linspace(-20, 20, ATOMS, device=device)
+    atoms = torch.linspace(-20, 20, NUM_ATOMS, device=device)
     masks = torch.arange(18, device=device) < torch.tensor(num_actions, device=device)[:, None]
     stacks = [np.moveaxis(np.asarray(x), -1, 1) for x in (batch.observation, batch.next_observation)]
     now, following = (torch.tensor(np.ascontiguousarray(x), device=device) for x in stacks)
@@ -122,8 +118,8 @@ def measure_torch_step(
             with torch.no_grad():
                 probability = target(following, game).softmax(-1)
                 best = (probability @ atoms).masked_fill(~allowed, -torch.inf).argmax(1)
-                place = ((reward[:, None] + discount[:, None] * atoms).clamp(-20, 20) + 20) / (40 / (ATOMS - 1))
-                near = (1 - (place[:, None] - torch.arange(ATOMS, device=device)[:, None]).abs()).clamp(0, 1)
+                place = ((reward[:, None] + discount[:, None] * atoms).clamp(-20, 20) + 20) / (40 / (NUM_ATOMS - 1))
+                near = (1 - (place[:, None] - torch.arange(NUM_ATOMS, device=device)[:, None]).abs()).clamp(0, 1)
                 goal = (near * probability[rows, best][:, None]).sum(-1)
             logits = online(now, game)
             values = (logits.softmax(-1) @ atoms).masked_fill(~allowed, -torch.inf)

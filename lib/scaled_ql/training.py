@@ -8,7 +8,9 @@ import signal
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +21,13 @@ import optax
 import orbax.checkpoint as ocp
 import pandas as pd
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from scaled_ql import devices
-from scaled_ql.networks import BCQNetwork, QNetwork
-from scaled_ql.objectives import Metrics, Objective, PyTree
+from scaled_ql import devices, replay
+from scaled_ql.defaults import ADAM_EPSILON, LEARNING_RATE, TARGET_UPDATE_PERIOD
+from scaled_ql.methods.common import MethodError, Metrics, Objective, PyTree, checked_objective
 from scaled_ql.replay.batch import Batch
+from scaled_ql.replay.store import Replay
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save there
 
@@ -56,12 +59,61 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, or is not of this run."""
 
 
+class Optimizer(NamedTuple):
+    """An `optax.GradientTransformation` that also says which parameters it leaves alone.
+
+    Attributes:
+        init, update: as in Optax; gradients and parameters may have `optax.MaskedNode` in place of what is frozen.
+        frozen: as in `make_optimizer`.
+    """
+
+    init: Callable
+    update: Callable
+    frozen: tuple[str, ...] = ()
+
+
+def is_part(path: str, names: Sequence[str]) -> bool:
+    """Whether a parameter's path (``q/encoder/conv/kernel``) is, or lies below, one of the names (``q/encoder``)."""
+    return any(f"{path}/".startswith(f"{name}/") for name in names)
+
+
+def flat_params(params: PyTree) -> dict[str, Any]:
+    """Parameters by their path, such as ``hidden/0/kernel``; what `trained_part` left out is a `MaskedNode`."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_masked)
+    return {_path_name(path): leaf for path, leaf in leaves}
+
+
+def trained_part(params: PyTree, frozen: Sequence[str]) -> PyTree:
+    """`params` with `optax.MaskedNode`, which has no arrays, in place of each frozen one.
+
+    Gradients are taken with respect to this tree, so that none is computed, or stored, for what is frozen.
+    """
+
+    def masked(path: tuple, leaf: Any) -> Any:
+        return optax.MaskedNode() if is_part(_path_name(path), frozen) else leaf
+
+    return jax.tree_util.tree_map_with_path(masked, params)
+
+
+def joined(trained: PyTree, params: PyTree) -> PyTree:
+    """All parameters: those of `trained`, a `trained_part`, and of `params` those that it leaves out."""
+    return jax.tree.map(lambda ours, all_: all_ if _is_masked(ours) else ours, trained, params, is_leaf=_is_masked)
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _path_name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def make_optimizer(
-    learning_rate: float = 2e-4,
-    adam_epsilon: float = 3.125e-4,
+    learning_rate: float = LEARNING_RATE,
+    adam_epsilon: float = ADAM_EPSILON,
     decay_steps: int = 0,
     frozen: tuple[str, ...] = (),
-) -> optax.GradientTransformation:
+) -> Optimizer:
     """Adam; its learning rate is constant, or falls linearly to 0 over `decay_steps`.
 
     The paper does not say epsilon. 0.01 / 32 is what its single-game ancestors use at batch 32; the same rule gives
@@ -71,23 +123,28 @@ def make_optimizer(
         learning_rate: initial learning rate.
         adam_epsilon: added to the root of the second moment.
         decay_steps: steps until the learning rate is 0; 0: it is constant.
-        frozen: top-level names of parameters that are not updated and have no moments: ``("behaviour",)`` in BCQ.
+        frozen: names of parameters, or of parts of the network, that are not updated and have neither gradients nor
+            moments: ``("behaviour",)`` in BCQ, ``("encoder", "embedding")`` or ``("q/encoder",)`` in transfer.
 
     Raises:
-        ValueError: when the state is made, a frozen name is not among the parameters.
+        ValueError: when the state is made, a frozen name is not among the parameters, or all of them are frozen.
     """
     rate = optax.linear_schedule(learning_rate, 0.0, decay_steps) if decay_steps else learning_rate
     adam = optax.adam(rate, eps=adam_epsilon)
     if not frozen:
-        return adam
+        return Optimizer(*adam)
 
     def labels(params: PyTree) -> PyTree:
-        missing = set(frozen) - params.keys()
+        paths = flat_params(params)
+        missing = [name for name in frozen if not any(is_part(path, [name]) for path in paths)]
         if missing:
             raise ValueError(f"nothing to freeze by the name of {', '.join(sorted(missing))} in {', '.join(params)}.")
-        return {name: "frozen" if name in frozen else "trained" for name in params}
+        if all(is_part(path, frozen) for path in paths):
+            raise ValueError(f"everything is frozen ({', '.join(params)}): nothing is left to train. Freeze less.")
+        label = lambda path, _: "frozen" if is_part(_path_name(path), frozen) else "trained"  # noqa: E731
+        return jax.tree_util.tree_map_with_path(label, params)
 
-    return optax.partition({"trained": adam, "frozen": optax.set_to_zero()}, labels)
+    return Optimizer(*optax.partition({"trained": adam, "frozen": optax.set_to_zero()}, labels), frozen)
 
 
 def epsilon_warning(head_grad_rms: float, adam_epsilon: float) -> str:
@@ -112,9 +169,7 @@ def epsilon_warning(head_grad_rms: float, adam_epsilon: float) -> str:
     )
 
 
-def init_state(
-    network: QNetwork | BCQNetwork, optimizer: optax.GradientTransformation
-) -> tuple[nnx.GraphDef, TrainState]:
+def init_state(network: nnx.Module, optimizer: optax.GradientTransformation) -> tuple[nnx.GraphDef, TrainState]:
     """Split a network once into a static graph definition and the state of a fresh run."""
     graph, variables = nnx.split(network, nnx.Param)
     params = jax.tree.map(jnp.copy, nnx.to_pure_dict(variables))  # steps donate them; the network keeps its own
@@ -130,13 +185,14 @@ def apply(graph: nnx.GraphDef, params: PyTree, observation: jax.Array, game: jax
 def make_update(
     objective: Objective,
     optimizer: optax.GradientTransformation,
-    target_update_period: int = 2_000,
+    target_update_period: int = TARGET_UPDATE_PERIOD,
     accumulate: int = 1,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
     """One step as a pure function: the objective's gradient, Adam, and now and then a copy to the target network.
 
     Args:
-        objective: from `objectives`.
+        objective: (params, target_params, batch, key) -> (loss, metrics), of a method or one's own; what metrics must
+            hold says `methods.common.checked_objective`.
         optimizer: the one that made the state.
         target_update_period: steps between copies of the online to the target network.
         accumulate: parts of the batch whose gradients are taken one after another and averaged: the memory of one part,
@@ -145,21 +201,30 @@ def make_update(
     Returns:
         (state, batch, key of the run) -> (state, metrics): the objective's, `grad_norm`, and of a `QNetwork` or a
         `BCQNetwork`'s Q-network `head_grad_rms`, the root of the mean square of the head kernel's gradient, those
-        outputs included that no game of the batch has.
-    """
-    gradient = jax.grad(objective, has_aux=True)
+        outputs included that no game of the batch has. What the optimizer has `frozen` has no gradient.
 
-    def of_parts(params: PyTree, target_params: PyTree, batch: Batch, key: jax.Array) -> tuple[PyTree, Metrics]:
+    Raises:
+        MethodError: when it is traced, the objective gives something else.
+    """
+    objective = checked_objective(objective)
+    frozen = getattr(optimizer, "frozen", ())  # Optax's own optimizers train everything
+
+    def loss(trained: PyTree, params: PyTree, target_params: PyTree, batch: Batch, key: jax.Array) -> tuple:
+        return objective(joined(trained, params), target_params, batch, key)
+
+    gradient = jax.grad(loss, has_aux=True)
+
+    def of_parts(trained: PyTree, params: PyTree, target_params: PyTree, batch: Batch, key: jax.Array) -> tuple:
         # Every accumulate-th transition, so that each device has its share of each part.
         parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def add(total: tuple, part: tuple[Batch, jax.Array]) -> tuple[tuple, None]:
-            return jax.tree.map(jnp.add, total, gradient(params, target_params, *part)), None
+            return jax.tree.map(jnp.add, total, gradient(trained, params, target_params, *part)), None
 
         keys = jax.random.split(key, accumulate)
         first = jax.tree.map(lambda x: x[0], (parts, keys))
         zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, target_params, *first)
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, trained, params, target_params, *first)
         )
         (gradients, metrics), _ = jax.lax.scan(add, zeros, (parts, keys))
         summed = ("_sum", "_count")
@@ -169,17 +234,15 @@ def make_update(
     def update(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         take = gradient if accumulate == 1 else of_parts
-        gradients, metrics = take(state.params, state.target_params, batch, key)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        trained = trained_part(state.params, frozen)
+        gradients, metrics = take(trained, state.params, state.target_params, batch, key)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+        params = joined(optax.apply_updates(trained, updates), state.params)
         step = state.step + 1
         target_params = optax.periodic_update(params, state.target_params, step, target_update_period)
         # Row by row: as one sum, XLA takes 2 s on a CPU for 40 games' heads (40 x 918 is no multiple of 32).
         squares = {
-            jax.tree_util.keystr(path, simple=True, separator="/"): (
-                jax.lax.optimization_barrier(jnp.square(x).sum(-1)).sum(),
-                x.size,
-            )
+            _path_name(path): (jax.lax.optimization_barrier(jnp.square(x).sum(-1)).sum(), x.size)
             for path, x in jax.tree_util.tree_leaves_with_path(gradients)
         }
         metrics["grad_norm"] = jnp.sqrt(sum(total for total, _ in squares.values()))
@@ -195,7 +258,7 @@ def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     *,
-    target_update_period: int = 2_000,
+    target_update_period: int = TARGET_UPDATE_PERIOD,
     seed: int = 0,
     accumulate: int = 1,
     shardings: PyTree = None,
@@ -226,6 +289,7 @@ def memory_needed(
     accumulate: int = 1,
     parts: int = 1,
     split: bool = False,
+    frozen: tuple[str, ...] = (),
 ) -> dict[str, int]:
     """Bytes that a step takes on a device, reckoned before anything is compiled.
 
@@ -235,6 +299,7 @@ def memory_needed(
         accumulate: as in `make_update`.
         parts: devices that share the batch.
         split: they share the state, too.
+        frozen: as in `make_optimizer`.
 
     Returns:
         `state` (parameters, target, Adam's moments) and `gradients`; `activations`: what the backward pass needs of
@@ -245,17 +310,23 @@ def memory_needed(
     part = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
 
     def kept(params: PyTree, target_params: PyTree, part: Batch) -> Any:
-        loss = lambda params: objective(params, target_params, part, jax.random.key(0))[0]  # noqa: E731
-        return jax.vjp(loss, params)[1]
+        loss = lambda trained: objective(joined(trained, params), target_params, part, jax.random.key(0))[0]  # noqa: E731
+        return jax.vjp(loss, trained_part(params, frozen))[1]
 
     residuals = jax.tree.leaves(jax.eval_shape(kept, state.params, state.target_params, part))
-    params = devices.tree_bytes(state.params)
     needed = {
         "state": devices.tree_bytes(state) // (parts if split else 1),
-        "gradients": params * (2 if accumulate > 1 else 1),
-        "activations": max(devices.tree_bytes(residuals) - params, 0),
+        "gradients": devices.tree_bytes(trained_part(state.params, frozen)) * (2 if accumulate > 1 else 1),
+        "activations": _bytes_without(residuals, state.params),
     }
     return needed | {"total": sum(needed.values())}
+
+
+def _bytes_without(residuals: list[jax.ShapeDtypeStruct], params: PyTree) -> int:
+    """Bytes of residuals that are not parameters, which are counted elsewhere; told apart by shape and dtype."""
+    kinds = Counter((tuple(x.shape), jnp.dtype(x.dtype)) for x in residuals)
+    kinds -= Counter((tuple(x.shape), jnp.dtype(x.dtype)) for x in jax.tree.leaves(params))
+    return sum(count * math.prod(shape) * dtype.itemsize for (shape, dtype), count in kinds.items())
 
 
 def check_memory(needed: dict[str, int], device: jax.Device) -> None:
@@ -325,9 +396,11 @@ def train(
             return
         (step, metrics, transitions), unchecked = unchecked, None
         values = jax.device_get(metrics)
+        (counts,) = (value for name, value in values.items() if name.endswith("_count"))
+        if len(counts) != len(games):
+            raise MethodError(f"an objective's sums per game have {len(games)} numbers, this one's {len(counts)}.")
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             intact = False
-            (counts,) = (value for name, value in values.items() if name.endswith("_count"))
             names = ", ".join(game for game, count in zip(games, counts) if count)
             raise Diverged(
                 f"the loss is {values['loss']} at step {step} ({_scalars(values)}). "
@@ -435,6 +508,102 @@ def resume(
             log.append(row)
             yield state, log
     checkpoints.close()
+
+
+# Parameters that a checkpoint repeats: what the network is, what it was trained to do, and how its outputs are read.
+ABOUT = (
+    "method", "encoder", "head", "rewards", "hidden_sizes", "embedding", "normalize_features", "group_size",
+    "subtract_mean_frames", "narrow_start", "num_atoms", "v_min", "v_max", "dtype", "seed",
+)  # fmt: skip
+
+
+def start_devices(p: Any) -> Mesh:
+    """Join the other processes, if any, and make the mesh that a notebook's parameters ask for.
+
+    Raises:
+        DeviceError: there are no such devices, or the batch cannot be split over them.
+    """
+    devices.join_cluster(p.distributed)
+    mesh = devices.make_mesh(p.num_devices)
+    devices.check_batch(p.games_per_batch * p.transitions_per_game, mesh, p.accumulate)
+    cache_compiled_programs()
+    return mesh
+
+
+class Trainer:
+    """What a training loop needs beside network and objective: batches, devices, checkpoints and a log.
+
+    Attributes:
+        share: (number of this process, processes).
+    """
+
+    def __init__(self, p: Any, data: Replay, mesh: Mesh, folder: Path, own: Path):
+        """Nothing is read or written yet.
+
+        Args:
+            p: parameters as those of `04_scaled_training`.
+            data: an open store.
+            mesh: from `start_devices`.
+            folder: of the run, for checkpoints that all its processes share.
+            own: of this process, for its log.
+        """
+        self.p, self.data, self.mesh, self.folder, self.own = p, data, mesh, folder, own
+        self.share = (jax.process_index(), jax.process_count())
+        self._sampling = {name: getattr(p, name) for name in ("games_per_batch", "transitions_per_game", "n_step")}
+
+    def batch(self, kind: str = "transitions", step: int = 0) -> Batch:
+        """A step's whole batch; `kind` as of `Method.batches`."""
+        batch = replay.sample_batch(self.data, self.p.seed, step, discount=self.p.discount, **self._sampling)
+        return next(self._labelled(iter([batch]), step, np.s_[:])) if kind == "returns" else batch
+
+    def batches(self, kind: str, first: int) -> Iterator[Batch]:
+        """This process's shares of the batches of steps `first` to the last."""
+        how = {"processes": self.p.sampling_processes, "discount": self.p.discount, "shard": self.share}
+        batches = replay.sample_batches(self.data, self.p.seed, first, self.p.num_steps, **how, **self._sampling)
+        mine = replay.share_of(self.p.games_per_batch * self.p.transitions_per_game, self.share)
+        return self._labelled(batches, first, mine) if kind == "returns" else batches
+
+    def _labelled(self, batches: Iterator[Batch], first: int, mine: slice) -> Iterator[Batch]:
+        """Batches whose rewards are returns to go."""
+        returns = [replay.returns_to_go(self.data, game, self.p.discount) for game in self.data.games]
+        for step, batch in enumerate(batches, first):
+            index = replay.sample_indices(self.data, self.p.seed, step, **self._sampling)[1][mine]
+            yield replay.label_with_returns(batch, index, returns)
+
+    def check_memory(self, objective: Objective, optimizer: Optimizer, state: TrainState) -> dict[str, int]:
+        """`memory_needed`, if a device has it.
+
+        Raises:
+            OutOfMemory: it has not; see `check_memory`.
+        """
+        split = (self.p.accumulate, self.mesh.size, self.p.shard_parameters)
+        needed = memory_needed(objective, state, self.batch(), *split, frozen=optimizer.frozen)
+        check_memory(needed, self.mesh.local_devices[0])
+        return needed
+
+    def steps(
+        self, objective: Objective, optimizer: Optimizer, state: TrainState, kind: str = "transitions", part: str = ""
+    ) -> Iterator[tuple[TrainState, "MetricsLog"]]:
+        """Train, or resume, to the last step; yields and raises as `resume`, closed as there.
+
+        Args:
+            objective: what a step minimises.
+            optimizer: the one that made `state`.
+            state: of a network that has not been trained.
+            kind: as of `Method.batches`.
+            part: folder below the run's, of a network that is trained before the one that plays.
+        """
+        p = self.p
+        shardings = devices.state_shardings(state, self.mesh, split=p.shard_parameters)
+        options = {"target_update_period": p.target_update_period, "accumulate": p.accumulate, "seed": p.seed}
+        train_step = make_train_step(objective, optimizer, shardings=shardings, **options)
+        about = {name: getattr(p, name) for name in ABOUT}
+        about |= {"games": self.data.games, "dataset": self.data.identity()}
+        checkpoints = Checkpoints(self.folder / part / "checkpoints", about, p.keep_checkpoint_every)
+        kept = {"checkpoints": checkpoints, "log_file": self.own / part / "metrics.jsonl"}
+        periods = {"log_every": p.log_every, "checkpoint_every": p.checkpoint_every}
+        batches = partial(self.batches, kind)
+        return resume(state, train_step, batches, self.data.games, shardings=shardings, **kept, **periods)
 
 
 @contextlib.contextmanager
@@ -565,6 +734,7 @@ class Checkpoints:
             {name: [np.asarray(x).dtype.name, np.asarray(x).tolist()] for name, x in row.items()} for row in window
         ]
         step, about = int(state.step), {"run": self.about, "crc32": _crc32(state, steps), "window": steps}
+        about["params_crc32"] = _crc32(state.params, [])  # for those who read nothing else: `transfer.load`
         items = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), about=ocp.args.JsonSave(about))
         self._writing(lambda: self._manager.save(step, args=items, force=True), step)
 
@@ -640,7 +810,7 @@ class Checkpoints:
     def _compare_arrays(where: Path, metadata: PyTree, abstract: PyTree) -> None:
         """Refuse arrays of other names, shapes or dtypes than stored, before anything is read or cast."""
         stored, expected = (
-            {jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(x.dtype).name} {list(x.shape)}"
+            {_path_name(path): f"{np.dtype(x.dtype).name} {list(x.shape)}"
              for path, x in jax.tree_util.tree_leaves_with_path(tree)}
             for tree in (metadata, abstract)
         )  # fmt: skip
@@ -658,7 +828,46 @@ class Checkpoints:
             )
 
 
-def _crc32(state: TrainState, window: list) -> int:
+def read_params(folder: str | Path) -> tuple[Path, dict[str, Any], dict[str, np.ndarray]]:
+    """The newest checkpoint's parameters, whatever network they are of; the folder may be a running run's.
+
+    Args:
+        folder: of `Checkpoints`.
+
+    Returns:
+        the checkpoint's folder, named after its step; `about` of `Checkpoints`; arrays by their path, as of
+        `flat_params`.
+
+    Raises:
+        CheckpointError: there is none, it is not one of ours, or it is damaged.
+    """
+    folder = Path(folder).resolve()
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    if not steps:
+        raise CheckpointError(f"{folder}: there is no checkpoint. Name a run that has trained until its first one.")
+    where = folder / str(max(steps))
+    try:
+        stored = json.loads((where / "about" / "metadata").read_text(encoding="utf-8"))
+        about = stored["run"]
+        metadata = ocp.StandardCheckpointer().metadata(where / "state").item_metadata["params"]
+        abstract = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), metadata)}
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
+        how = ocp.args.PyTreeRestore(item=abstract, restore_args=on_host, partial_restore=True)
+        params = ocp.PyTreeCheckpointer().restore(where / "state", args=how)["params"]
+    except Exception as error:  # Orbax raises many kinds
+        raise CheckpointError(
+            f"{where}: cannot be read as a checkpoint of a training run ({type(error).__name__}: {error}). Choose "
+            "another run, or move this folder elsewhere: the checkpoint before it is then read."
+        ) from error
+    if _crc32(params, []) != stored.get("params_crc32", _crc32(params, [])):  # older checkpoints do not have it
+        raise CheckpointError(
+            f"{where}: its parameters differ from their CRC-32. Move this folder elsewhere: the checkpoint before it "
+            "is then read."
+        )
+    return where, about, flat_params(params)
+
+
+def _crc32(state: PyTree, window: list) -> int:
     crc = zlib.crc32(json.dumps(window).encode()) if window else 0
     for leaf in jax.tree.leaves(devices.whole(state)):
         crc = zlib.crc32(np.ascontiguousarray(leaf), crc)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from scaled_ql.defaults import ENCODERS, GROUP_SIZE
+
 Dtype = Any
 kaiming = nnx.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
 
@@ -269,16 +271,10 @@ def _convolutions(layers: tuple, channels: int, *, dtype: Dtype, rngs: nnx.Rngs)
     return nnx.Sequential(*parts)
 
 
-ENCODERS: dict[str, Callable[..., nnx.Module]] = {
-    "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3), 64),
-    "resnet50": partial(ResNet, BottleneckBlock, (3, 4, 6, 3), 64),
-    "resnet101": partial(ResNet, BottleneckBlock, (3, 4, 23, 3), 64),
-    "resnet152": partial(ResNet, BottleneckBlock, (3, 8, 36, 3), 64),
-    "resnet_narrow": partial(ResNet, BasicBlock, (1, 1, 1, 1), 16),
-    "impala_x1": partial(Impala, 1),
-    "impala_x4": partial(Impala, 4),
-    "impala_x8": partial(Impala, 8),
-    "impala_x16": partial(Impala, 16),
+FAMILIES: dict[str, Callable[..., nnx.Module]] = {
+    "resnet_basic": partial(ResNet, BasicBlock),
+    "resnet_bottleneck": partial(ResNet, BottleneckBlock),
+    "impala": Impala,
     "nature": Nature,
     "nature_narrow": NarrowNature,
 }
@@ -288,7 +284,7 @@ def make_encoder(
     name: str,
     *,
     channels: int = 4,
-    group_size: int = 4,
+    group_size: int = GROUP_SIZE,
     remat: bool = False,
     dtype: Dtype = jnp.float32,
     rngs: nnx.Rngs,
@@ -296,7 +292,7 @@ def make_encoder(
     """An encoder by name.
 
     Args:
-        name: a key of `ENCODERS`.
+        name: a key of `defaults.ENCODERS`.
         channels: frames in an observation.
         group_size: channels per group of the group normalisation (the paper's "group size of 4").
         remat: compute each block again for the backward pass instead of keeping what is within: less memory, a third
@@ -309,4 +305,6 @@ def make_encoder(
     """
     if name not in ENCODERS:
         raise ValueError(f"unknown encoder {name!r}; there are {', '.join(ENCODERS)}.")
-    return ENCODERS[name](channels=channels, group_size=group_size, remat=remat, dtype=dtype, rngs=rngs)
+    family, *arguments = ENCODERS[name]
+    how = {"channels": channels, "group_size": group_size, "remat": remat, "dtype": dtype, "rngs": rngs}
+    return FAMILIES[family](*arguments, **how)

@@ -3,18 +3,17 @@
 import functools
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 from flax import nnx
 
+from scaled_ql.defaults import GROUP_SIZE, HIDDEN_SIZES, NUM_ATOMS, Embedding, Head
 from scaled_ql.games import NUM_ACTIONS
 from scaled_ql.networks.encoders import Dtype, make_encoder
-
-Embedding = Literal["pointwise", "sum", "none"]
-Head = Literal["c51", "hl_gauss", "two_hot", "mse"]
 
 
 class SpatialEmbedding(nnx.Module):
@@ -164,11 +163,11 @@ def make_q_network(
     head: Head = "c51",
     seed: int = 0,
     *,
-    num_atoms: int = 51,
-    hidden_sizes: tuple[int, ...] = (2048, 1024, 1024, 1024),
+    num_atoms: int = NUM_ATOMS,
+    hidden_sizes: tuple[int, ...] = HIDDEN_SIZES,
     embedding: Embedding = "pointwise",
     normalize_features: bool = True,
-    group_size: int = 4,
+    group_size: int = GROUP_SIZE,
     stack_size: int = 4,
     mean_frames: np.ndarray | None = None,
     head_bias: np.ndarray | None = None,
@@ -182,9 +181,7 @@ def make_q_network(
     and heads from a truncated normal of variance 1 / fan in; biases at 0.
 
     Args:
-        encoder: a key of `networks.ENCODERS`: ``resnet34``, ``resnet50``, ``resnet101``, ``resnet152``,
-            ``resnet_narrow``, ``impala_x1``, ``impala_x4``, ``impala_x8``, ``impala_x16``, ``nature`` or
-            ``nature_narrow``.
+        encoder: a key of `networks.ENCODERS`.
         num_games: heads.
         head: ``c51``, ``hl_gauss``, ``two_hot``: logits [B, 18, num_atoms]; ``mse``: values [B, 18].
         seed: of the initial parameters.
@@ -236,3 +233,32 @@ def count_parameters(*modules: Any) -> int:
     trees = [nnx.state(module, nnx.Param) if isinstance(module, nnx.Module) else module for module in modules]
     leaves = jax.tree_util.tree_leaves_with_path(trees)
     return sum(leaf.size for path, leaf in leaves if "mean_frames" not in jax.tree_util.keystr(path))
+
+
+def layers(network: QNetwork, stack_size: int = 4) -> pd.DataFrame:
+    """The parts of a network in their order, from the observation to the heads.
+
+    Args:
+        network: whose parts.
+        stack_size: frames in an observation.
+
+    Returns:
+        columns layer, output (its shape for one observation, in words; of the heads that of one game's), parameters
+        (trained ones; of the heads those of all games).
+    """
+    image = jax.ShapeDtypeStruct((1, 84, 84, stack_size), network.dtype)
+    pixels = "pixels" if network.mean_frames is None else "pixels less their mean"
+    rows = [
+        (f"observation, {pixels}", image.shape[1:], ()),
+        ("encoder", jax.eval_shape(network.encoder, image).shape[1:], (network.encoder,)),
+        (f"spatial embedding: {network.embedding.kind}", (network.embedding.features,), (network.embedding,)),
+    ]
+    for number, layer in enumerate(network.hidden):
+        norm = (network.layer_norm,) if number == 0 and network.layer_norm else ()
+        rows.append(("dense, layer norm, ReLU" if norm else "dense, ReLU", (layer.out_features,), (layer, *norm)))
+    if network.normalize:
+        rows.append(("feature normalisation", (network.hidden[-1].out_features,), ()))
+    head = (NUM_ACTIONS,) if network.num_outputs == 1 else (NUM_ACTIONS, network.num_outputs)
+    rows.append(("heads", head, (network.head_kernel, network.head_bias)))
+    named = [(layer, " × ".join(map(str, shape)), count_parameters(*parts)) for layer, shape, parts in rows]
+    return pd.DataFrame(named, columns=["layer", "output", "parameters"])

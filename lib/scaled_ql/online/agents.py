@@ -8,7 +8,7 @@ Defaults are the settings of Dopamine's C51 (Castro et al., 2018): support, opti
 protocol. What differs from its agents: the Nature network has no padding, as in Mnih et al. (2015), where Dopamine's
 pads (``SAME``), and its initial kernels are He et al.'s normal ones where Dopamine's are uniform; many environments
 step side by side, on parameters of one step ago. With ``mse`` the optimizer and the squared error are C51's and
-`objectives.q_learning`'s; Dopamine's DQN minimises Huber's loss with Adam (learning rate 6.25e-5, epsilon 1.5e-4) or,
+`methods.q_learning`'s; Dopamine's DQN minimises Huber's loss with Adam (learning rate 6.25e-5, epsilon 1.5e-4) or,
 in TensorFlow, RMSProp.
 """
 
@@ -21,7 +21,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from scaled_ql import objectives
+from scaled_ql import methods
+from scaled_ql.defaults import TARGET_UPDATE_PERIOD
 from scaled_ql.evaluation import QFunction, make_q_function
 from scaled_ql.networks.q_network import Head, QNetwork
 from scaled_ql.replay.batch import Batch
@@ -41,7 +42,7 @@ class Learner(NamedTuple):
     """
 
     state: TrainState
-    update: Callable[[TrainState, Batch], tuple[TrainState, objectives.Metrics]]
+    update: Callable[[TrainState, Batch], tuple[TrainState, methods.Metrics]]
     greedy: Callable[[PyTree, np.ndarray], jax.Array]
     q_function: Callable[[PyTree, int], QFunction]
     shared: bool
@@ -56,7 +57,7 @@ def independent_learners(
     head: Head = "c51",
     atoms: jax.Array | None = None,
     double_q: bool = False,
-    target_update_period: int = 2_000,
+    target_update_period: int = TARGET_UPDATE_PERIOD,
 ) -> Learner:
     """An agent per game, each with its own network: parameters are stacked, and one program is mapped over games.
 
@@ -65,11 +66,13 @@ def independent_learners(
         num_actions: size of each game's minimal action set.
         optimizer: optimizer of each agent.
         seed: game g starts from `build(seed + g)`.
-        head: ``c51``, ``mse`` (plain DQN), or another of `objectives.q_learning`.
+        head: ``c51``, ``mse`` (plain DQN), or another of `methods.q_learning`.
         atoms: atoms of a categorical head.
-        double_q: as in `objectives.q_learning`.
+        double_q: as in `methods.q_learning`.
         target_update_period: updates between copies to the target networks.
     """
+
+    method = methods.q_learning(head=head, alpha=0.0, atoms=atoms, double_q=double_q)
 
     def parameters(seed: jax.Array) -> PyTree:
         return nnx.to_pure_dict(nnx.split(build(seed), nnx.Param)[1])
@@ -80,16 +83,16 @@ def independent_learners(
     sizes, key = jnp.array(num_actions), jax.random.key(seed)
 
     def update(state: TrainState, batch: Batch, size: jax.Array, key: jax.Array) -> tuple:
-        objective = objectives.q_learning(graph, size[None], head=head, alpha=0.0, atoms=atoms, double_q=double_q)
+        objective = method.objective(graph, size[None])
         return make_update(objective, optimizer, target_update_period)(state, batch, key)
 
     def greedy(params: PyTree, stacks: jax.Array, size: jax.Array) -> jax.Array:
-        prefer = objectives.preferences(graph, size[None], head=head, atoms=atoms)
+        prefer = method.preferences(graph, size[None])
         game = jnp.zeros(len(stacks), jnp.int32)
         return prefer(params, stacks.transpose(0, 2, 3, 1), game).argmax(-1)
 
     def q_function(params: PyTree, number: int) -> QFunction:
-        prefer = objectives.preferences(graph, [num_actions[number]], head=head, atoms=atoms)
+        prefer = method.preferences(graph, [num_actions[number]])
         own = jax.tree.map(lambda leaf: leaf[number], params)
         return make_q_function(prefer, own, 0, num_actions[number])
 
@@ -138,15 +141,16 @@ def multi_task_learner(
     head: Head = "c51",
     atoms: jax.Array | None = None,
     double_q: bool = False,
-    target_update_period: int = 2_000,
+    target_update_period: int = TARGET_UPDATE_PERIOD,
 ) -> Learner:
     """One agent for all games, with a head for each; see `independent_learners`, but `build` makes G heads."""
     graph, variables = nnx.split(build(jnp.int32(seed)), nnx.Param)
     params = jax.tree.map(jnp.copy, nnx.to_pure_dict(variables))
     state = TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
-    objective = objectives.q_learning(graph, num_actions, head=head, alpha=0.0, atoms=atoms, double_q=double_q)
+    method = methods.q_learning(head=head, alpha=0.0, atoms=atoms, double_q=double_q)
+    objective = method.objective(graph, num_actions)
     compiled = jax.jit(make_update(objective, optimizer, target_update_period), donate_argnums=0)
-    prefer, key = objectives.preferences(graph, num_actions, head=head, atoms=atoms), jax.random.key(seed)
+    prefer, key = method.preferences(graph, num_actions), jax.random.key(seed)
 
     @jax.jit
     def greedy(params: PyTree, stacks: jax.Array) -> jax.Array:

@@ -1,0 +1,42 @@
+"""Names to choose from, and defaults that several modules share: Table B.1's where the paper has a value.
+
+Nothing is imported here, so that parameters are checked without JAX.
+"""
+
+from typing import Literal
+
+NUM_ATOMS, V_MIN, V_MAX = 51, -20.0, 20.0  # of the categorical support (appendix B.2)
+HIDDEN_SIZES = (2048, 1024, 1024, 1024)
+GROUP_SIZE = 4  # channels per group of the ResNets' group normalisation
+LEARNING_RATE, ADAM_EPSILON = 2e-4, 3.125e-4  # epsilon is not in the paper; see `training.make_optimizer`
+TARGET_UPDATE_PERIOD = 2_000  # gradient steps
+TAU, KAPPA = 0.3, 1.0  # of bcq; of return_bc
+
+# name: (family, its arguments); built by `networks.encoders`
+ENCODERS = {
+    "resnet34": ("resnet_basic", (3, 4, 6, 3), 64),
+    "resnet50": ("resnet_bottleneck", (3, 4, 6, 3), 64),
+    "resnet101": ("resnet_bottleneck", (3, 4, 23, 3), 64),
+    "resnet152": ("resnet_bottleneck", (3, 8, 36, 3), 64),
+    "resnet_narrow": ("resnet_basic", (1, 1, 1, 1), 16),
+    "impala_x1": ("impala", 1),
+    "impala_x4": ("impala", 4),
+    "impala_x8": ("impala", 8),
+    "impala_x16": ("impala", 16),
+    "nature": ("nature",),
+    "nature_narrow": ("nature_narrow",),
+}
+
+# name: (file of `methods` with a function of that name, the parameters that concern it: its arguments, where `atoms` is
+# made of v_min, v_max and num_atoms; and `rewards`, if it sees them)
+_Q_LEARNING = ("rewards", "head", "alpha", "atoms", "double_q", "scale_rewards", "dr3", "random_shift")
+METHODS = {
+    "cql": ("q_learning", _Q_LEARNING),
+    "bcq": ("q_learning", (*_Q_LEARNING, "tau")),
+    "bc": ("cloning", ("random_shift",)),
+    "return_bc": ("cloning", ("rewards", "atoms", "kappa", "random_shift")),
+}
+
+Head = Literal["c51", "hl_gauss", "two_hot", "mse"]
+Embedding = Literal["pointwise", "sum", "none"]
+Rewards = Literal["real", "zero", "shuffled"]

@@ -1,0 +1,41 @@
+"""Equations in rendered notebooks: LaTeX becomes MathML, which browsers show without a script from the web."""
+
+from jinja2 import pass_context
+from jinja2.runtime import Context
+from latex2mathml.converter import convert
+from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+
+
+class ReportExporter(HTMLExporter):
+    """As nbconvert's, with equations that need neither a network nor MathJax."""
+
+    @pass_context
+    def markdown2html(self, context: Context, source: str) -> str:
+        """A text cell, in place of the parent's, which leaves LaTeX to MathJax."""
+        cell, resources = context.get("cell", {}), context.get("resources", {})
+        renderer = _Renderer(
+            escape=False,
+            attachments=cell.get("attachments", {}),
+            embed_images=self.embed_images,
+            path=resources.get("metadata", {}).get("path", ""),
+            anchor_link_text=self.anchor_link_text,
+            exclude_anchor_links=self.exclude_anchor_links,
+        )
+        return MarkdownWithMath(renderer=renderer).render(source)
+
+
+class _Renderer(IPythonRenderer):
+    def block_math(self, body: str) -> str:
+        return _to_mathml(body, "block") or super().block_math(body)
+
+    def inline_math(self, body: str) -> str:
+        return _to_mathml(body, "inline") or super().inline_math(body)
+
+
+def _to_mathml(latex: str, display: str) -> str:
+    """MathML, or an empty string where the LaTeX is not understood: it is then shown as it is written."""
+    try:
+        return convert(latex.strip(), display=display)
+    except Exception:  # latex2mathml's errors have no base of their own
+        return ""

@@ -1,0 +1,174 @@
+"""What every method is made of: the `Method` record, and the parts that objectives share."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from scaled_ql import losses
+from scaled_ql.defaults import Head, Rewards
+from scaled_ql.games import NUM_ACTIONS
+from scaled_ql.networks import make_q_network
+from scaled_ql.replay.batch import Batch
+
+PyTree = Any
+Metrics = dict[str, jax.Array]
+Objective = Callable[[PyTree, PyTree, Batch, jax.Array], tuple[jax.Array, Metrics]]
+Preferences = Callable[[PyTree, jax.Array, jax.Array], jax.Array]
+
+
+class MethodError(TypeError):
+    """A loss or an objective that does not give what training needs; the message says what it gave."""
+
+
+class Method(NamedTuple):
+    """What tells a method apart from the others: one record, which training, evaluation and reports read.
+
+    Attributes:
+        minimises: what a step minimises, in Markdown with LaTeX, with this method's weights.
+        build: (encoder, number of games, seed, **architecture of `networks.make_q_network`) -> the network.
+        objective: (graph, sizes of the games' action sets, reward scale float32 [games] or None) -> the objective:
+            (params, target_params, batch, key) -> (loss, metrics). What metrics must hold says `checked_objective`.
+        preferences: (graph, sizes) -> jitted (params, uint8 [B, 84, 84, 4], game int32 [B]) -> float32 [B, 18], -inf
+            outside the game's set: the largest is played. None: the trained network cannot play.
+        metrics: names of the metrics that are plotted and their titles; of the first there are sums per game, too.
+        batches: ``transitions``, or ``returns``: transitions whose reward is the discounted return from there on.
+        scales_rewards: whether the objective divides rewards by `replay.reward_scales`.
+        before: by the name of a part of the network, the method that trains it first; it is frozen afterwards.
+        values: what `preferences` are, for a figure's axis.
+        samples: whether the policy softmax(preferences) is evaluated, too.
+        distributions: (graph, sizes, reward scale) -> (params, target_params, batch) -> predicted and target
+            distribution of the data's actions, each float32 [B, N]; None: there are none to compare.
+    """
+
+    minimises: str
+    build: Callable[..., nnx.Module]
+    objective: Callable[..., Objective]
+    preferences: Callable[[nnx.GraphDef, list[int]], Preferences] | None
+    metrics: Mapping[str, str]
+    batches: Literal["transitions", "returns"] = "transitions"
+    scales_rewards: bool = False
+    before: Mapping[str, "Method"] = MappingProxyType({})
+    values: str = "Q(s, a)"
+    samples: bool = False
+    distributions: Callable[..., Callable] | None = None
+
+    def stages(self, network: nnx.Module) -> list[tuple[str, "Method", nnx.Module]]:
+        """What is trained one after the other: (folder below the run's, method, network or part of it)."""
+        return [(name, method, getattr(network, name)) for name, method in self.before.items()] + [("", self, network)]
+
+
+def build_network(encoder: str, num_games: int, seed: int = 0, *, head: Head, **architecture: Any) -> nnx.Module:
+    """`networks.make_q_network` with a method's head, for `Method.build`."""
+    return make_q_network(encoder, num_games, head, seed, **architecture)
+
+
+def action_masks(num_actions: list[int]) -> jax.Array:
+    """bool [games, 18]: which actions each game has, from the sizes of their minimal sets."""
+    return jnp.arange(NUM_ACTIONS) < jnp.array(num_actions)[:, None]
+
+
+def outputs(
+    network: nnx.Module,
+    observation: jax.Array,
+    game: jax.Array,
+    augment: Callable[[jax.Array], jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """A network's outputs and the representation before its heads."""
+    features = network.features(observation, game, augment)
+    return network.heads(features, game), features.astype(jnp.float32)
+
+
+def shifts(
+    key: jax.Array, size: int, pixels: int
+) -> tuple[Callable[[jax.Array], jax.Array] | None, Callable[[jax.Array], jax.Array] | None]:
+    """Independent random shifts of a batch's two observations, or None where `pixels` is 0."""
+    if not pixels:
+        return None, None
+    offsets = [losses.random_offsets(one, size, pixels) for one in jax.random.split(key)]
+    return tuple(partial(jax.vmap(partial(losses.shift_image, pixels=pixels)), offset=offset) for offset in offsets)
+
+
+def by_game(name: str, values: jax.Array, game: jax.Array, games: int) -> Metrics:
+    """Sums and counts per game of values [B]."""
+    return {
+        f"{name}_sum": jax.ops.segment_sum(values, game, games),
+        f"{name}_count": jax.ops.segment_sum(jnp.ones_like(values), game, games),
+    }
+
+
+def masked_preferences(values: Callable, graph: nnx.GraphDef, num_actions: list[int]) -> Preferences:
+    """`Method.preferences` from values: (network, observation, game, mask bool [B, 18]) -> (values [B, 18], mask)."""
+    masks = action_masks(num_actions)
+
+    @jax.jit
+    def prefer(params: PyTree, observation: jax.Array, game: jax.Array) -> jax.Array:
+        preferred, mask = values(nnx.merge(graph, nnx.State(params)), observation, game, masks[game])
+        return jnp.where(mask, preferred, -jnp.inf)
+
+    return prefer
+
+
+def without_rewards(objective: Objective, rewards: Rewards) -> Objective:
+    """The control of an experiment: an objective that minimises the same loss on rewards that say nothing.
+
+    What it learns, it did not learn from rewards; frames, actions, discounts and terminations are untouched.
+
+    Args:
+        objective: objective of a method.
+        rewards: ``zero``: every reward is 0; ``shuffled``: each transition has the reward of another one of its game in
+            the batch, which keeps the rewards' distribution; ``real``: `objective` itself.
+    """
+    if rewards == "real":
+        return objective
+
+    def control(params: PyTree, target_params: PyTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        reward = jnp.zeros_like(batch.reward)
+        if rewards == "shuffled":
+            mixed = jnp.lexsort((jax.random.uniform(jax.random.fold_in(key, 1), reward.shape), batch.game))
+            reward = reward.at[jnp.argsort(batch.game)].set(batch.reward[mixed])
+        return objective(params, target_params, batch._replace(reward=reward), key)
+
+    return control
+
+
+def checked_objective(objective: Objective) -> Objective:
+    """An objective whose results are checked while it is traced, before anything is compiled.
+
+    Metrics are float scalars, averaged over the steps of a row of the log, one of which is ``loss``; and two arrays
+    float [games], ``<name>_sum`` and ``<name>_count``: sums over the batch's transitions of each game, and how many
+    they are, from which the log has ``<name>/<game>``. `by_game` makes them.
+
+    Raises:
+        MethodError: when it is traced, the objective returns something else.
+    """
+
+    def checked(params: PyTree, target_params: PyTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        returned = objective(params, target_params, batch, key)
+        if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], dict)):
+            raise MethodError(f"an objective returns (loss, metrics), this one {type(returned).__name__}.")
+        loss, metrics = returned
+        if np.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+            raise MethodError(f"an objective's loss is a float scalar, this one's {describe_array(loss)}.")
+        if "loss" not in metrics:
+            raise MethodError(f"an objective's metrics have a scalar loss, this one's only {', '.join(metrics)}.")
+        games = {name for name, value in metrics.items() if np.ndim(value)}
+        names = {name.removesuffix("_sum") for name in games if name.endswith("_sum")}
+        if len(names) != 1 or games != {f"{name}{suffix}" for name in names for suffix in ("_sum", "_count")}:
+            raise MethodError(
+                "an objective's metrics are scalars and one pair of sums per game, <name>_sum and <name>_count "
+                f"(`methods.common.by_game`), this one's arrays are {', '.join(sorted(games)) or 'none'}."
+            )
+        return returned
+
+    return checked
+
+
+def describe_array(value: Any) -> str:
+    """Dtype and shape in an error message, such as ``float32[18]``."""
+    return f"{jnp.result_type(value)}{list(np.shape(value))}"

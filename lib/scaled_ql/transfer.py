@@ -1,0 +1,163 @@
+"""Transfer: parts of a trained network go into a new one, for games that it has never seen (section 5.2, appendix B.4).
+
+::
+
+    source = transfer.load(run_folder)
+    network = networks.make_q_network(num_games=1, head="c51", seed=seed, **source.architecture)
+    optimizer = training.make_optimizer(5e-5, frozen=source.names("encoder"))  # or () to fine-tune all of it
+    graph, state = transfer.init_state(network, optimizer, source, "encoder")
+
+The paper transfers the visual encoder and begins the feed-forward part again. It does not say to which of the two the
+spatial embedding belongs. Per-game mean frames are constants of the old network's games and stay with it.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from scaled_ql import training
+from scaled_ql.networks import QNetwork
+from scaled_ql.networks.encoders import GroupNorm
+from scaled_ql.training import CheckpointError, PyTree, TrainState
+
+Parts = Literal["encoder", "encoder + embedding", "all but the head"]
+MODULES: dict[Parts, tuple[str, ...]] = {  # of a `QNetwork`
+    "encoder": ("encoder",),
+    "encoder + embedding": ("encoder", "embedding"),
+    "all but the head": ("encoder", "embedding", "hidden", "layer_norm"),
+}
+# What a checkpoint's `about` says of how the network was built: arguments of `networks.make_q_network`.
+ARCHITECTURE = ("encoder", "num_atoms", "hidden_sizes", "embedding", "normalize_features", "group_size")
+
+
+class TransferError(ValueError):
+    """A part that does not fit the new network; the message names it, and both shapes."""
+
+
+class Source(NamedTuple):
+    """A trained Q-network, or cloning network.
+
+    Attributes:
+        folder: of the checkpoint, named after its step.
+        about: of the run: how the network was built, `games` and `dataset` that it was trained on, `method`, `seed`.
+        params: arrays by their path in a `QNetwork`'s parameters, such as ``hidden/0/kernel``.
+    """
+
+    folder: Path
+    about: dict[str, Any]
+    params: dict[str, np.ndarray]
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """Keyword arguments of `networks.make_q_network` that build such a network, but for its games and its head."""
+        return {name: self.about[name] for name in ARCHITECTURE}
+
+    def names(self, parts: Parts) -> tuple[str, ...]:
+        """The names of parameters to freeze, for `training.make_optimizer`; an embedding may have none.
+
+        Raises:
+            ValueError: no such parts.
+        """
+        return tuple(name for name in _modules(parts) if any(training.is_part(path, [name]) for path in self.params))
+
+
+def _modules(parts: Parts) -> tuple[str, ...]:
+    if parts not in MODULES:
+        raise ValueError(f"parts = {parts!r}; there are {', '.join(map(repr, get_args(Parts)))}.")
+    return MODULES[parts]
+
+
+def load(run: str | Path) -> Source:
+    """Read the network of a run's newest checkpoint; of ``bcq`` the Q-network.
+
+    Args:
+        run: the folder of a run of `04_scaled_training`, or of its checkpoints.
+
+    Raises:
+        CheckpointError: there is no checkpoint, it is damaged, or it is not of a network that can be read here.
+    """
+    folder = Path(run)
+    folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    where, about, params = training.read_params(folder)
+    missing = [name for name in (*ARCHITECTURE, "games", "method") if name not in about]
+    if missing:
+        raise CheckpointError(
+            f"{where}: does not say how its network was built ({', '.join(missing)} missing). Choose a run of "
+            "04_scaled_training."
+        )
+    if any(path.startswith("q/") for path in params):
+        params = {path.removeprefix("q/"): leaf for path, leaf in params.items() if path.startswith("q/")}
+    if not any(training.is_part(path, ["encoder"]) for path in params):
+        raise CheckpointError(f"{where}: holds no encoder, only {', '.join(params)}. Choose another run.")
+    return Source(where, about, params)
+
+
+def graft(params: PyTree, source: Source, parts: Parts) -> PyTree:
+    """Parameters of a new network with parts of an old one in place of its own.
+
+    Args:
+        params: of a new `QNetwork`, with any games and any head; not changed.
+        source: from `load`.
+        parts: ``encoder``, ``encoder + embedding`` (spatial), ``all but the head``.
+
+    Returns:
+        a new tree. What was not taken is that of `params`, mean frames in any case.
+
+    Raises:
+        ValueError: no such parts.
+        TransferError: a part has other arrays in the two networks.
+    """
+    ours = training.flat_params(params)
+    for name in _modules(parts):
+        for path in sorted(path for path in ours.keys() | source.params.keys() if training.is_part(path, [name])):
+            theirs, own = _shape(source.params.get(path)), _shape(ours.get(path))
+            if theirs != own:
+                raise TransferError(
+                    f"part {name!r} does not fit: {path} is {theirs} in {source.folder}, {own} in the new network. "
+                    "Build the new network as that one was, or take fewer parts."
+                )
+    taken = {path for path in ours if training.is_part(path, _modules(parts))}
+    leaves = [jnp.array(source.params[path]) if path in taken else leaf for path, leaf in ours.items()]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def _shape(leaf: Any) -> str:
+    return "absent" if leaf is None else f"{np.dtype(leaf.dtype).name} {list(leaf.shape)}"
+
+
+def graft_state(state: TrainState, source: Source, parts: Parts) -> TrainState:
+    """The state of a run that has not begun, with parts of an old network in its own and its target network.
+
+    Args, raises: as of `graft`.
+    """
+    params = graft(state.params, source, parts)
+    return state._replace(params=params, target_params=jax.tree.map(jnp.copy, params))  # steps donate both
+
+
+def init_state(
+    network: QNetwork, optimizer: optax.GradientTransformation, source: Source, parts: Parts
+) -> tuple[nnx.GraphDef, TrainState]:
+    """`training.init_state`, with parts of an old network in the new one.
+
+    Raises:
+        ValueError: no such parts.
+        TransferError: as `graft`; or the networks' modules compute something else with the same arrays.
+    """
+    own = {module.group_size for _, module in nnx.iter_modules(network) if isinstance(module, GroupNorm)}
+    if own - {source.about["group_size"]}:
+        raise TransferError(
+            f"part 'encoder' does not fit: group_size is {source.about['group_size']} in {source.folder}, "
+            f"{', '.join(map(str, own))} in the new network. Build the new network as that one was."
+        )
+    if parts == "all but the head" and network.normalize != source.about["normalize_features"]:
+        raise TransferError(
+            f"the features do not fit: normalize_features is {source.about['normalize_features']} in {source.folder}, "
+            f"{network.normalize} in the new network. Build the new network as that one was, or take fewer parts."
+        )
+    graph, state = training.init_state(network, optimizer)
+    return graph, graft_state(state, source, parts)

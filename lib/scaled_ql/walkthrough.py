@@ -1,0 +1,141 @@
+"""What one transition pulls at, and how that changes with the head, alpha and n: the walkthrough's exercise."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scaled_ql import losses
+from scaled_ql.methods.common import action_masks
+from scaled_ql.networks.q_network import Head
+from scaled_ql.replay import Replay
+
+Forward = Callable[[np.ndarray, np.ndarray], jax.Array]  # observation [B, 84, 84, S], game [B] -> logits [B, A, N]
+
+
+class Pull(NamedTuple):
+    """One transition's target, and what descent on its loss does to the logits and the values at its state.
+
+    Attributes:
+        action: of the data.
+        predicted: [N], the return distribution of that action.
+        target: [N], the distribution that it is to become; None where only the value has a target (``mse``).
+        target_mean: expected return of the target.
+        td_gradient: [A, N], of the TD error with respect to the logits.
+        cql_gradient: [A, N], of alpha * CQL.
+        td_push: [A], `push_on_q` of the TD error.
+        cql_push: [A], `push_on_q` of alpha * CQL.
+    """
+
+    action: int
+    predicted: np.ndarray
+    target: np.ndarray | None
+    target_mean: float
+    td_gradient: np.ndarray
+    cql_gradient: np.ndarray
+    td_push: np.ndarray
+    cql_push: np.ndarray
+
+
+def push_on_q(logits: jax.Array, gradient: jax.Array, atoms: jax.Array) -> jax.Array:
+    """How fast Q [A] changes when logits [A, N] descend along a gradient [A, N] of theirs: - dQ/dlogits . gradient.
+
+    It is the change per unit of step size, to first order, as if the logits themselves were the parameters.
+    """
+    return jax.jvp(lambda x: losses.expected_q(x, atoms), (logits,), (-gradient,))[1]
+
+
+def pull(
+    logits_t: jax.Array,
+    action_t: jax.Array,
+    reward: jax.Array,
+    discount: jax.Array,
+    target_logits_tn: jax.Array,
+    mask: jax.Array,
+    atoms: jax.Array,
+    head: Head = "c51",
+    alpha: float = 0.05,
+) -> Pull:
+    """What one transition pulls at.
+
+    Args:
+        logits_t, action_t, reward, discount, target_logits_tn, atoms: as of `losses.c51_loss`.
+        mask: bool [A], the game's actions.
+        head: whose TD error. That of ``mse`` is of the distribution's mean here; a network with an MSE head has no
+            distribution, and outputs that value.
+        alpha: weight of the CQL regulariser.
+    """
+    predicted, mean, td, cql, *pushes = _gradients(
+        logits_t, action_t, reward, discount, target_logits_tn, mask, atoms, alpha, head=head
+    )
+    arrays = [np.asarray(x) for x in (td, cql, *pushes)]
+    # The gradient of a cross-entropy is the prediction less the target.
+    target = None if head == "mse" else np.asarray(predicted - td[action_t])
+    return Pull(
+        int(action_t), np.asarray(predicted), target, float(mean if target is None else target @ atoms), *arrays
+    )
+
+
+@partial(jax.jit, static_argnames="head")
+def _gradients(
+    logits_t: jax.Array,
+    action_t: jax.Array,
+    reward: jax.Array,
+    discount: jax.Array,
+    target_logits_tn: jax.Array,
+    mask: jax.Array,
+    atoms: jax.Array,
+    alpha: float,
+    head: Head,
+) -> tuple[jax.Array, ...]:
+    """The prediction, the scalar target, both gradients and both pushes of a `Pull`."""
+    q_tn = losses.expected_q(target_logits_tn, atoms)
+    backup = (action_t, reward, discount, target_logits_tn, q_tn, mask)
+    td_loss = {
+        "c51": lambda x: losses.c51_loss(x, *backup, atoms),
+        "hl_gauss": lambda x: losses.histogram_loss(x, *backup, atoms, losses.hl_gauss),
+        "two_hot": lambda x: losses.histogram_loss(x, *backup, atoms, losses.two_hot),
+        "mse": lambda x: losses.mse_loss(losses.expected_q(x, atoms), action_t, reward, discount, q_tn, q_tn, mask),
+    }[head]
+    td = jax.grad(td_loss)(logits_t)
+    cql = jax.grad(lambda x: alpha * losses.cql_loss(losses.expected_q(x, atoms), action_t, mask))(logits_t)
+    scalar = reward + discount * q_tn[losses.greedy_action(q_tn, mask)]
+    pushes = (push_on_q(logits_t, gradient, atoms) for gradient in (td, cql))
+    return jax.nn.softmax(logits_t[action_t]), scalar, td, cql, *pushes
+
+
+def what_if(
+    replay: Replay,
+    game: str,
+    index: int,
+    online: Forward,
+    target: Forward,
+    atoms: jax.Array,
+    *,
+    n_step: int,
+    discount: float,
+    head: Head = "c51",
+    alpha: float = 0.05,
+) -> Pull:
+    """What a recorded transition pulls at under given settings; see `pull`.
+
+    Args:
+        replay: an open store.
+        game: one of its games.
+        index: time index of the transition.
+        online: the online network.
+        target: the target network.
+        atoms: [N], the support.
+        n_step: steps summed before bootstrapping.
+        discount: per step.
+        head: whose TD error.
+        alpha: weight of the CQL regulariser.
+    """
+    batch = replay.batch(game, [index], n_step, discount)
+    logits, target_logits = online(batch.observation, batch.game)[0], target(batch.next_observation, batch.game)[0]
+    mask = action_masks([len(replay.action_names(game))])[0]
+    action, reward, after = (jnp.asarray(x[0]) for x in (batch.action, batch.reward, batch.discount))
+    return pull(logits, action, reward, after, target_logits, mask, atoms, head, alpha)
