@@ -2,6 +2,14 @@
 
 A step of a batch may carry a grid (`batches`). Finished runs are recognised, and interrupted ones resume from their
 checkpoints.
+
+On Slurm or Kubernetes, start the workers with dask-jobqueue or dask-kubernetes, one thread and one accelerator each::
+
+    cluster = SLURMCluster(
+        cores=1, processes=1, memory="64GB", job_extra_directives=["--gres=gpu:1"], walltime="24:00:00"
+    )
+    cluster.scale(16)
+    print(cluster.scheduler_address)  # for --scheduler; keep this process alive
 """
 
 import contextlib
