@@ -89,7 +89,7 @@ def import_dqn_replay(
     found = _find_runs(filesystem, root, games, runs)
 
     def plan(game: str, run: int) -> Plan:
-        return plan_run(url, found[game, run], destination, game, run, actions)
+        return plan_recording(url, found[game, run], destination, game, run, actions)
 
     return importing.run_import(
         destination, sorted(found), plan, convert,
@@ -145,7 +145,7 @@ def _expect_source(filesystem: fsspec.AbstractFileSystem, root: str) -> None:
         importing.expect_level(root, f"is the folder of one game, with the runs {', '.join(sorted(folders))}", 1)
 
 
-def plan_run(source: str, folder: str, destination: Path, game: str, run: int, action_set: str) -> Plan:
+def plan_recording(source: str, folder: str, destination: Path, game: str, run: int, action_set: str) -> Plan:
     """Which files a run has, which global numbers each of them adds, and what none of them holds.
 
     A file that is found to be bad here stays in the plan, to be reported in its turn.
@@ -195,7 +195,7 @@ def plan_run(source: str, folder: str, destination: Path, game: str, run: int, a
         parts.append(Part(target, number, _address(folder, "observation", number), content, source))
         before, previous = count, number
     manifest = _read_manifest(filesystem, logs, game, run, actions, action_set)
-    importing.prepare_run(Path(target), before, manifest, parts)
+    importing.prepare_recording(Path(target), before, manifest, parts)
     return Plan(manifest, parts, {"gaps": gaps})
 
 

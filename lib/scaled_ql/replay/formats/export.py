@@ -48,13 +48,13 @@ def export_dqn_replay(
                 folder.mkdir(parents=True, exist_ok=True)
                 if any(folder.iterdir()):
                     raise ReplayError(f"{folder}: is not empty. Choose another destination, or delete it.")
-                _export_run(replay, game, manifest["run"], folder, rows_per_file)
+                _export_recording(replay, game, manifest["run"], folder, rows_per_file)
                 (folder / MANIFEST).write_bytes(encode_manifest(manifest))
             except OSError as error:
                 raise ReplayError(f"{folder}: cannot be written ({error}). Make room, or choose another.") from error
 
 
-def _export_run(replay: Replay, game: str, run: int, folder: Path, capacity: int) -> None:
+def _export_recording(replay: Replay, game: str, run: int, folder: Path, capacity: int) -> None:
     log = _Log(replay, game, run)
     for number in range(-(-(log.num_rows + 1) // capacity)):
         count = min((number + 1) * capacity - 1, log.num_rows)

@@ -1,8 +1,8 @@
-"""What all imports share: files become parts, parts become a run; on Dask or in this process.
+"""What all imports share: files become parts, parts become a recording; on Dask or in this process.
 
 ::
 
-    plan(game, run)   which files there are, and where in the run's arrays each one's rows belong
+    plan(game, run)   which files there are, and where in the recording's arrays each one's rows belong
     convert(part)     one file: its rows into the arrays, its segments (pieces of episodes) into parts/<number>.arrow
     finish(run)       segments -> episode table -> read everything back and compare
 
@@ -42,10 +42,10 @@ OnProgress = Callable[[int, int], None]
 
 
 class Part(NamedTuple):
-    """One file of a run.
+    """One file of a recording.
 
     Attributes:
-        folder: of the run in the destination.
+        folder: the recording's folder in the destination.
         number: its place in the order of time.
         file: its path in the source, for the report.
         content: what its format needs to convert it; equal for equal results, wherever the source lies.
@@ -70,10 +70,10 @@ class Part(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is to be done for one run.
+    """What is to be done for one recording.
 
     Attributes:
-        manifest: of the run.
+        manifest: the recording's manifest.
         parts: its files, in the order of time.
         notes: for the report: what was found missing while planning.
     """
@@ -87,7 +87,7 @@ class Report(NamedTuple):
     """What an import did.
 
     Attributes:
-        transitions: in the runs that were asked for, those imported before included.
+        transitions: in the recordings that were asked for, those imported before included.
         gaps: stretches that no file holds, as {game, run, ...}.
         excluded: rows that are no transitions, as {game, run, file, row, reason}.
         left_out: files, or ends of files, that could not be read, as {game, run, file, row, reason}.
@@ -99,21 +99,21 @@ class Report(NamedTuple):
     left_out: list[dict[str, Any]]
 
 
-def prepare_run(folder: Path, rows: int, manifest: dict[str, Any], parts: list[Part]) -> None:
-    """Create a run's arrays, long enough for all of its files.
+def prepare_recording(folder: Path, rows: int, manifest: dict[str, Any], parts: list[Part]) -> None:
+    """Create a recording's arrays, long enough for all of its files.
 
     Raises:
         ReplayError: the destination cannot be written, or holds a recording or other files' contents.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _expect_same_run(folder, manifest, parts)
+        _expect_same_recording(folder, manifest, parts)
         fmt.grow(fmt.open_arrays(folder), rows)
     except fmt.STORE_ERRORS as error:
         raise ReplayError(f"{folder}: cannot be written ({fmt.said(error)}). Choose another destination.") from error
 
 
-def _expect_same_run(folder: Path, manifest: dict[str, Any], parts: list[Part]) -> None:
+def _expect_same_recording(folder: Path, manifest: dict[str, Any], parts: list[Part]) -> None:
     """Whether what is there came from this source, or from one with the same contents that lay elsewhere."""
     stored, file = folder / "manifest.json", folder / "import.json"
     if not stored.exists():
@@ -152,7 +152,7 @@ class Unreadable(ReplayError):
 
 
 class RowWriter:
-    """Collects rows and writes them in whole blocks, one block behind, so that reading goes on meanwhile."""
+    """Collects rows and writes them in whole blocks, one block behind, so that reading continues meanwhile."""
 
     def __init__(self, folder: Path, row: int):
         self._arrays = fmt.open_arrays(folder)
@@ -205,7 +205,7 @@ class RowWriter:
     def _error(self, error: Exception) -> ReplayError:
         return ReplayError(
             f"{self._folder}: cannot be written ({fmt.said(error)}). What was imported before is safe; make room, or "
-            "mend the permissions, and run the same import again to go on."
+            "mend the permissions, and run the same import again to resume."
         )
 
 
@@ -241,7 +241,7 @@ def describe_invalid(address: str, game: str, invalid: int, action: np.ndarray, 
     """What is wrong with a file of which `too_many` rows are invalid.
 
     Args:
-        address: of the file.
+        address: address of the file.
         game: its name.
         invalid: rows.
         action: integers [N], as the file has them.
@@ -305,14 +305,14 @@ def segment(
     """One unbroken stretch of transitions of one episode in one file.
 
     Args:
-        row: of its first transition in the run's arrays.
+        row: of its first transition in the recording's arrays.
         observation_crc32: uint32, CRC-32 of each frame; one more than actions where the last state is stored.
         action: integers [L].
         reward: float32 [L].
         terminal: the episode ends in the game with its last transition.
         continued: its episode began before it, and that is not in this file.
-        joins: it goes on where the last segment of the file before ended.
-        is_open: the next file may go on with it.
+        joins: it continues where the last segment of the file before ended.
+        is_open: the next file may continue it.
         **columns: more columns of the episode table.
     """
     content = fmt.step_records(observation_crc32, action, reward)
@@ -365,8 +365,8 @@ def convert_part(convert: Callable[[Part], tuple], part: Part, skip_bad: bool) -
         ) from error
 
 
-def finish_run(plan: Plan, order_by: list[str], usable: int) -> dict[str, Any]:
-    """Make the episode table of a run from its first `usable` parts, read everything back, write `import.json`.
+def finish_recording(plan: Plan, order_by: list[str], usable: int) -> dict[str, Any]:
+    """Make the episode table of a recording from its first `usable` parts, read everything back, write `import.json`.
 
     Raises:
         ReplayError: what was written is not what was read.
@@ -491,7 +491,7 @@ def run_import(
         plan: called as plan(game, run).
         convert: called with a part; returns (segments, report, what made it stop or None).
         order_by: columns of the segments that say the order of time.
-        skip_bad: go on after a file that cannot be read, and list it.
+        skip_bad: skip a file that cannot be read, and list it.
         workers: processes of a local Dask cluster; 0 converts in this process.
         scheduler: address of a running Dask scheduler instead.
         progress: called with (files done, files known).
@@ -539,7 +539,7 @@ def _run_tasks(
     def finish(key: tuple) -> None:
         usable = min(missing[key], default=len(plans[key].parts))
         if plans[key].parts:
-            submit("finish", key, 0, finish_run, plans[key], order_by, usable)
+            submit("finish", key, 0, finish_recording, plans[key], order_by, usable)
         else:
             reports[key] = {"transitions": 0, "gaps": [], "excluded": [], "left_out": [], **plans[key].notes}
 
@@ -580,7 +580,7 @@ def _run_tasks(
 
 
 def _finished(plan: Plan) -> dict[str, Any] | None:
-    """The report of a run that was imported from these very files, or None."""
+    """The report of a recording that was imported from these very files, or None."""
     if not plan.parts:
         return None
     folder = Path(plan.parts[0].folder)

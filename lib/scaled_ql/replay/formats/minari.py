@@ -79,7 +79,7 @@ def import_minari(
         raise ReplayError(f"{opened.id}: {error} Say which game it is with the argument game.") from error
 
     def plan(game: str, run: int) -> Plan:
-        return plan_run(opened, destination, game, run, actions)
+        return plan_recording(opened, destination, game, run, actions)
 
     return importing.run_import(
         destination, [(game, run)], plan, convert,
@@ -142,7 +142,7 @@ def game_of(dataset: str, spec: EnvSpec | None) -> str:
     return spec.name.removesuffix("NoFrameskip").removesuffix("Deterministic")
 
 
-def plan_run(dataset: "MinariDataset", destination: Path, game: str, run: int, actions: tuple[str, ...]) -> Plan:
+def plan_recording(dataset: "MinariDataset", destination: Path, game: str, run: int, actions: tuple[str, ...]) -> Plan:
     """Where the rows of each episode belong.
 
     Raises:
@@ -173,7 +173,7 @@ def plan_run(dataset: "MinariDataset", destination: Path, game: str, run: int, a
         source=f"Minari {dataset.id}",
         **rules_of(dataset.env_spec, space.shape, len(indices) > len(actions)),
     )
-    importing.prepare_run(target, row, manifest, parts)
+    importing.prepare_recording(target, row, manifest, parts)
     return Plan(manifest, parts, {})
 
 

@@ -109,7 +109,7 @@ def import_rl_unplugged(
         found += [(game, run) for run in sorted(runs or there)]
 
     def plan(game: str, run: int) -> Plan:
-        return plan_run(url, folders[game], destination, game, run, actions)
+        return plan_recording(url, folders[game], destination, game, run, actions)
 
     return importing.run_import(
         destination, found, plan, convert,
@@ -138,7 +138,7 @@ def _list_files(filesystem: fsspec.AbstractFileSystem, folder: str) -> dict[int,
     return {run: sorted(of_run) for run, of_run in files.items()}
 
 
-def plan_run(source: str, folder: str, destination: Path, game: str, run: int, action_set: str) -> Plan:
+def plan_recording(source: str, folder: str, destination: Path, game: str, run: int, action_set: str) -> Plan:
     """Which files a run has and which are missing.
 
     Raises:
@@ -164,7 +164,7 @@ def plan_run(source: str, folder: str, destination: Path, game: str, run: int, a
     missing = sorted(set(range(total)) - {file.number for file in files})
     gaps = [{"file": f"{folder}/run_{run}-{number:05}-of-{total:05}"} for number in missing]
     manifest = fmt.make_manifest(game, run, actions=actions, source=SOURCE, **PUBLISHED | {"action_set": action_set})
-    importing.prepare_run(target, total * ROWS_PER_FILE, manifest, parts)
+    importing.prepare_recording(target, total * ROWS_PER_FILE, manifest, parts)
     return Plan(manifest, parts, {"gaps": gaps})
 
 
