@@ -260,3 +260,11 @@ def test_the_most_frequent_action_is_counted_over_runs_and_games(outputs):
     compared = ablations.compare(ablations.gather(outputs), BASE, VARIANTS, **FEW).set_index("variant")
     assert compared.loc["C51", "top_action"] == pytest.approx(0.85)
     assert list(ablations.shown(compared.reset_index())["most frequent action, %"]) == ["", "85"]
+
+
+def test_a_run_with_a_loss_of_its_own_is_no_run_of_its_parameters(outputs):
+    file = outputs / "04_scaled_training" / "base.seed-1" / "summary.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"as_parameters_say": False}))
+    gathered = ablations.gather(outputs)
+    assert "base.seed-1" not in gathered.runs.index and len(gathered.runs) == 5
+    assert "a loss that its parameters do not name" in gathered.left_out.set_index("run").loc["base.seed-1", "why"]

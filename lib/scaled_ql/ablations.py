@@ -43,7 +43,7 @@ class Gathered(NamedTuple):
             episodes, truncated (share of them), cut (whether most were truncated before the protocol's limit), actions
             (by name, their shares of the agent's own choices; empty where there is no table of its episodes), and
             whatever else the run's summary says of the game.
-        left_out: columns run, why: unfinished, failed or unreadable runs.
+        left_out: columns run, why: unfinished, failed or unreadable runs, and those with a loss of their own.
     """
 
     runs: pd.DataFrame
@@ -73,6 +73,9 @@ def gather(folder: Path) -> Gathered:
             left_out.append({"run": name, "why": f"made by another version: {error}"})
             continue
         summary = runs.read_json(place.parent / "summary.json")
+        if not summary.get("as_parameters_say", True):
+            left_out.append({"run": name, "why": "trained with a loss that its parameters do not name"})
+            continue
         sizes = {"num_parameters": summary["parameters"], "paper_parameters": summary.get("paper_parameters", np.nan)}
         found[name] = values | {"data_id": summary["dataset"]} | sizes
         for game, row in summary["games"].items():
