@@ -327,7 +327,7 @@ def reward_control(table: pd.DataFrame, method: str, control: str) -> Figure:
             color = PLAYERS["agent"] if name == "agent" else PLAYERS["random"]
             axis.scatter(values, np.full(len(values), number), color=color, s=28, alpha=0.8, zorder=3)
         axis.set_yticks(range(len(arms)), arms)
-        axis.invert_yaxis()
+        axis.set_ylim(len(arms) - 0.5, -0.5)
         axis.axvline(here["dataset_return"].iloc[0], color="black", lw=1, label="data")
         axis.axvline(here["constant_return"].iloc[0], color="black", lw=1, ls=":", label="best constant action")
         axis.set(title=game, xlabel="mean episode return (raw)")
