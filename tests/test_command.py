@@ -216,8 +216,8 @@ QUICKSTART = "params/04_scaled_training/quickstart.yaml"
         ([QUICKSTART, "04_scaled_training"], f"Did you mean: scaled-ql run 04_scaled_training {QUICKSTART}"),
         (["04_scaled_training", "quickstart.yaml"], f"Did you mean: scaled-ql run 04_scaled_training {QUICKSTART}"),
         (["04_scaled_training", f"{QUICKSTART}x"], f"Did you mean: scaled-ql run 04_scaled_training {QUICKSTART}"),
-        (["x" * 300], "no such batch or notebook. There are 01_data_collection"),
-        (["x" * 300 + ".yaml"], "no such batch or notebook. There are 01_data_collection"),
+        (["x" * 300], "no such batch or notebook. There are 00_walkthrough"),
+        (["x" * 300 + ".yaml"], "no such batch or notebook. There are 00_walkthrough"),
         (["09_performance", "x" * 300], "no such file. There are"),
     ],
 )  # fmt: skip

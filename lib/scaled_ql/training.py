@@ -697,7 +697,8 @@ class Checkpoints:
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
         )
-        self.folder, self.about, self.window = Path(folder).resolve(), about, []
+        self.folder, self.window = Path(folder).resolve(), []
+        self.about = json.loads(json.dumps(about))  # as it will be read: a tuple is a list
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "about"))
         except OSError as error:
