@@ -117,7 +117,7 @@ def test_overlapping_scores_cannot_be_told_apart(tmp_path: Path) -> None:
         write(tmp_path, f"b{seed}", scores_of(other, other, other), seed=seed, head="mse")
     gathered = ablations.gather(tmp_path)
     table = ablations.compare(gathered, BASE, VARIANTS, **FEW)
-    assert list(ablations.difference(gathered, table, "C51", "MSE", **FEW)["verdict"]) == ["cannot tell"]
+    assert list(ablations.difference(gathered, table, "C51", "MSE", **FEW)["verdict"]) == ["inconclusive"]
 
 
 def test_missing_runs_are_commands_that_make_them(outputs: Path) -> None:

@@ -161,11 +161,11 @@ def test_a_step_without_enough_memory_is_refused_before_compiling():
     assert parts["activations"] == small["activations"]
     assert reckon(64, parts=4, split=True)["state"] == small["state"] // 4
     training.check_memory(small, jax.devices()[0])
-    with pytest.raises(devices.OutOfMemory, match=r"reckoned to take [\d.]+ GB .* Raise accumulate, set remat"):
+    with pytest.raises(devices.OutOfMemory, match=r"estimated to take [\d.]+ GB .* Raise accumulate, set remat"):
         training.check_memory(small | {"total": 10**15}, jax.devices()[0])
 
 
-def test_the_reckoned_memory_is_what_a_compiler_reserves():
+def test_the_estimated_memory_is_what_a_compiler_reserves():
     network = networks.make_q_network("resnet_narrow", 3, "c51", hidden_sizes=(512,))
     optimizer = training.make_optimizer()
     graph, state = training.init_state(network, optimizer)

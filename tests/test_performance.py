@@ -61,8 +61,8 @@ def test_forward_flops_are_the_sum_over_layers_by_hand(encoder):
     layers, features = encoder()
     hidden = (2048, 1024, 1024, 1024)
     expected = layers + dense([features, *hidden]) + 2 * 1024 * 40 * NUM_ACTIONS * 51
-    reckoned = performance.forward_cost(encoder.__name__, 40).flops
-    assert reckoned == pytest.approx(expected, rel=0.02)  # padding of the stem
+    estimated = performance.forward_cost(encoder.__name__, 40).flops
+    assert estimated == pytest.approx(expected, rel=0.02)  # padding of the stem
 
 
 def test_a_steps_bytes_by_hand():
@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_named_and_the_others_are_measured(monkeypatch):
         ["nature_narrow"], ["float32"], [2, 4_096], limits, num_games=2, seconds=0.01, **SMALL
     )
     assert table["batch"].tolist() == [2]
-    assert len(refused) == 1 and "nature_narrow, float32, batch 4096: a step is reckoned to take" in refused[0]
+    assert len(refused) == 1 and "nature_narrow, float32, batch 4096: a step is estimated to take" in refused[0]
 
 
 def test_pytorchs_network_is_of_the_same_size():

@@ -324,7 +324,7 @@ def difference(
     Returns:
         a row for each value of the other parameter (one row without): difference, low, high, improvement (probability
         that a run of the first beats one of the second in a game), verdict: ``yes`` (the first is better: the interval
-        lies above 0), ``no`` (below 0), ``cannot tell``, ``missing``, ``refused`` (the missing ones were evaluated
+        lies above 0), ``no`` (below 0), ``inconclusive``, ``missing``, ``refused`` (the missing ones were evaluated
         otherwise) or ``no score`` (most episodes were cut short), and refused (the runs of the last two, in words).
     """
     axis = [name for name in compared.columns[1:2] if name != "runs"]
@@ -349,7 +349,7 @@ def difference(
             low, high = metrics.difference_interval(scores, others, statistic, replicates, seed=seed)
             row |= {"difference": float(statistic(scores) - statistic(others)), "low": float(low), "high": float(high)}
             row["improvement"] = float(metrics.probability_of_improvement(scores, others))
-            row["verdict"] = "yes" if low > 0 else "no" if high < 0 else "cannot tell"
+            row["verdict"] = "yes" if low > 0 else "no" if high < 0 else "inconclusive"
         rows.append(row)
     return pd.DataFrame(rows, columns=[*axis, *VERDICT_COLUMNS])
 
@@ -417,7 +417,7 @@ def verdicts(differences: pd.DataFrame) -> list[str]:
     words = {
         "yes": "supported here",
         "no": "contradicted here",
-        "cannot tell": "cannot be told from these runs",
+        "inconclusive": "inconclusive",
         "missing": "not tried here, runs are missing",
         "refused": "no verdict, these runs were evaluated otherwise: ",
         "no score": "no verdict, most episodes were cut short in ",

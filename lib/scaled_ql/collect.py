@@ -27,7 +27,7 @@ Player = Callable[[np.ndarray, np.ndarray], str]  # 128 bytes of RAM, now and a 
 
 # Where things are in RAM: the Atari Annotated RAM Interface (Anand et al., 2019).
 def play_pong(ram: np.ndarray, before: np.ndarray) -> str:
-    """Keep the middle of the paddle, 8 below its top, where the ball will be: the paddle goes on moving for a while."""
+    """Keep the middle of the paddle, 8 below its top, where the ball will be: the paddle keeps moving for a while."""
 
     def ahead(byte: int) -> float:
         position, moved = int(ram[byte]), int(ram[byte]) - int(before[byte])

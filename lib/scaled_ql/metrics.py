@@ -74,7 +74,7 @@ def _runs_and_tasks(scores: np.ndarray) -> np.ndarray:
     """Scores as float64 [..., runs, tasks].
 
     Raises:
-        ValueError: none, or some that are no numbers.
+        ValueError: none, or non-finite scores.
     """
     scores = np.atleast_2d(np.asarray(scores, np.float64))
     if not scores.size or not np.isfinite(scores).all():
@@ -138,15 +138,15 @@ def interval(
         replicates: resampled data sets.
         confidence: of the interval.
         seed: equal seeds give equal intervals.
-        over: ``"runs"``: stratified, each task's runs are drawn anew: how sure is this for these tasks? ``"tasks"``:
-            tasks are drawn anew with all their runs: all that one run allows, and an answer to another question (how
+        over: ``"runs"``: stratified, each task's runs are resampled: how sure is this for these tasks? ``"tasks"``:
+            tasks are resampled with all their runs: all that one run allows, and an answer to another question (how
             sure is it for games like these?), so say it in the caption.
 
     Returns:
         (low, high), each of the statistic's shape.
 
     Raises:
-        ValueError: one run and ``over="runs"``, whose interval would have no width; scores that are no numbers.
+        ValueError: one run and ``over="runs"``, whose interval would have no width; non-finite scores.
     """
     scores = _runs_and_tasks(scores)
     if over not in ("runs", "tasks"):

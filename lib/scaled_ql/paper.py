@@ -1,7 +1,7 @@
 """The paper's systems and ours, side by side: raw scores, printed numbers, and the tables that its figures show.
 
 Scores are tidy: a row per system, run and game, columns system, run, game, agent_return and human_normalized (a
-fraction). The paper has one run of each system, so its intervals can only come from drawing games anew.
+fraction). The paper has one run of each system, so its intervals can only come from resampling games.
 """
 
 import functools

@@ -349,7 +349,7 @@ def from_notebook(notebook: str, namespace: dict[str, Any]) -> Parameters:
 
     A parameters cell is one of assignments only that sets a known parameter or was injected; all its names count,
     so that a misspelt one is an error, where papermill itself only warns. Unknown names are forgotten again, so
-    that correcting the cell and executing it anew is enough.
+    that correcting the cell and executing it again is enough.
 
     Args:
         notebook: its name without ``.ipynb``.

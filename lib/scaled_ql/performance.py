@@ -1,4 +1,4 @@
-"""What training costs: reckoned, measured, and beside the device's own limits. `09_performance` shows it.
+"""What training costs: estimated, measured, and beside the device's own limits. `09_performance` shows it.
 
 Every time is a median of runs on random data that were waited for, after some that were not counted. Compile times are
 those of `lower` and `compile` without a cache, unless JAX_COMPILATION_CACHE_DIR is set.
@@ -42,7 +42,7 @@ def median_seconds(work: Callable[[], Any], seconds: float, least: int = 3) -> f
 
     Args:
         work: returns arrays of a device, or anything else.
-        seconds: how long to go on.
+        seconds: duration.
         least: calls that count, however long they take.
     """
     for _ in range(2):
@@ -198,7 +198,7 @@ def make_step(encoder: str, num_games: int = 40, *, seed: int = 0, **architectur
 def measure_step(
     encoder: str, batch_size: int, limits: Ceilings, *, num_games: int = 40, seconds: float = 5.0, **architecture: Any
 ) -> dict[str, Any]:
-    """One training step of C51 and CQL, reckoned and measured, its batch already on the device.
+    """One training step of C51 and CQL, estimated and measured, its batch already on the device.
 
     Args:
         encoder, num_games, architecture: as in `networks.make_q_network`.
@@ -207,11 +207,10 @@ def measure_step(
         seconds: of measurement.
 
     Returns:
-        `ms`, `transitions/s`; `GFLOP` reckoned (`step_flops`) and `GFLOP, compiled`, as the compiler counts; `share of
-        peak`: reckoned FLOPs a second, of those of a matrix product in the same dtype; `floor, ms`: the least time, if
-        products ran at that peak; `moved, GB` reckoned (`step_bytes`) and `moved, GB, compiled`; `floor of memory, ms`:
-        the least time to move what was reckoned, at the speed of a copy; `memory, GB` reckoned
-        (`training.memory_needed`) and `memory, GB, compiled`; `compile, s`.
+        `ms`, `transitions/s`; `GFLOP` estimated (`step_flops`) and `GFLOP, compiled`, as the compiler counts; `share of
+        peak`: estimated FLOPs a second, of those of a matrix product in the same dtype; `floor, ms`: the least time, if
+        products ran at that peak; `moved, GB` estimated (`step_bytes`) and `moved, GB, compiled`; `floor of memory,
+        ms`: the least time to move that estimate, at the speed of a copy; `memory, GB` estimated (`training.memory_needed`) and `memory, GB, compiled`; `compile, s`.
     """
     dtype = architecture.get("dtype", "float32")
     step, batch = make_step(encoder, num_games, **architecture), random_batch(batch_size, num_games)

@@ -575,7 +575,7 @@ def step_times(table: pd.DataFrame) -> Figure:
     for dtype, rows in table.groupby("dtype", sort=False):
         rows = rows.sort_values("GFLOP")
         axis.plot(rows["GFLOP"], rows["floor, ms"], color=colors[dtype], ls="--", lw=1, label=f"at the peak, {dtype}")
-    axis.set(xscale="log", yscale="log", xlabel="GFLOP of a step (reckoned)", ylabel="time of a step (ms)")
+    axis.set(xscale="log", yscale="log", xlabel="GFLOP of a step (estimated)", ylabel="time of a step (ms)")
     axis.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 

@@ -291,7 +291,7 @@ def memory_needed(
     split: bool = False,
     frozen: tuple[str, ...] = (),
 ) -> dict[str, int]:
-    """Bytes that a step takes on a device, reckoned before anything is compiled.
+    """Bytes that a step takes on a device, estimated before anything is compiled.
 
     Args:
         objective: of the step.
@@ -339,7 +339,7 @@ def check_memory(needed: dict[str, int], device: jax.Device) -> None:
     if needed["total"] > free:
         numbers = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in needed.items() if name != "total")
         raise devices.OutOfMemory(
-            f"a step is reckoned to take {needed['total'] / 1e9:.1f} GB ({numbers}); {device.device_kind} has "
+            f"a step is estimated to take {needed['total'] / 1e9:.1f} GB ({numbers}); {device.device_kind} has "
             f"{free / 1e9:.1f} GB free. Raise accumulate, set remat, shard_parameters (several devices) or dtype "
             "bfloat16, use a smaller encoder, or lower games_per_batch (which is another experiment)."
         )
@@ -637,7 +637,7 @@ def _average(window: list[dict[str, np.ndarray]], games: list[str]) -> dict[str,
 
 
 class MetricsLog:
-    """Rows of metrics in a JSON-lines file; a resumed run goes on behind its checkpoint's step."""
+    """Rows of metrics in a JSON-lines file; a resumed run continues after its checkpoint's step."""
 
     def __init__(self, file: str | Path, step: int):
         """Keep the rows up to `step`: what came after it will be done again."""
@@ -754,7 +754,7 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"{self.folder}: checkpoint {step} could not be written ({error}). Make room on the disk and run "
-                "again: training goes on from the last complete checkpoint."
+                "again: training resumes from the last complete checkpoint."
             ) from error
 
     def restore(self, state: TrainState) -> TrainState:

@@ -290,7 +290,7 @@ def read_report(content: bytes, where: str) -> dict[str, Any]:
     except (ValueError, TypeError, AttributeError) as error:
         raise ReplayError(
             f"{where}: not the report of an import ({type(error).__name__}: {error}). Run the same import again, which "
-            "writes it anew, or restore it from a copy."
+            "rewrites it, or restore it from a copy."
         ) from error
     return report
 
