@@ -210,7 +210,8 @@ def measure_step(
         `ms`, `transitions/s`; `GFLOP` estimated (`step_flops`) and `GFLOP, compiled`, as the compiler counts; `share of
         peak`: estimated FLOPs a second, of those of a matrix product in the same dtype; `floor, ms`: the least time, if
         products ran at that peak; `moved, GB` estimated (`step_bytes`) and `moved, GB, compiled`; `floor of memory,
-        ms`: the least time to move that estimate, at the speed of a copy; `memory, GB` estimated (`training.memory_needed`) and `memory, GB, compiled`; `compile, s`.
+        ms`: the least time to move that estimate, at the speed of a copy; `memory, GB` estimated
+        (`training.memory_needed`) and `memory, GB, compiled`; `compile, s`.
     """
     dtype = architecture.get("dtype", "float32")
     step, batch = make_step(encoder, num_games, **architecture), random_batch(batch_size, num_games)
