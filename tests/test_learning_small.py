@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from stacks import batch_of_stacks
 
 from scaled_ql import losses, methods, training
 from scaled_ql.games import NUM_ACTIONS
 from scaled_ql.networks.q_network import normalize_features
-from scaled_ql.replay.batch import Batch
 
 # A corridor: action 1 leads to the right, where a reward of 1 ends the episode; action 0 to the left.
 
@@ -46,7 +46,7 @@ def corridor():
     then = np.maximum(place + 2 * action - 1, 0)
     ends = then == LENGTH
     as_image = lambda x: np.minimum(x, LENGTH - 1).astype(np.uint8).reshape(-1, 1, 1, 1)  # noqa: E731
-    return Batch.of_stacks(
+    return batch_of_stacks(
         observation=as_image(place),
         action=action.astype(np.int32),
         reward=ends.astype(np.float32),
@@ -127,7 +127,7 @@ def random_play():
         if ended:
             frame, _ = env.reset()
     observation, action, reward, discount, then = map(np.array, zip(*rows))
-    return Batch.of_stacks(
+    return batch_of_stacks(
         observation=observation,
         action=action.astype(np.int32),
         reward=reward.astype(np.float32),

@@ -12,10 +12,10 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from stacks import batch_of_stacks
 
 from scaled_ql import losses, methods, training
 from scaled_ql.games import NUM_ACTIONS
-from scaled_ql.replay.batch import Batch
 
 ATOMS = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
 PRECISIONS = pytest.mark.parametrize("dtype, tolerance", [("float32", 2e-4), ("float64", 1e-10)])
@@ -357,7 +357,7 @@ class Table(nnx.Module):
 def test_batch_loss_and_its_gradient_equal_the_references(head, double_q):
     rng, alpha, atoms = np.random.default_rng(1), 0.3, np.linspace(-2, 2, 3)
     game, now, later = np.array([0, 1, 2, 0], np.int32), [0, 0, 1, 1], [1, 1, 0, 0]
-    batch = Batch.of_stacks(
+    batch = batch_of_stacks(
         observation=np.array(now, np.uint8).reshape(4, 1, 1, 1),
         action=np.array([2, 14, 6, 0], np.int32),
         reward=rng.normal(size=4),

@@ -16,6 +16,7 @@ import scipy.stats
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from stacks import batch_of_stacks
 from test_losses import (
     PRECISIONS,
     arrays,
@@ -35,7 +36,6 @@ from scaled_ql import losses, methods, parameters, training
 from scaled_ql.games import NUM_ACTIONS
 from scaled_ql.methods import common
 from scaled_ql.networks import BCQNetwork, make_q_network, q_network
-from scaled_ql.replay.batch import Batch
 
 ATOMS = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
 
@@ -429,7 +429,7 @@ def linear_params(seed, head="mse"):
 def linear_batch(reward=None):
     rng = np.random.default_rng(7)
     game = np.array([0, 1, 1, 0, 1], np.int32)
-    return Batch.of_stacks(
+    return batch_of_stacks(
         observation=np.array([0, 1, 2, 1, 0], np.uint8).reshape(ROWS, 1, 1, 1),
         action=np.array([1, 2, 0, 0, 1], np.int32),
         reward=rng.normal(size=ROWS) if reward is None else reward,
@@ -441,7 +441,7 @@ def linear_batch(reward=None):
 
 def show(batch, observation, next_observation):
     """The same transitions between other images."""
-    return Batch.of_stacks(observation, batch.action, batch.reward, batch.discount, next_observation, batch.game)
+    return batch_of_stacks(observation, batch.action, batch.reward, batch.discount, next_observation, batch.game)
 
 
 def to_network(params):

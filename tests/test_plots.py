@@ -7,11 +7,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from stacks import batch_of_stacks
 
 from scaled_ql import plots
 from scaled_ql.games import TRAINING_GAMES
 from scaled_ql.metrics import iqm
-from scaled_ql.replay.batch import Batch
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +153,7 @@ def test_learning_curves_are_those_of_the_methods_metrics_and_a_single_row_is_a_
 
 def test_transitions_say_action_reward_and_whether_there_is_a_bootstrap() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (2, 3, 84, 84, 4), np.uint8)
-    batch = Batch.of_stacks(
+    batch = batch_of_stacks(
         frames[0], np.int32([1, 0, 2]), np.float32([0.5, 0, -1]), np.float32([0.97, 0, 0.97]), frames[1],
         np.int32([0, 1, 1]),
     )  # fmt: skip

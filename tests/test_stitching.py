@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from stacks import batch_of_stacks
 
 from scaled_ql import methods, training
 from scaled_ql.games import NUM_ACTIONS
 from scaled_ql.networks import BCQNetwork
-from scaled_ql.replay.batch import Batch
 
 # Two halves. At the start (state 0) and in the middle (state 3) action 1 costs 1/4 and leads to 1, by states 1 and 4;
 # action 0 leads to 1/4, by states 2 and 5. Between these, action 0 goes on. All other actions end the episode.
@@ -98,7 +98,7 @@ def images():
 
 
 def to_batch(steps, reward):
-    return Batch.of_stacks(
+    return batch_of_stacks(
         observation=images()[steps.state],
         action=steps.action.astype(np.int32),
         reward=reward.astype(np.float32),

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from stacks import batch_of_stacks
 from test_losses import Table, reference_batch
 
 from scaled_ql import devices, losses, methods, training
@@ -51,7 +52,7 @@ def table_batch(number, games=(0, 1, 2), size=4):
     """Batch `number` of an endless stream, for a table."""
     rng = np.random.default_rng(number)
     game = rng.choice(games, size).astype(np.int32)
-    return Batch.of_stacks(
+    return batch_of_stacks(
         observation=rng.integers(NUM_STATES, size=(size, 1, 1, 1)).astype(np.uint8),
         action=rng.integers(np.array(NUM_GAME_ACTIONS)[game]).astype(np.int32),
         reward=rng.normal(size=size).astype(np.float32),
@@ -216,7 +217,7 @@ def bandit():
     rows = [(game, state, action) for game, state in best for action in range(NUM_GAME_ACTIONS[game])]
     game, state, action = np.array(rows, np.int32).T
     reward = np.array([1.0 if best[row[:2]] == row[2] else -0.5 * (1 + row[2]) / 3 for row in rows], np.float32)
-    batch = Batch.of_stacks(frames[state], action, reward, np.zeros(len(rows), np.float32), frames[state], game)
+    batch = batch_of_stacks(frames[state], action, reward, np.zeros(len(rows), np.float32), frames[state], game)
     return batch, np.array([best[row[:2]] for row in rows])
 
 
@@ -240,7 +241,7 @@ def test_loss_of_a_real_network_equals_the_reference_on_its_outputs():
     state = state._replace(target_params=jax.tree.map(lambda x: -1.5 * x, state.params))
     reward, discount = rng.normal(size=10).astype(np.float32), np.float32([0.9, 0] * 5)
     images = batch.observation
-    batch = Batch.of_stacks(images, batch.action, reward, discount, images[::-1], batch.game)
+    batch = batch_of_stacks(images, batch.action, reward, discount, images[::-1], batch.game)
     apply = jax.jit(functools.partial(training.apply, graph))
     outputs = np.asarray(apply(state.params, batch.observation, batch.game))
     target_outputs = np.asarray(apply(state.target_params, batch.next_observation, batch.game))

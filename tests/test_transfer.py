@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from stacks import batch_of_stacks
 
 from scaled_ql import devices, methods, networks, training, transfer
-from scaled_ql.replay.batch import Batch
 from scaled_ql.training import CheckpointError
 
 PARTS = tuple(transfer.MODULES)
@@ -33,7 +33,7 @@ def make_batch(number, size=4):
     rng = np.random.default_rng(number)
     frames = rng.integers(0, 256, (2, size, 84, 84, 4), np.uint8)
     action, reward = rng.integers(3, size=size).astype(np.int32), rng.normal(size=size).astype(np.float32)
-    return Batch.of_stacks(
+    return batch_of_stacks(
         frames[0], action, reward, np.full(size, 0.9, np.float32), frames[1], np.zeros(size, np.int32)
     )
 

@@ -172,7 +172,7 @@ def record_game(
 ) -> int:
     """Record whole episodes of a game until the store holds at least `num_transitions`; returns how many it holds.
 
-    Boxing, Breakout, Freeway and Pong are played by a script that reads RAM, with epsilon annealed from 1 to
+    The games of `SCRIPTED_PLAYERS` are played by a script that reads RAM, with epsilon annealed from 1 to
     `final_epsilon` over the first half; every other game at random. The right action is the most frequent one there, so
     that cloning such a player plays better than it did, and nothing is left to learn from rewards.
 

@@ -38,19 +38,3 @@ class Batch(NamedTuple):
         """uint8 [B, 84, 84, S], the stack at t + n; where `discount` is 0, the episode's last one."""
         rows = np.arange(len(self.next_stack))[:, None]
         return self.frames[rows, self.next_stack].transpose(0, 2, 3, 1)
-
-    @classmethod
-    def of_stacks(
-        cls,
-        observation: np.ndarray,
-        action: np.ndarray,
-        reward: np.ndarray,
-        discount: np.ndarray,
-        next_observation: np.ndarray,
-        game: np.ndarray,
-    ) -> "Batch":
-        """A batch from two stacks of frames each, [B, H, W, S], that share nothing."""
-        size, stack = observation.shape[0], observation.shape[-1]
-        frames = np.concatenate([observation, next_observation], axis=-1).transpose(0, 3, 1, 2)
-        next_stack = np.tile(np.arange(stack, 2 * stack, dtype=np.int32), (size, 1))
-        return cls(frames, next_stack, action, reward, discount, game)

@@ -56,7 +56,8 @@ EPISODE = {
 }  # fmt: skip
 
 
-# What TensorStore raises where the system refuses: which of them depends on the system's answer.
+# What reading and writing raise where the system refuses: TensorStore NotImplementedError for ENOSYS and EOPNOTSUPP and
+# ValueError for the rest, Python's own files OSError.
 STORE_ERRORS = (OSError, ValueError, NotImplementedError)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
@@ -135,13 +136,13 @@ class Recording:
         return np.concatenate(parts)
 
 
-class ChunkedRecording(Recording):
+class ChunkedRecording(Recording, ABC):
     """A recording of which single chunks can be read, without TensorStore; `chunks` says how."""
 
     @property
+    @abstractmethod
     def chunks(self) -> dict[str, Chunks]:
         """What can be read so, by name: the frames at least."""
-        raise NotImplementedError
 
     def _open_chunks(self, name: str, make_read: Callable[[int], Read]) -> Chunks:
         layout, tail = self.arrays[name].chunk_layout, self.arrays[name].shape[1:]
