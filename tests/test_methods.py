@@ -1042,6 +1042,12 @@ def test_predicted_and_target_distributions_are_those_of_the_loss(head):
     assert (np.asarray(target) > -1e-6).all() and np.abs(target - predicted).max() > 0.01
 
 
+def test_what_a_loss_of_ones_own_aims_at_is_not_shown():
+    """Of a loss that is no cross-entropy, prediction less gradient sums to 1 like a distribution, and is none."""
+    assert methods.q_learning(head="c51", td_loss=losses.c51_loss).distributions is None
+    assert methods.q_learning(head="c51").distributions is not None
+
+
 MADE_UP = """
 from scaled_ql.methods import cloning
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from scaled_ql import losses
 from scaled_ql.methods.common import action_masks
+from scaled_ql.methods.q_learning import TD_LOSSES
 from scaled_ql.networks.q_network import Head
 from scaled_ql.replay import Replay
 
@@ -68,9 +69,8 @@ def pull(
             distribution, and outputs that value.
         alpha: weight of the CQL regulariser.
     """
-    predicted, mean, td, cql, *pushes = _gradients(
-        logits_t, action_t, reward, discount, target_logits_tn, mask, atoms, alpha, head=head
-    )
+    transition = (logits_t, action_t, reward, discount, target_logits_tn)
+    predicted, mean, td, cql, *pushes = _gradients(transition, mask, atoms, alpha, head=head)
     arrays = [np.asarray(x) for x in (td, cql, *pushes)]
     # The gradient of a cross-entropy is the prediction less the target.
     target = None if head == "mse" else np.asarray(predicted - td[action_t])
@@ -81,26 +81,17 @@ def pull(
 
 @partial(jax.jit, static_argnames="head")
 def _gradients(
-    logits_t: jax.Array,
-    action_t: jax.Array,
-    reward: jax.Array,
-    discount: jax.Array,
-    target_logits_tn: jax.Array,
-    mask: jax.Array,
-    atoms: jax.Array,
-    alpha: float,
-    head: Head,
+    transition: tuple[jax.Array, ...], mask: jax.Array, atoms: jax.Array, alpha: float, head: Head
 ) -> tuple[jax.Array, ...]:
     """The prediction, the scalar target, both gradients and both pushes of a `Pull`."""
+    logits_t, action_t, reward, discount, target_logits_tn = transition
     q_tn = losses.expected_q(target_logits_tn, atoms)
-    backup = (action_t, reward, discount, target_logits_tn, q_tn, mask)
-    td_loss = {
-        "c51": lambda x: losses.c51_loss(x, *backup, atoms),
-        "hl_gauss": lambda x: losses.histogram_loss(x, *backup, atoms, losses.hl_gauss),
-        "two_hot": lambda x: losses.histogram_loss(x, *backup, atoms, losses.two_hot),
-        "mse": lambda x: losses.mse_loss(losses.expected_q(x, atoms), action_t, reward, discount, q_tn, q_tn, mask),
-    }[head]
-    td = jax.grad(td_loss)(logits_t)
+    if head == "mse":
+        backup = (action_t, reward, discount, q_tn, q_tn, mask)
+        td = jax.grad(lambda x: TD_LOSSES[head](losses.expected_q(x, atoms), *backup))(logits_t)
+    else:
+        backup = (action_t, reward, discount, target_logits_tn, q_tn, mask)
+        td = jax.grad(lambda x: TD_LOSSES[head](x, *backup, atoms=atoms))(logits_t)
     cql = jax.grad(lambda x: alpha * losses.cql_loss(losses.expected_q(x, atoms), action_t, mask))(logits_t)
     scalar = reward + discount * q_tn[losses.greedy_action(q_tn, mask)]
     pushes = (push_on_q(logits_t, gradient, atoms) for gradient in (td, cql))

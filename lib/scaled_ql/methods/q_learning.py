@@ -134,7 +134,7 @@ def q_learning(
 
     def distributions(graph: nnx.GraphDef, num_actions: list[int], reward_scale: np.ndarray | None = None) -> Callable:
         def of_one(*transition: jax.Array) -> tuple[jax.Array, jax.Array]:
-            # A cross-entropy's gradient is softmax(logits) - target, whatever the target is made of.
+            # A cross-entropy's gradient is softmax(logits) - target; so it is of each categorical one in TD_LOSSES.
             logits, action = transition[:2]
             predicted = jax.nn.softmax(logits[action])
             return predicted, predicted - jax.grad(loss)(*transition)[action]
@@ -161,7 +161,7 @@ def q_learning(
         preferences=partial(common.masked_preferences, values),
         metrics=METRICS,
         scales_rewards=scale_rewards == "yes" or (scale_rewards == "auto" and head == "mse"),
-        distributions=None if head == "mse" else distributions,
+        distributions=None if td_loss or head == "mse" else distributions,  # only a cross-entropy's can be told
     )
 
 
