@@ -205,3 +205,12 @@ def test_what_a_kind_of_player_does_not_use_is_refused() -> None:
     assert check("01_data_collection", {}).last_epsilon == 0.1
     assert check("01_data_collection", {"player": "two_minds"}).last_epsilon == 0.2
     assert check("01_data_collection", {"player": "two_minds", "final_epsilon": 0.0}).last_epsilon == 0.0
+
+
+def test_the_study_over_seeds_trains_the_quickstarts_agent():
+    folder = Path(__file__).parents[1] / "params" / "04_scaled_training"
+    ours, study = (
+        parameters.check("04_scaled_training", parameters.load(folder / f"{name}.yaml")).model_dump()
+        for name in ("quickstart", "five_seeds")
+    )
+    assert {name for name in ours if ours[name] != study[name]} == {"run", "eval_episodes"}

@@ -256,7 +256,7 @@ class Ablations(Parameters):
 class LearningFromReward(Parameters):
     """`05_learning_from_reward`."""
 
-    base: str = "quickstart.yaml"
+    base: str = "five_seeds.yaml"
     control: Literal["zero", "shuffled"] = "zero"
 
 
