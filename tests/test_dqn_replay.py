@@ -965,7 +965,7 @@ def test_folders_named_by_url(tmp_path, monkeypatch):
         ):
             assert (tmp_path / "own/Pong/1").is_dir()
     for command in (import_dqn_replay, export_dqn_replay):
-        with pytest.raises(ReplayError, match="gs://bucket/store: is on no local disk"):
+        with pytest.raises(ReplayError, match="gs://bucket/store: is not on a local disk"):
             command(tmp_path / (name if command is import_dqn_replay else f"{name} store"), "gs://bucket/store")
     assert not (tmp_path / "file:").exists() and not (tmp_path / "gs:").exists()
 

@@ -102,7 +102,7 @@ def test_an_interval_covers_as_often_as_it_says() -> None:
 @pytest.mark.parametrize(
     ("scores", "arguments", "words"),
     [
-        (SCORES[0], {}, "one run says nothing"),
+        (SCORES[0], {}, "one run does not show"),
         ([[1.0, np.nan]], {"over": "tasks"}, "finite"),
         ([], {}, "finite"),
         (SCORES, {"over": "seeds"}, "runs or tasks"),

@@ -375,7 +375,7 @@ def test_what_cannot_be_played_is_refused_before_anything_is(tmp_path):
 
 def test_a_store_of_something_else_is_not_continued(tmp_path):
     list(play(tmp_path, ["Breakout"], make_learner([4])))
-    with pytest.raises(ReplayError, match=r"other settings .*source: 'test' there, 'another' asked for"):
+    with pytest.raises(ReplayError, match=r"other settings .*source: 'test' stored, 'another' requested"):
         next(play(tmp_path, ["Breakout"], make_learner([4]), source="another"))
 
 

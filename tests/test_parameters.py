@@ -112,7 +112,7 @@ def test_table_b1_is_the_default() -> None:
 @pytest.mark.parametrize("value", [-1.0, "papers", True, float("nan"), None])
 def test_alpha_is_a_number_or_the_papers(value: object) -> None:
     assert [check("04_scaled_training", {"alpha": number}).alpha for number in (0, 0.0, 0.3)] == [0, 0.0, 0.3]
-    with pytest.raises(ParameterError, match="alpha: a number from 0 up, or the word paper, not"):
+    with pytest.raises(ParameterError, match="alpha: expected a number >= 0 or the word paper, got"):
         check("04_scaled_training", {"alpha": value})
 
 

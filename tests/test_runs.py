@@ -165,7 +165,7 @@ def test_a_failing_notebook_says_why_and_can_be_read(recording: Path, tmp_path: 
         ("03_data_exploration", {"dataset": "nowhere"}, "nowhere: no such replay folder."),
         ("03_data_exploration", {"dataset": "n" * 300}, "n: no such replay folder."),
         ("04_scaled_training", {"dataset": "RECORDING", "view": "pong_one_percnt"}, "Did you mean pong_one_percent?"),
-        ("04_scaled_training", {"dataset": "RECORDING", "view": "pong_one_percent"}, "the view asks for Pong; it has"),
+        ("04_scaled_training", {"dataset": "RECORDING", "view": "pong_one_percent"}, "the view names Pong; there are"),
         ("04_scaled_training", {"dataset": "RECORDING", "view": "/nowhere.yaml"}, "/nowhere.yaml: cannot be read"),
         ("03_data_exploration", {"dataset": "RECORDING", "game": "Pong"}, "game 'Pong' is not in"),
     ],

@@ -299,9 +299,9 @@ def test_rules_are_known_where_they_were_recorded(tmp_path):
     with open_writer(tmp_path, run=2, mode=1, life_loss_terminal=True) as writer:
         writer.append(**make_episode(0))
     assert open_replay(tmp_path).manifests("Pong")[1]["life_loss_terminal"] is True
-    with pytest.raises(TypeError, match="no modes; its rules are rewards"):
+    with pytest.raises(TypeError, match="unknown rules modes; a manifest's rules are rewards"):
         open_writer(tmp_path, run=3, modes=1)
-    with pytest.raises(ReplayError, match="mode: 1 there, 2 asked for"):
+    with pytest.raises(ReplayError, match="mode: 1 stored, 2 requested"):
         open_writer(tmp_path, run=2, mode=2, life_loss_terminal=True)
 
 

@@ -5,12 +5,12 @@ Nothing is imported here, so that parameters are checked without JAX.
 
 from typing import Literal
 
-NUM_ATOMS, V_MIN, V_MAX = 51, -20.0, 20.0  # of the categorical support (appendix B.2)
+NUM_ATOMS, V_MIN, V_MAX = 51, -20.0, 20.0  # categorical support (appendix B.2)
 HIDDEN_SIZES = (2048, 1024, 1024, 1024)
 GROUP_SIZE = 4  # channels per group of the ResNets' group normalisation
 LEARNING_RATE, ADAM_EPSILON = 2e-4, 3.125e-4  # epsilon is not in the paper; see `training.make_optimizer`
 TARGET_UPDATE_PERIOD = 2_000  # gradient steps
-TAU, KAPPA = 0.3, 1.0  # of bcq; of return_bc
+TAU, KAPPA = 0.3, 1.0  # for bcq; for return_bc
 
 # name: (family, its arguments); built by `networks.encoders`
 ENCODERS = {
@@ -27,8 +27,8 @@ ENCODERS = {
     "nature_narrow": ("nature_narrow",),
 }
 
-# name: (file of `methods` with a function of that name, the parameters that concern it: its arguments, where `atoms` is
-# made of v_min, v_max and num_atoms; and `rewards`, if it sees them)
+# name: (module of `methods` with a function of that name, its parameters: the arguments, with `atoms` for v_min, v_max
+# and num_atoms, and `rewards` if it uses them)
 _Q_LEARNING = ("rewards", "head", "alpha", "atoms", "double_q", "scale_rewards", "dr3", "random_shift")
 METHODS = {
     "cql": ("q_learning", _Q_LEARNING),

@@ -1,4 +1,4 @@
-"""YAML as its version 1.2 has it: what looks like text is text, and nothing that a file says is dropped in silence."""
+"""YAML 1.2: plain words stay text, and nothing in a file is dropped silently."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import yaml
 
 
 class DocumentError(ValueError):
-    """A file, or a value, that is not YAML, or says one thing twice."""
+    """A file or text that is not YAML, or that gives a key twice."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -31,7 +31,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either version would take for something else than text."""
+    """Quotes text that either version would read as another type."""
 
 
 def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
@@ -52,7 +52,7 @@ for _name, _pattern, _first in (
 
 
 def parse(text: str) -> Any:
-    """The value of a YAML document (JSON is one); None of an empty one.
+    """Parse a YAML (or JSON) document; an empty one is None.
 
     Raises:
         DocumentError: not YAML, or a key of a mapping is given twice.
@@ -67,7 +67,7 @@ def load(file: str | Path) -> Any:
     """Read a YAML file in UTF-8; see `parse`.
 
     Raises:
-        DocumentError: names the file: not readable, not YAML, or a key is given twice.
+        DocumentError: not readable, not YAML, or a key given twice; the message names the file.
     """
     try:
         return parse(Path(file).read_text(encoding="utf-8"))
@@ -76,5 +76,5 @@ def load(file: str | Path) -> Any:
 
 
 def dump(value: Any) -> str:
-    """A YAML document that `parse` reads as the same value, and readers of YAML 1.1 as well."""
+    """Serialise a value as YAML that `parse` and readers of YAML 1.1 read back unchanged."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)

@@ -26,7 +26,7 @@ T = TypeVar("T")
 FRAME_SKIP = 4
 STACK_SIZE = 4
 MAX_STEPS = 27_000  # agent steps, Table B.1: 108K frames
-STEP_SECONDS = 120.0  # environments that take longer for one step will not come back
+STEP_SECONDS = 120.0  # an environment that takes longer for one step has hung
 NO_ANSWER = (EOFError, OSError, TimeoutError, multiprocessing.TimeoutError)  # the last is no TimeoutError
 OBSERVATION = "grey 84 x 84, maximum over 2 frames"
 
@@ -34,7 +34,7 @@ ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
 
 
 class EnvironmentDied(RuntimeError):
-    """A process or thread that plays ended, or does not answer."""
+    """An environment's process or thread ended or does not answer."""
 
 
 class UnknownAction(ValueError):
@@ -45,12 +45,12 @@ def check_actions_sent(game: str, actions: np.ndarray, num_actions: int) -> None
     """Check actions before an environment gets them.
 
     Args:
-        game: its name, for the message.
+        game: name of the game, for the message.
         actions: integers, of any shape.
         num_actions: size of the environment's set.
 
     Raises:
-        UnknownAction: one is below 0, or not below `num_actions`.
+        UnknownAction: an action below 0 or above `num_actions` - 1, or not an integer.
     """
     actions = np.asarray(actions)
     wrong = actions[(actions < 0) | (actions >= num_actions)]
@@ -65,10 +65,10 @@ def check_actions_sent(game: str, actions: np.ndarray, num_actions: int) -> None
 def rules(
     *, sticky_actions: float, max_steps: int = MAX_STEPS, mode: int | None = None, difficulty: int | None = None
 ) -> dict[str, Any]:
-    """Under which rules the environments of this module play, by the names of `games.RULES`; for manifests and reports.
+    """The rules by which this module's environments play, keyed as `games.RULES`; for manifests and reports.
 
     Args:
-        sticky_actions, max_steps, mode, difficulty: as of `make_environment`.
+        sticky_actions, max_steps, mode, difficulty: see `make_environment`.
     """
     return {
         "rewards": "raw",
@@ -84,14 +84,14 @@ def rules(
 
 
 def differing_rules(manifests: Iterable[Mapping[str, Any]], played: Mapping[str, Any]) -> list[str]:
-    """Where recordings were made under other rules than a game is played under, one phrase for each difference.
+    """Differences between the rules of recordings and the rules of play, one phrase each.
 
     Args:
-        manifests: of a game's recordings; a rule that is None there is not known, and no difference.
+        manifests: manifests of a game's recordings; a rule that is None is unknown and never differs.
         played: from `rules`.
 
     Returns:
-        phrases such as ``"frame skip: 1 in the data, 4 here"``; none where all that is known agrees.
+        phrases such as ``"frame skip: 1 in the data, 4 here"``; empty if all known rules agree.
     """
     manifests, found = list(manifests), []
     for name, words in RULES.items():
@@ -103,10 +103,10 @@ def differing_rules(manifests: Iterable[Mapping[str, Any]], played: Mapping[str,
 
 
 def compare_rules(manifests: Mapping[str, Iterable[Mapping[str, Any]]], played: Mapping[str, Any]) -> str:
-    """Whether games were recorded under the rules that they are played under, in a sentence or two for a caption.
+    """Compare the rules of recordings with the rules of play, in a sentence or two for a caption.
 
     Args:
-        manifests: of each game's recordings.
+        manifests: manifests of each game's recordings.
         played: from `rules`.
     """
     games: dict[str, list[str]] = {}
@@ -129,7 +129,7 @@ def compare_rules(manifests: Mapping[str, Iterable[Mapping[str, Any]]], played: 
 
 
 def in_words(value: Any) -> str:
-    """The value of a rule as a report says it."""
+    """Format the value of a rule for a report."""
     if value in (None, ""):
         return "not known"
     if isinstance(value, bool):
@@ -138,7 +138,7 @@ def in_words(value: Any) -> str:
 
 
 class _Preprocessing(gymnasium.wrappers.AtariPreprocessing):
-    """As its base, but an action of -1 is refused, not taken for the last one."""
+    """`AtariPreprocessing` that refuses an action of -1 instead of taking it for the last one."""
 
     def __init__(self, game: str, environment: gymnasium.Env):
         super().__init__(environment, noop_max=0, frame_skip=FRAME_SKIP)
@@ -157,10 +157,10 @@ def make_environment(
     mode: int | None = None,
     difficulty: int | None = None,
 ) -> gymnasium.Env:
-    """One environment; observations are single frames, uint8 [84, 84], rewards are raw.
+    """Make one environment with single frames, uint8 [84, 84], and raw rewards.
 
-    It computes in the caller's thread, waits for nothing, and lets no other thread of the process run meanwhile, so a
-    limit on its time can only be held by another process: `collect.record` and `ProcessVectorEnv` do.
+    A step runs in the caller's thread and blocks all other threads of the process, so only another process can enforce
+    a time limit: `collect.record` and `ProcessVectorEnv` do.
 
     Args:
         game: name as in the paper.
@@ -188,12 +188,12 @@ def make_environment(
 
 
 class ProcessVectorEnv(gymnasium.vector.AsyncVectorEnv):
-    """Environments of `make_environment` with stacked frames, a process each; as `AtariVectorEnv`, but slower.
+    """Environments of `make_environment` with stacked frames, one process each; slower than `AtariVectorEnv`.
 
-    `send` begins a step of all environments, `recv` returns what it led to.
+    `send` begins a step of all environments, `recv` returns its results.
 
     Raises:
-        EnvironmentDied: from whatever waits for a process, and from here.
+        EnvironmentDied: from the constructor and from any call that waits for a process.
         UnknownAction: from `send` and `step`.
     """
 
@@ -203,7 +203,7 @@ class ProcessVectorEnv(gymnasium.vector.AsyncVectorEnv):
         super().__init__([make] * num_environments, context="forkserver")  # a fork of a program with threads may hang
 
     def _check_spaces(self) -> None:
-        """The first answers of the processes."""
+        """Wait for the first answers of the processes."""
         calls, results = _serve_calls()
         try:
             _within_limit(calls, results, super()._check_spaces)
@@ -228,7 +228,7 @@ class ProcessVectorEnv(gymnasium.vector.AsyncVectorEnv):
         return self.recv()
 
     def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
-        """End the processes at once: they hold nothing that must be saved, and one that hangs hears nothing else."""
+        """Kill the processes: they hold nothing to save, and a hung one ignores any request."""
         for process in self.processes:
             process.kill()
         for pipe in self.parent_pipes:
@@ -270,10 +270,10 @@ def _make_stacked(game: str, options: dict[str, Any]) -> gymnasium.Env:
 
 
 class ThreadVectorEnv(ale_py.vector_env.AtariVectorEnv):
-    """ALE's environments on C++ threads, which refuse actions that they lack and do not wait without a limit.
+    """ALE's environments on C++ threads, with checked actions and a time limit on every wait.
 
     Raises:
-        EnvironmentDied: from whatever waits for the threads.
+        EnvironmentDied: from any call that waits for the threads.
         UnknownAction: from `send` and `step`.
     """
 
@@ -290,11 +290,11 @@ class ThreadVectorEnv(ale_py.vector_env.AtariVectorEnv):
         try:
             return _within_limit(self._calls, self._results, call)
         except TimeoutError as error:
-            self._serve()  # what comes too late is no answer to a later call
+            self._serve()  # a late result must not answer a later call
             raise EnvironmentDied(f"{self._game}: {error} Run again to resume.") from error
 
     def reset(self, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        """As of the base class."""
+        """See the base class."""
         return self._wait(partial(super().reset, **options))
 
     def send(self, actions: np.ndarray) -> None:
@@ -313,7 +313,7 @@ class ThreadVectorEnv(ale_py.vector_env.AtariVectorEnv):
 
 
 def _serve_calls() -> tuple[queue.SimpleQueue, queue.SimpleQueue]:
-    """A thread that makes calls for one that must not wait without a limit: (calls, results); None ends it."""
+    """Start a thread that makes calls for one that waits with a limit: (calls, results); None ends it."""
     calls, results = queue.SimpleQueue(), queue.SimpleQueue()
 
     def serve() -> None:
@@ -325,7 +325,7 @@ def _serve_calls() -> tuple[queue.SimpleQueue, queue.SimpleQueue]:
             del call  # it holds the environment
             results.put(result)
 
-    threading.Thread(target=serve, daemon=True, name="environment").start()  # one that hangs keeps no program alive
+    threading.Thread(target=serve, daemon=True, name="environment").start()  # a hung one keeps no program alive
     return calls, results
 
 
@@ -359,27 +359,27 @@ def make_vector_environment(
     difficulty: int | None = None,
     screens: bool = False,
 ) -> VectorEnvironment:
-    """Many environments of one game, frames and rewards bit-identical to `make_environment`'s without sticky actions.
+    """Make environments of one game; without sticky actions, frames and rewards equal `make_environment`'s bit for bit.
 
     Observations are stacks, uint8 [N, 4, 84, 84], oldest frame first, frames before an episode's start zero.
     An environment that ended resets on its next step, whose action is ignored and whose reward is 0. Where game over
-    and the step limit meet, `truncated` may be set beside `terminated`.
+    coincides with the step limit, `truncated` may be set along with `terminated`.
 
-    The default variant is played on C++ threads. These know no mode and difficulty, so another variant is played
-    by a process for each environment.
+    The default variant runs on C++ threads. These support no mode or difficulty, so any other variant runs in one
+    process per environment.
 
     Args:
         game: name as in the paper.
-        num_environments: side by side.
+        num_environments: number of environments.
         sticky_actions: as in `make_environment`.
         max_steps: as in `make_environment`.
-        num_threads: of the default variant; 0: one per core.
+        num_threads: threads of the default variant; 0: one per core.
         mode: as in `make_environment`.
         difficulty: as in `make_environment`.
-        screens: of the default variant; observations are coloured screens, uint8 [N, 1, 210, 160, 3], the same play.
+        screens: observe colour screens, uint8 [N, 1, 210, 160, 3], of the same play; default variant only.
 
     Raises:
-        EnvironmentDied: they do not answer; so from whatever waits for them.
+        EnvironmentDied: they do not answer; also from any call that waits for them.
         UnknownAction: from `send` and `step`, an action outside the game's set.
         UnknownGame: ALE does not have it.
         UnknownVariant: the game does not have that mode or difficulty.

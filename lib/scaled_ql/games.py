@@ -22,7 +22,7 @@ HELD_OUT_GAMES: tuple[str, ...] = ("Alien", "MsPacman", "Pong", "SpaceInvaders",
 # ALE lists their ROMs, but ends the process when one player alone starts them.
 NEEDS_TWO_PLAYERS: frozenset[str] = frozenset(("Combat", "Joust", "MazeCraze", "Warlords"))
 
-# Their ROM in the published DQN-Replay and RL Unplugged data, that of atari-py up to 0.2.5, is not the one of ale-py.
+# Games whose ROM in the published DQN-Replay and RL Unplugged data (atari-py up to 0.2.5) differs from ale-py's.
 OTHER_ROM_IN_PUBLISHED_DATA: frozenset[str] = frozenset((
     "Amidar", "Assault", "Atlantis", "BankHeist", "BattleZone", "Carnival", "Centipede", "DemonAttack",
     "DoubleDunk", "Gopher", "Gravitar", "IceHockey", "Krull", "KungFuMaster", "MsPacman", "NameThisGame", "Pooyan",
@@ -36,7 +36,7 @@ FULL_ACTIONS: tuple[str, ...] = (  # ALE's full set, in its order
 )  # fmt: skip
 NUM_ACTIONS = len(FULL_ACTIONS)  # rows of every head; a game's minimal set uses the first few
 
-RULES: dict[str, str] = {  # under which a game was recorded or is played, as manifests name them; None: not known
+RULES: dict[str, str] = {  # of recording or play, as manifests name them; None: unknown
     "rewards": "rewards",  # "raw" or "clipped"
     "life_loss_terminal": "end of an episode at a lost life",  # bool
     "frame_skip": "frame skip",  # emulator frames per step, or [low, high), drawn at each step
@@ -50,7 +50,7 @@ RULES: dict[str, str] = {  # under which a game was recorded or is played, as ma
 
 
 class UnknownGame(ValueError):
-    """A game that ALE, or the table of reference scores, does not have."""
+    """A game missing from ALE or from the table of reference scores."""
 
 
 @functools.cache
@@ -64,7 +64,7 @@ def rom_name(game: str) -> str:
     """ALE's name of a game: ``"SpaceInvaders"`` -> ``"space_invaders"``.
 
     Raises:
-        UnknownGame: ALE has no such game (the nearest names are suggested), or it is not for one player.
+        UnknownGame: ALE has no such game (the message suggests the nearest names), or it needs two players.
     """
     roms = _all_roms()
     if game not in roms:
@@ -74,7 +74,7 @@ def rom_name(game: str) -> str:
         hint = f"Did you mean {', '.join(near)}?" if near else "Names are written as in the paper: SpaceInvaders."
         raise UnknownGame(f"ALE does not know the game {game!r}. {hint}")
     if game in NEEDS_TWO_PLAYERS:
-        raise UnknownGame(f"{game} needs two players, and ALE cannot play it alone; choose a game for one player.")
+        raise UnknownGame(f"{game} needs two players; choose a game that ALE can play with one.")
     return roms[game]
 
 
@@ -89,13 +89,13 @@ def rom_badge(game: str, manifests: Iterable[Mapping[str, str]]) -> str:
     """Whether a game was recorded with the installed ROM.
 
     Args:
-        game: its name.
-        manifests: of its recordings; `rom_md5` ("" where it is not known) and `source` are read.
+        game: name of the game.
+        manifests: manifests of its recordings; reads `rom_md5` ("" if unknown) and `source`.
 
     Returns:
-        ``"same"`` or ``"other"`` where MD5s say it; ``"same (published data)"`` or ``"other (published data)"`` where
-        the source is a published log, none of which says its ROM, by `OTHER_ROM_IN_PUBLISHED_DATA`; ``"unknown"``. Of
-        several recordings the most doubtful counts.
+        ``"same"`` or ``"other"`` by MD5; for published logs, which do not record their ROM, ``"same (published data)"``
+        or ``"other (published data)"`` by `OTHER_ROM_IN_PUBLISHED_DATA`; otherwise ``"unknown"``. Among several
+        recordings the most doubtful badge counts.
     """
     published = "other (published data)" if game in OTHER_ROM_IN_PUBLISHED_DATA else "same (published data)"
     badges = set()
@@ -126,18 +126,18 @@ class OtherActions(ValueError):
 
 
 def check_actions(game: str, actions: Sequence[str]) -> None:
-    """Check that a recording's action names are those of the game; nothing is known of games that ALE lacks.
+    """Check a recording's action names against the game's; games that ALE lacks are not checked.
 
     Raises:
-        OtherActions: they are not.
+        OtherActions: they differ.
     """
     if game in _all_roms() and tuple(actions) != action_names(game):
         names = action_names(game)
         raise OtherActions(
             f"its {len(actions)} actions are {', '.join(actions)}, but {game} has {len(names)}: {', '.join(names)}. A "
-            "stored action is an index into that list, so in the game it would be another one. Record it again with "
-            'the game\'s list, or import it again (where its actions index the full set of 18, with actions="full" or '
-            "on the command line --actions full)."
+            "stored action is an index into that list, so in the game it would mean another one. Record it again with "
+            'the game\'s list, or import it again (if its actions index the full set of 18, with actions="full" or, '
+            "on the command line, --actions full)."
         )
 
 
@@ -157,10 +157,10 @@ def _variants(game: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def check_variant(game: str, mode: int | None, difficulty: int | None) -> None:
-    """Check that a game can be played in a mode and at a difficulty; None is the default, which there always is.
+    """Check that a game offers a mode and a difficulty; None, the default, always exists.
 
     Raises:
-        UnknownVariant: it cannot; the message lists what the ROM offers.
+        UnknownVariant: it does not; the message lists what the ROM offers.
     """
     modes, difficulties = _variants(game)
     if mode not in (None, *modes) or difficulty not in (None, *difficulties):

@@ -1,6 +1,6 @@
 """Scores: normalisation by reference players, aggregates over runs and games, and their intervals.
 
-Scores of several runs (seeds) in several tasks (games) are an array [runs, tasks]; of one run, [tasks] will do. The
+Scores of several runs (seeds) in several tasks (games) are an array [runs, tasks]; for one run, [tasks] suffices. The
 aggregates are those of Agarwal et al. (2021), "Deep RL at the edge of the statistical precipice". Each also takes a
 stack of such arrays, [..., runs, tasks], and returns one number for each.
 """
@@ -15,8 +15,8 @@ from scaled_ql.environments import MAX_STEPS
 from scaled_ql.games import reference_score
 
 Statistic = Callable[[np.ndarray], np.ndarray]
-TOGETHER = 2_000_000  # scores resampled in one go
-MOSTLY = 0.5  # of the episodes; where more were cut short, their mean is no score of the game
+TOGETHER = 2_000_000  # scores resampled at once
+MOSTLY = 0.5  # share of episodes; if more were cut short, their mean is not a score
 
 
 def human_normalized(game: str, score: float) -> float:
@@ -29,14 +29,14 @@ def human_normalized(game: str, score: float) -> float:
 
 
 def human_normalized_mean(game: str, episodes: pd.DataFrame) -> float:
-    """`human_normalized` of the mean return of played or recorded episodes, where that is a score of the game.
+    """`human_normalized` mean return of played or recorded episodes, where that is a score of the game.
 
     Args:
-        game: its name.
+        game: name of the game.
         episodes: columns episode_return (raw), length (agent steps), truncated.
 
     Returns:
-        a fraction; NaN where there is no episode, or most were `cut_short`.
+        a fraction; NaN without episodes, or if most were `cut_short`.
 
     Raises:
         UnknownGame: the game has no reference scores.
@@ -48,7 +48,7 @@ def human_normalized_mean(game: str, episodes: pd.DataFrame) -> float:
 def cut_short(episodes: pd.DataFrame) -> float:
     """Share of episodes that were truncated before the limit of the protocol, 27,000 steps (Table B.1).
 
-    One that reached that limit counts as a game: the published scores were measured so.
+    An episode that reached that limit counts as complete, as in the published scores.
 
     Args:
         episodes: columns length (agent steps), truncated.
@@ -101,7 +101,7 @@ def iqm(scores: np.ndarray) -> np.ndarray:
 
 
 def optimality_gap(scores: np.ndarray, target: float = 1.0) -> np.ndarray:
-    """How far runs stay below `target` on average; a score above it counts as `target`."""
+    """Mean shortfall below `target`; a score above it counts as `target`."""
     return (target - np.minimum(_runs_and_tasks(scores), target)).mean((-2, -1))[()]
 
 
@@ -112,7 +112,7 @@ def profile(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
 
 
 def probability_of_improvement(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """How likely a run of the first method beats one of the second in a task, ties counting half, mean over tasks.
+    """Probability that a run of the first method beats one of the second, ties counting half, averaged over tasks.
 
     Args:
         scores: [..., runs, tasks].
@@ -136,23 +136,23 @@ def interval(
         scores: [runs, tasks] or [tasks].
         statistic: one of this module's, or any that takes [..., runs, tasks].
         replicates: resampled data sets.
-        confidence: of the interval.
-        seed: equal seeds give equal intervals.
-        over: ``"runs"``: stratified, each task's runs are resampled: how sure is this for these tasks? ``"tasks"``:
-            tasks are resampled with all their runs: all that one run allows, and an answer to another question (how
-            sure is it for games like these?), so say it in the caption.
+        confidence: confidence level.
+        seed: bootstrap seed.
+        over: ``"runs"`` resamples each task's runs (stratified): uncertainty for these tasks. ``"tasks"`` resamples
+            tasks with all their runs: uncertainty for games like these, the only choice with one run; say so in the
+            caption.
 
     Returns:
         (low, high), each of the statistic's shape.
 
     Raises:
-        ValueError: one run and ``over="runs"``, whose interval would have no width; non-finite scores.
+        ValueError: one run and ``over="runs"``, whose interval would have zero width; non-finite scores.
     """
     scores = _runs_and_tasks(scores)
     if over not in ("runs", "tasks"):
-        raise ValueError(f"over is runs or tasks, got {over!r}")
+        raise ValueError(f"over must be runs or tasks, got {over!r}")
     if over == "runs" and len(scores) < 2:
-        raise ValueError("one run says nothing about the spread of runs; use over='tasks', and say so in the caption")
+        raise ValueError("one run does not show the spread of runs; use over='tasks', and say so in the caption")
     part = max(1, TOGETHER // scores.size)
     samples = _resampled(scores, replicates, np.random.default_rng(seed), over, part)
     values = [statistic(sample) for sample in samples]
@@ -162,7 +162,7 @@ def interval(
 def improvement_interval(
     scores: np.ndarray, others: np.ndarray, replicates: int = 50_000, confidence: float = 0.95, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As `interval`, over the runs of both methods, of `probability_of_improvement`."""
+    """`interval` of `probability_of_improvement`, resampling the runs of both methods."""
     pair = _runs_and_tasks(scores), _runs_and_tasks(others)
     part = max(1, TOGETHER // (pair[0].size * len(pair[1])))
     samples = [
@@ -179,10 +179,10 @@ def difference_interval(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As `interval`, over the runs of both methods, of statistic(scores) - statistic(others)."""
+    """`interval` of statistic(scores) - statistic(others), resampling the runs of both methods."""
     pair = _runs_and_tasks(scores), _runs_and_tasks(others)
     if min(map(len, pair)) < 2:
-        raise ValueError("one run says nothing about the spread of runs")
+        raise ValueError(f"one run does not show the spread of runs; need two each, got {[len(one) for one in pair]}")
     part = max(1, TOGETHER // max(one.size for one in pair))
     samples = [
         _resampled(one, replicates, rng, "runs", part) for one, rng in zip(pair, np.random.default_rng(seed).spawn(2))

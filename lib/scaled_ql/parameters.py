@@ -28,15 +28,15 @@ def _alpha(value: Any) -> float | str:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if value == "paper" or (number and 0 <= value < float("inf")):
         return value
-    raise ValueError(f"alpha: a number from 0 up, or the word paper, not {value!r}")
+    raise ValueError(f"alpha: expected a number >= 0 or the word paper, got {value!r}")
 
 
 class ParameterError(ValueError):
-    """Parameters that a notebook does not take; the message lists every mistake."""
+    """Invalid parameters of a notebook; the message lists every mistake."""
 
 
 class Parameters(pydantic.BaseModel):
-    """What every notebook takes."""
+    """Parameters of every notebook."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -45,7 +45,7 @@ class Parameters(pydantic.BaseModel):
 
 
 class Walkthrough(Parameters):
-    """`00_walkthrough`; what is not the paper's is the quickstart's."""
+    """`00_walkthrough`; defaults that differ from the paper are the quickstart's."""
 
     num_transitions: Count = 5_000
     seed: Seed = 0
@@ -86,12 +86,12 @@ class DataCollection(Parameters):
 
     @property
     def last_epsilon(self) -> float:
-        """The share of random moves in the end; a negative `final_epsilon` stands for what suits the player."""
+        """Final share of random moves; a negative `final_epsilon` selects the player's default."""
         return self.final_epsilon if self.final_epsilon >= 0 else {"scripted": 0.1, "two_minds": 0.2}[self.player]
 
 
 class OnlineAgents(Parameters):
-    """`02_online_agents`; where the agents' defaults are Dopamine's C51, and where not, `online.agents` says."""
+    """`02_online_agents`; `online.agents` lists how the defaults differ from Dopamine's C51."""
 
     games: Annotated[list[str], Field(min_length=1)] = ["Breakout", "Freeway", "Pong"]
     num_transitions: Count = 200_000
@@ -140,13 +140,13 @@ class DataExploration(Parameters):
     seed: Seed = 0
 
 
-# Parameters of training runs that change nothing about what a run learns or how it is measured, and the seed.
+# Parameters of training runs that affect neither learning nor evaluation, and the seed.
 INCIDENTAL = frozenset((
     "run", "outputs", "seed", "replay_storage", "sampling_processes", "log_every", "checkpoint_every",
     "keep_checkpoint_every", "eval_every", "video_steps", "num_devices", "distributed", "shard_parameters",
     "accumulate", "remat",
 ))  # fmt: skip
-# What a method must take where it is set; alpha, tau and kappa may stand in a file that several methods share.
+# Refused if set for a method that ignores them; alpha, tau and kappa may be set in a file that several methods share.
 CHECKED = ("head", "double_q", "scale_rewards", "dr3", "rewards")
 
 
@@ -299,19 +299,19 @@ NOTEBOOKS: dict[str, type[Parameters]] = {
 
 
 def check(notebook: str, values: Mapping[str, Any], source: str = "parameters") -> Parameters:
-    """Validate a notebook's parameters; names that are absent take their defaults.
+    """Validate a notebook's parameters; absent names take their defaults.
 
     Args:
-        notebook: its name without ``.ipynb``.
-        values: by name.
-        source: where they are from, for the message.
+        notebook: name without ``.ipynb``.
+        values: values by name.
+        source: their origin, for the message.
 
     Raises:
-        ParameterError: unknown names (with the nearest valid one), wrong types, values out of range: all of them.
+        ParameterError: unknown names (with the nearest valid one), wrong types and values out of range, all at once.
     """
     if notebook not in NOTEBOOKS:
         near = difflib.get_close_matches(notebook, NOTEBOOKS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(NOTEBOOKS)}."
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(NOTEBOOKS)}."
         raise ParameterError(f"{source}: unknown notebook {notebook!r}; {hint}")
     schema = NOTEBOOKS[notebook]
     try:
@@ -332,7 +332,7 @@ def _describe(mistake: Any, schema: type[Parameters]) -> str:
 
 
 def _hint(kind: str, given: Any) -> str:
-    """How to write what was probably meant, in YAML."""
+    """Suggest how to write the probable meaning in YAML."""
     if kind in ("string_type", "literal_error") and not isinstance(given, str):
         return " (in YAML, text that looks like something else needs quotes: '1')"
     if kind == "bool_type" and str(given).lower() in ("yes", "no", "on", "off", "y", "n", "true", "false"):
@@ -347,12 +347,12 @@ def _hint(kind: str, given: Any) -> str:
 def from_notebook(notebook: str, namespace: dict[str, Any]) -> Parameters:
     """Validate the variables of a notebook's parameters cell, and of the cell that papermill injected after it.
 
-    A parameters cell is one of assignments only that sets a known parameter or was injected; all its names count,
-    so that a misspelt one is an error, where papermill itself only warns. Unknown names are forgotten again, so
-    that correcting the cell and executing it again is enough.
+    A parameters cell holds only assignments, and sets a known parameter or was injected. All its names count, so a
+    misspelt one is an error, where papermill only warns. Unknown names are deleted, so it is enough to correct the
+    cell and execute it again.
 
     Args:
-        notebook: its name without ``.ipynb``.
+        notebook: name without ``.ipynb``.
         namespace: the notebook's ``globals()``.
 
     Raises:
@@ -367,10 +367,10 @@ def from_notebook(notebook: str, namespace: dict[str, Any]) -> Parameters:
 
 
 def assigned(source: str, known: set[str]) -> set[str]:
-    """The names that a cell assigns if it is a parameters cell, else none.
+    """Names that a parameters cell assigns; none for any other cell.
 
     Args:
-        source: the cell's.
+        source: source of the cell.
         known: parameters of its notebook.
     """
     try:

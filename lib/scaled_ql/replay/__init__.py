@@ -12,7 +12,7 @@ from scaled_ql.replay.views import View, load_view
 from scaled_ql.replay.workers import sample_batches
 from scaled_ql.replay.writer import ReplayWriter
 
-# Loaded by whoever asks for one: their packages take twice as long to import as all that reading needs.
+# Loaded on demand: their packages take twice as long to import as everything that reading needs.
 FORMATS = {
     "export_dqn_replay": "export",
     "import_dqn_replay": "dqn_replay",

@@ -1,4 +1,4 @@
-"""What training takes: transitions with n-step returns, as one tree of arrays."""
+"""Training batches: transitions with n-step returns, as one tree of arrays."""
 
 from typing import NamedTuple
 
@@ -6,10 +6,10 @@ import numpy as np
 
 
 class Batch(NamedTuple):
-    """B transitions with n-step returns (a pytree of arrays: NumPy's where it was read, JAX's inside a program).
+    """B transitions with n-step returns (a pytree: NumPy arrays as read, JAX arrays inside a program).
 
-    The two frame stacks of a transition share frames, so what is kept, and sent to an accelerator, is each frame once;
-    `observation` and `next_observation` are cut from them where they are used.
+    The two frame stacks of a transition overlap, so each frame is stored, and sent to an accelerator, once;
+    `observation` and `next_observation` are cut from `frames` on use.
 
     Attributes:
         frames: uint8 [B, S + n, 84, 84], t - S + 1 .. t + n, oldest first; those before the episode's start, and after

@@ -1,7 +1,7 @@
-"""Reading single chunks of a store's arrays straight from their files: random access without anything in between.
+"""Random access to single chunks of a store's arrays, straight from their files.
 
 An array's file begins with an index, (offset, size) for each of its chunks; a chunk ends with its CRC-32C. That is
-zarr's sharding format. Nothing is kept but so many open files, so a store of any size takes the same memory.
+zarr's sharding format. Only open files are kept, `OPEN_FILES` at most, so memory does not grow with the store.
 """
 
 import os
@@ -18,9 +18,9 @@ import zstandard
 from scaled_ql.replay.format import ReplayError
 
 ABSENT = 2**64 - 1
-OPEN_FILES = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 8_192)  # that stay so: half of what is allowed
+OPEN_FILES = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 8_192)  # kept open: half of what is allowed
 DAMAGE = (OSError, ValueError, struct.error, zstandard.ZstdError)
-ENTRY = struct.Struct("<QQ")  # of an index: offset and size
+ENTRY = struct.Struct("<QQ")  # of an index: (offset, size)
 Read = Callable[[int, int], bytes]  # (number of the file, place of the chunk in it) -> the chunk as it is stored
 
 
@@ -39,7 +39,7 @@ class Chunks:
     def __init__(self, name: str, read: Read, dtype: np.dtype, tail: tuple[int, ...], chunk: int, shard: int):
         self.rows, self._shape, self._dtype = chunk, (chunk, *tail), np.dtype(dtype)
         self._name, self._read, self._per_file = name, read, shard // chunk
-        self._local = threading.local()  # a decompressor is not to be shared
+        self._local = threading.local()  # a decompressor is not thread-safe
 
     def __getitem__(self, number: int) -> np.ndarray:
         """The number-th chunk, [rows, ...].
@@ -96,7 +96,7 @@ def _check(offset: int, size: int, largest: int) -> None:
 def read_files(path: Callable[[int], str], largest: int) -> Read:
     """Read from the files of an array on a local disk, `path(0)`, `path(1)`, ...
 
-    A file that a writer replaces later is read as it was when it was first needed. No chunk is larger than `largest`.
+    A file that a writer replaces later is read as it was on first use. No chunk is larger than `largest`.
     """
     reader = object()
 
@@ -110,7 +110,7 @@ def read_files(path: Callable[[int], str], largest: int) -> Read:
 
 
 class _OpenFile:
-    """Closes when the last user lets go, so another thread may forget it meanwhile."""
+    """Closes with its last reference, so the cache may drop it while another thread reads."""
 
     def __init__(self, path: str, reader: object):
         self.descriptor = os.open(path, os.O_RDONLY)
@@ -124,7 +124,7 @@ _open = lru_cache(maxsize=OPEN_FILES)(_OpenFile)
 
 
 def read_memory(files: dict[int, bytes], largest: int) -> Read:
-    """Read from files that are in memory."""
+    """Read from files held in memory."""
 
     def read(file: int, place: int) -> bytes:
         offset, size = ENTRY.unpack_from(files[file], 16 * place)

@@ -22,7 +22,7 @@ class DeviceFrames:
         Raises:
             ReplayError: a damaged file.
         """
-        self._places: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of a recording's rows among the frames
+        self._places: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # places of a recording's rows among the frames
         blocks, count = [], 0
         for game in replay.games:
             for number, recording in enumerate(replay.recordings(game)):
@@ -50,7 +50,7 @@ class DeviceFrames:
 
 
 def to_device(replay: Replay, device: jax.Device | None = None) -> Replay:
-    """The same dataset, or view, with its frames on a device (the default one), decoded, and the rest in memory.
+    """Load a dataset or view: its frames, decoded, onto a device (the default one), the rest into memory.
 
     Raises:
         ReplayError: a damaged file.
@@ -76,7 +76,7 @@ def place(replay: Replay, where: str = "auto") -> Replay:
             at 150 bytes each, at most half of what is free there, else on disk.
 
     Raises:
-        ValueError: another word.
+        ValueError: an unknown place.
         ReplayError: a damaged file.
     """
     if where == "auto":
@@ -91,5 +91,5 @@ def place(replay: Replay, where: str = "auto") -> Replay:
             where = "disk"
     places = {"disk": lambda replay: replay, "memory": to_memory, "device": to_device}
     if where not in places:
-        raise ValueError(f"a dataset is read from {', '.join(places)} or auto, got {where!r}")
+        raise ValueError(f"where must be {', '.join(places)} or auto, got {where!r}")
     return places[where](replay)

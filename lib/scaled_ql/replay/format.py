@@ -14,10 +14,10 @@
         truncated/    bool   [T]           the episode was cut (time limit), its last state has no successor
         import.json               of an imported run: its files, gaps, and what was left out
 
-A row of the table, or a line of the journal, commits its episode: whatever the arrays hold beside them was being
-written when the writer died and is never read. An episode's transitions are rows ``row .. row + length - 1`` of the
+A row of the table, or a line of the journal, commits its episode: anything else in the arrays was being written when a
+writer died and is never read. An episode's transitions are rows ``row .. row + length - 1`` of the
 arrays; where ``frames`` is ``length + 1``, one more frame is the state after the last action. Every chunk carries a
-CRC-32C, every episode a CRC-32, and so have the manifest and each line of the journal, those of old versions aside.
+CRC-32C, every episode a CRC-32, and, except in old versions, so do the manifest and each line of the journal.
 """
 
 import json
@@ -56,8 +56,8 @@ EPISODE = {
 }  # fmt: skip
 
 
-# What reading and writing raise where the system refuses: TensorStore NotImplementedError for ENOSYS and EOPNOTSUPP and
-# ValueError for the rest, Python's own files OSError.
+# Failed reads and writes: TensorStore raises NotImplementedError for ENOSYS and EOPNOTSUPP and ValueError for the rest,
+# Python's own files raise OSError.
 STORE_ERRORS = (OSError, ValueError, NotImplementedError)
 
 
@@ -66,12 +66,12 @@ class ReplayError(Exception):
 
 
 def said(error: Exception) -> str:
-    """What an error says; of one of TensorStore's without the page of specification that follows."""
+    """The message of an error, without the page of specification that TensorStore appends."""
     return re.sub(r" \[\w+='.*", "", str(error), flags=re.DOTALL)
 
 
 def array_spec(kvstore: Any, name: str) -> dict[str, Any]:
-    """TensorStore spec of one array, with all its settings: what a writer creates and continues."""
+    """TensorStore spec of one array with all its settings, for writers."""
     frames = name == "observation"
     tail = list(FRAME_SHAPE) if frames else []
     bytes_codec = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -99,7 +99,7 @@ def array_spec(kvstore: Any, name: str) -> dict[str, Any]:
 
 
 def file_name(name: str, number: int) -> str:
-    """The number-th file of an array, below its run's folder. Flat: each level would be looked up, and be an inode."""
+    """The number-th file of an array, below its run's folder. Flat: each level costs a lookup and an inode."""
     return f"observation/c.{number}.0.0" if name == "observation" else f"{name}/c.{number}"
 
 
@@ -107,20 +107,20 @@ def open_arrays(folder: Path) -> dict[str, ts.TensorStore]:
     """A run's arrays for writing, created where they are absent.
 
     Raises:
-        ReplayError: something else is there, or the folder cannot be written.
+        ReplayError: another layout is there, or the folder cannot be written.
     """
     arrays = {}
     for name in ARRAYS:
         exists = (folder / name / "zarr.json").exists()
         spec = array_spec({"driver": "file", "path": f"{folder}/{name}/"}, name)
         if exists:
-            del spec["metadata"]["shape"]  # as long as it has become
+            del spec["metadata"]["shape"]  # an array that exists keeps its length
         try:
             arrays[name] = ts.open(spec, open=exists, create=not exists).result()
         except STORE_ERRORS as error:
             raise ReplayError(
-                f"{folder / name}: cannot open or create this array ({said(error)}). Make room or the folder writable, "
-                "on a file system with locks, or choose another folder."
+                f"{folder / name}: cannot open or create this array ({said(error)}). Make room, make the "
+                "folder writable on a file system with locks, or choose another folder."
             ) from error
     return arrays
 
@@ -133,7 +133,7 @@ def grow(arrays: dict[str, ts.TensorStore], rows: int) -> None:
 
 
 def write_rows(arrays: dict[str, ts.TensorStore], row: int, columns: dict[str, np.ndarray]) -> list[ts.Future]:
-    """Begin to write columns at rows row, row + 1, ...; wait for each of the results."""
+    """Start writing columns at rows row, row + 1, ...; the caller waits for the results."""
     return [
         arrays[name][row : row + len(column)].write(np.asarray(column, ARRAYS[name]))
         for name, column in columns.items()
@@ -146,9 +146,9 @@ def frame_crc32s(observation: np.ndarray) -> np.ndarray:
 
 
 def step_records(frame_crc32: np.ndarray, action: np.ndarray, reward: np.ndarray) -> bytes:
-    """What an episode's CRC-32 is of: for each frame its own CRC-32, its action and its reward, 12 bytes.
+    """The bytes that an episode's CRC-32 covers, 12 per frame: the frame's CRC-32, its action, its reward.
 
-    There may be one frame more than actions; action and reward beside it are zero.
+    A frame after the last action has action and reward zero.
     """
     records = np.zeros(len(frame_crc32), [("frame", "<u4"), ("action", "<i4"), ("reward", "<f4")])
     records["frame"] = frame_crc32
@@ -157,7 +157,7 @@ def step_records(frame_crc32: np.ndarray, action: np.ndarray, reward: np.ndarray
 
 
 def write_file(file: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half of it; on disk when it returns."""
+    """Write a file atomically: a reader sees the old one or the new one. It is on disk when this returns."""
     partial = file.with_name(f".{file.name}.partial")
     with partial.open("wb") as target:
         target.write(content)
@@ -175,10 +175,10 @@ def make_manifest(
     rom_md5: str = "",
     **rules: Any,
 ) -> dict[str, Any]:
-    """What `manifest.json` holds; see `ReplayWriter` for the values, `games.RULES` for the rules."""
+    """The content of `manifest.json`; see `ReplayWriter` for the values, `games.RULES` for the rules."""
     unknown = rules.keys() - RULES.keys()
     if unknown:
-        raise TypeError(f"a manifest has no {', '.join(sorted(unknown))}; its rules are {', '.join(RULES)}.")
+        raise TypeError(f"unknown rules {', '.join(sorted(unknown))}; a manifest's rules are {', '.join(RULES)}.")
     return {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -202,7 +202,7 @@ def write_or_compare_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Create a run's folder and manifest; one that exists must be the same.
 
     Raises:
-        ReplayError: other settings than before, or a folder that cannot be written.
+        ReplayError: settings differ from the stored ones, or the folder cannot be written.
     """
     file = folder / "manifest.json"
     try:
@@ -213,9 +213,9 @@ def write_or_compare_manifest(folder: Path, manifest: dict[str, Any]) -> None:
         raise ReplayError(f"{folder}: cannot create the store ({error}).") from error
     stored = read_manifest(file.read_bytes(), str(file))
     differences = [
-        f"{key}: {stored.get(key)!r} there, {value!r} asked for"
+        f"{key}: {stored.get(key)!r} stored, {value!r} requested"
         for key, value in manifest.items()
-        if stored.get(key) not in (value, None)  # None: what an earlier version did not record
+        if stored.get(key) not in (value, None)  # None: not recorded by an earlier version
     ]
     if differences:
         raise ReplayError(
@@ -230,7 +230,7 @@ def encode_manifest(manifest: dict[str, Any]) -> bytes:
 
 
 def _crc32(value: Any) -> int:
-    """CRC-32 of a JSON value, however it is written."""
+    """CRC-32 of a JSON value, independent of its formatting."""
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
@@ -240,7 +240,7 @@ def has_checksums(manifest: bytes) -> bool:
 
 
 def read_manifest(content: bytes, where: str) -> dict[str, Any]:
-    """Parse and check a manifest; rules that it does not have are None, not known."""
+    """Parse and check a manifest; absent rules are None, unknown."""
     try:
         manifest = json.loads(content)
     except ValueError as error:
@@ -287,7 +287,7 @@ def read_report(content: bytes, where: str) -> dict[str, Any]:
             raise ValueError("it differs from its checksum")
         wrong = (REPORT ^ report.keys()) - ({"source"} - report.keys())  # which earlier versions did not have
         if wrong:
-            raise ValueError(f"more or less than it should: {', '.join(sorted(wrong))}")
+            raise ValueError(f"missing or unknown entries {', '.join(sorted(wrong))}")
     except (ValueError, TypeError, AttributeError) as error:
         raise ReplayError(
             f"{where}: not the report of an import ({type(error).__name__}: {error}). Run the same import again, which "
@@ -297,7 +297,7 @@ def read_report(content: bytes, where: str) -> dict[str, Any]:
 
 
 def local_folder(path: str | os.PathLike) -> Path:
-    """The folder that a path or a ``file://`` URL names, absolute, without ``..`` and links.
+    """Resolve a path or a ``file://`` URL to an absolute folder, without ``..`` and links.
 
     Raises:
         ReplayError: a URL of another kind.
@@ -306,7 +306,7 @@ def local_folder(path: str | os.PathLike) -> Path:
     if parts.scheme == "file":
         return Path(unquote(parts.path)).resolve()
     if "://" in os.fspath(path):
-        raise ReplayError(f"{path}: is on no local disk. Name a local folder; copy it to where it belongs afterwards.")
+        raise ReplayError(f"{path}: is not on a local disk. Name a local folder, and copy that afterwards.")
     return Path(path).resolve()
 
 
@@ -337,7 +337,7 @@ def read_table(content: pa.Buffer, where: str) -> pa.Table:
 
 
 def journal_line(row: dict[str, Any]) -> bytes:
-    """A line of an episodes.jsonl: a JSON object whose last entry is the CRC-32 of what stands before it."""
+    """A line of an episodes.jsonl: a JSON object whose last entry is the CRC-32 of the text before it."""
     text = json.dumps(row).encode()[:-1]
     return b'%b, "%b": %d}\n' % (text, LINE_CRC32, zlib.crc32(text))
 
@@ -354,16 +354,16 @@ def _parse_line(line: bytes, checked: bool) -> dict[str, Any]:
 def parse_journal(
     content: bytes, where: str, covered: int = 0, checked: bool = False
 ) -> tuple[list[dict[str, Any]], int]:
-    """Complete lines of an episodes.jsonl; a torn last line is an episode that was not committed.
+    """Parse the complete lines of an episodes.jsonl; a torn last line is an uncommitted episode.
 
     Args:
-        content: of the file.
-        where: its name, for messages.
-        covered: transitions that the episode table holds; lines about those are skipped.
+        content: content of the file.
+        where: name of the file, for messages.
+        covered: transitions in the episode table, whose lines are skipped.
         checked: every line has a checksum, as in a store whose manifest has one.
 
     Returns:
-        the episodes after them, and the number of bytes up to the last complete line.
+        the episodes after those, and the number of bytes up to the last complete line.
     """
     complete = content[: content.rfind(b"\n") + 1]
     rows, expected = [], None

@@ -1,4 +1,4 @@
-"""A dataset in memory as it lies on disk: compressed chunks, decoded when a batch needs them. No disk is read again."""
+"""A dataset in memory as on disk, in compressed chunks that are decoded when a batch needs them."""
 
 from functools import cached_property
 
@@ -11,13 +11,13 @@ from scaled_ql.replay.shared import SharedMemory
 from scaled_ql.replay.store import Replay
 
 BYTES_PER_FRAME = 150  # an estimate: compressed frame, action, reward, index
-FILES_AT_ONCE = 16  # that are read together while loading
+FILES_AT_ONCE = 16  # read concurrently while loading
 
 
 def to_memory(replay: Replay) -> Replay:
-    """The same dataset, or view, with all that it shows in memory: about 100 bytes a transition of a usual game.
+    """Load a dataset or view into memory: about 100 bytes per transition of a typical game.
 
-    Processes that it is handed to (`scaled_ql.replay.workers`) share that memory.
+    Sampling processes (`scaled_ql.replay.workers`) share that memory.
 
     Raises:
         ReplayError: a damaged file.
@@ -37,18 +37,18 @@ class MemoryRecording(ChunkedRecording):
     """A recording whose frames, still compressed, actions and rewards are in memory.
 
     Args:
-        recording: on disk or behind a URL.
-        first, frames: int64 [episodes], the rows that are needed: frames[i] rows from first[i] on.
-        memory: where they are put.
+        recording: a recording on disk or behind a URL.
+        first, frames: int64 [episodes], the rows to load: frames[i] rows from first[i] on.
+        memory: memory to load them into.
     """
 
     def __init__(self, recording: Recording, first: np.ndarray, frames: np.ndarray, memory: SharedMemory):
         super().__init__(recording.kvstore, recording.manifest, recording.table)
         order = np.argsort(first)
         self._first = first[order]
-        self._place = np.cumsum(frames[order]) - frames[order] - self._first  # of a row in the columns: row + this
+        self._place = np.cumsum(frames[order]) - frames[order] - self._first  # place of row r: r + this
         self._memory = memory
-        self._stored_columns = {}  # where each begins, and its length
+        self._stored_columns = {}  # (offset, length) of each
         for name in ("action", "reward"):
             column = recording.stretches(name, self._first, frames[order])
             self._stored_columns[name] = memory.append(column.tobytes()), len(column)
@@ -57,7 +57,7 @@ class MemoryRecording(ChunkedRecording):
         self._stored_files = self._store(sorted(needed))
 
     def _store(self, numbers: list[int]) -> dict[int, tuple[int, int]]:
-        """Read files of frames into memory: where each begins, and its size."""
+        """Read files of frames into memory; returns (offset, size) of each."""
         stored = {}
         for begin in range(0, len(numbers), FILES_AT_ONCE):
             group = numbers[begin : begin + FILES_AT_ONCE]

@@ -1,4 +1,4 @@
-"""Reading one recording: one game and run of a replay; `scaled_ql.replay.format` says how it lies on disk."""
+"""Reading one recording: one game and run of a replay; `scaled_ql.replay.format` documents the layout on disk."""
 
 import math
 import zlib
@@ -21,17 +21,17 @@ from scaled_ql.replay.format import ARRAYS, ReplayError, file_name
 T = TypeVar("T")
 
 VALIDATED_TOGETHER = 8_192  # rows
-BLANK_ROWS = 100  # in a row with a black frame, action 0 and no reward: no game and no player makes so many
+BLANK_ROWS = 100  # consecutive, black, with action 0 and reward 0: more than any game and player produce
 
 
 class Recording:
-    """One game and run of a replay, read-only: its manifest, its episode table, its arrays, wherever TensorStore reads.
+    """One game and run of a replay, read-only: manifest, episode table and arrays, on any storage of TensorStore.
 
     Attributes:
         kvstore: its folder.
-        manifest: what it is.
+        manifest: content of its `manifest.json`.
         table: Arrow table of its episodes, in time order.
-        folder: on a local disk, or None.
+        folder: its folder on a local disk, or None.
     """
 
     def __init__(self, kvstore: ts.KvStore, manifest: dict[str, Any], table: pa.Table):
@@ -44,12 +44,12 @@ class Recording:
         self.num_rows = int((table["row"].to_numpy() + table["frames"].to_numpy()).max())
 
     def __getstate__(self) -> dict[str, Any]:
-        """What another process needs, which opens the files again."""
+        """State for another process, which opens the files again."""
         kind = type(self)
         return {k: v for k, v in vars(self).items() if not isinstance(getattr(kind, k, None), cached_property)}
 
     def open_array(self, name: str) -> ts.TensorStore:
-        """One of the arrays, for reading."""
+        """Open one of the arrays for reading."""
         where = f"{self.kvstore.url}{name}"
         kvstore = (self.kvstore / f"{name}/").spec().to_json()
         spec = {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}  # missing is not zero
@@ -68,7 +68,7 @@ class Recording:
 
     @cached_property
     def arrays(self) -> dict[str, ts.TensorStore]:
-        """All of them, opened on first use."""
+        """All arrays, opened on first use."""
         return {name: self.open_array(name) for name in ARRAYS}
 
     def reading(self, read: Callable[[], T], name: str) -> T:
@@ -82,7 +82,7 @@ class Recording:
             ) from error
 
     def read_last_row(self) -> None:
-        """Read the end of every array: what was lost as a whole is noticed at once.
+        """Read the end of every array, to detect lost files early.
 
         Raises:
             ReplayError: it cannot be read.
@@ -92,13 +92,13 @@ class Recording:
             self.reading(lambda last=last: last.read().result(), name)
 
     def values(self, name: str, first: np.ndarray, last: np.ndarray, width: int = 1) -> np.ndarray:
-        """One column at rows first[i]..last[i], inclusive, at most `width` of them: [B, width], zeros behind them."""
+        """One column at rows first[i]..last[i], inclusive, at most `width` of them: [B, width], padded with zeros."""
         rows = first[:, None] + np.arange(width)
         read = self.reading(lambda: self.arrays[name][np.minimum(rows, last[:, None])].read().result(), name)
         return np.where(rows <= last[:, None], read, np.zeros((), ARRAYS[name]))
 
     def windows(self, first: np.ndarray, last: np.ndarray) -> list[np.ndarray]:
-        """Frames first[i]..last[i], inclusive: one read operation for all windows."""
+        """Frames first[i]..last[i], inclusive, all windows in one read operation."""
 
         def read() -> list[np.ndarray]:
             frames = self.arrays["observation"]
@@ -111,9 +111,9 @@ class Recording:
     def read_windows(
         self, first: np.ndarray, last: np.ndarray
     ) -> Iterator[tuple[int, int, Callable[[np.ndarray], None]]]:
-        """For each window, frames first[i]..last[i]: (row that its piece begins with, rows of that, how to read it).
+        """For each window, frames first[i]..last[i]: (first row of its piece, rows of the piece, how to read it).
 
-        A piece is just the window, or the whole chunks that it lies in.
+        A piece is the window itself, or the whole chunks that contain it.
         """
         for begin, window in zip(first.tolist(), self.windows(first, last)):
             yield begin, len(window), partial(np.copyto, src=window)
@@ -123,7 +123,7 @@ class Recording:
         if not len(first):
             return np.empty(0, ARRAYS[name])
         stops = first + length
-        hole = self.arrays[name].chunk_layout.read_chunk.shape[0]  # so many rows may be a chunk that was never written
+        hole = self.arrays[name].chunk_layout.read_chunk.shape[0]  # as many rows may be a chunk that was never written
         breaks = np.flatnonzero((first[1:] < stops[:-1]) | (first[1:] - stops[:-1] >= hole)) + 1
         parts = []
         for group in np.split(np.arange(len(first)), breaks):
@@ -137,12 +137,12 @@ class Recording:
 
 
 class ChunkedRecording(Recording, ABC):
-    """A recording of which single chunks can be read, without TensorStore; `chunks` says how."""
+    """A recording whose chunks can be read one by one without TensorStore; see `chunks`."""
 
     @property
     @abstractmethod
     def chunks(self) -> dict[str, Chunks]:
-        """What can be read so, by name: the frames at least."""
+        """Readers of chunks by array name, at least for the frames."""
 
     def _open_chunks(self, name: str, make_read: Callable[[int], Read]) -> Chunks:
         layout, tail = self.arrays[name].chunk_layout, self.arrays[name].shape[1:]
@@ -169,7 +169,7 @@ class LocalRecording(ChunkedRecording):
 
     @cached_property
     def chunks(self) -> dict[str, Chunks]:
-        """All that a batch needs, read from the arrays' files."""
+        """Readers of the files of all arrays that a batch needs."""
 
         def path(name: str, number: int) -> str:
             return self.folder + file_name(name, number)
@@ -190,7 +190,7 @@ class LocalRecording(ChunkedRecording):
 
 
 class Span(NamedTuple):
-    """Transitions of one recording in a batch: where they belong, and which rows of the arrays make them, int64 [B].
+    """Transitions of one recording in a batch: their places in it, and their rows in the arrays, int64 [B].
 
     Attributes:
         recording: the recording.
@@ -224,7 +224,7 @@ class Span(NamedTuple):
 
 
 def read_file(kvstore: ts.KvStore, name: str) -> bytes | None:
-    """The content of a file, or None where there is none.
+    """Read a file; None if it does not exist.
 
     Raises:
         ReplayError: it cannot be read.
@@ -240,7 +240,7 @@ def read_file(kvstore: ts.KvStore, name: str) -> bytes | None:
 
 
 def open_recording(kvstore: ts.KvStore) -> Recording | None:
-    """One game and run, or None where no episode was completed yet."""
+    """Open one game and run; None if no episode is complete yet."""
     described = read_file(kvstore, "manifest.json") or b""
     manifest = fmt.read_manifest(described, f"{kvstore.url}manifest.json")
     # The journal first: a writer that moves it into the table meanwhile leaves both, never neither.
@@ -248,7 +248,7 @@ def open_recording(kvstore: ts.KvStore) -> Recording | None:
     table = _read_table(kvstore)
     starts, lengths = table["start"].to_numpy(), table["length"].to_numpy()
     if not np.array_equal(starts, np.cumsum(lengths) - lengths):
-        raise ReplayError(f"{kvstore.url}episodes.arrow: its episodes do not follow one another. Restore it.")
+        raise ReplayError(f"{kvstore.url}episodes.arrow: its episodes are not contiguous. Restore it.")
     checked, covered = fmt.has_checksums(described), int(lengths.sum())
     rows, _ = fmt.parse_journal(journal, f"{kvstore.url}episodes.jsonl", covered, checked)
     if rows:
@@ -316,8 +316,8 @@ def validate_recording(recording: Recording, progress: Callable[[int], None] = l
             blank = _longest((crc32[: row.length] == fmt.BLACK) & (action == 0) & (reward == 0))
             if blank >= BLANK_ROWS:
                 problems.append(
-                    f"{where}: {blank} rows on end are black, with action 0 and no reward, as rows of a replay buffer "
-                    "that were never written. Import it again."
+                    f"{where}: {blank} consecutive rows are black, with action 0 and reward 0, like rows of a replay "
+                    "buffer that were never written. Import it again."
                 )
             if action.min() < 0 or action.max() >= limit:
                 problems.append(f"{where}: actions outside 0..{limit - 1}.")
@@ -335,6 +335,6 @@ def _longest(marked: np.ndarray) -> int:
 
 
 def _read_group(recording: Recording, group: pd.DataFrame) -> dict[str, ts.Future]:
-    """Begin to read all columns of episodes that lie near one another."""
+    """Start reading all columns of neighbouring episodes."""
     low, high = int(group["row"].iloc[0]), int((group["row"] + group["frames"]).max())
     return {name: array[low:high].read() for name, array in recording.arrays.items()}

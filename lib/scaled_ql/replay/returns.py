@@ -1,4 +1,4 @@
-"""What some methods need to know of all rewards: returns to the episode's end, and the scale of each game's rewards."""
+"""Statistics of all rewards for some methods: returns to the episode's end, and the scale of each game's rewards."""
 
 import numpy as np
 
@@ -9,9 +9,9 @@ from scaled_ql.replay.store import Replay
 def returns_to_go(replay: Replay, game: str, discount: float = 0.99) -> np.ndarray:
     """The discounted sum of clipped rewards from each transition of a game to its episode's end, float32 [T].
 
-    Where an episode was truncated it ends with what was recorded. T floats are kept in memory: 40 MB for 10 million.
+    In a truncated episode the sum stops at the last recorded reward. T floats are kept in memory: 40 MB for 10 million.
     """
-    from scipy.signal import lfilter  # it takes as long to import as jax, and few need it
+    from scipy.signal import lfilter  # as slow to import as jax, and rarely needed
 
     rewards = replay.rewards(game).clip(-1, 1).astype(np.float64)
     lengths = replay.episodes(game)["length"].to_numpy()

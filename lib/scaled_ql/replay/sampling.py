@@ -1,4 +1,4 @@
-"""Which transitions make batch i: a pure function of (replay, seed, i), so a run resumes from one integer."""
+"""The transitions of batch i: a pure function of (replay, seed, i), so a run resumes from one integer."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -64,7 +64,7 @@ def sample_batch(
         out: memory for the frames; see `Replay.gather`.
 
     Raises:
-        ValueError: the batch cannot be shared out evenly.
+        ValueError: the batch does not divide evenly into shares.
     """
     game, index = sample_indices(
         replay,
@@ -83,7 +83,7 @@ def share_of(size: int, shard: tuple[int, int]) -> slice:
     """The i-th of n equal shares of a batch of `size` transitions, for shard = (i, n).
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such share.
     """
     number, shards = shard
     if size % shards or not 0 <= number < shards:
@@ -103,11 +103,11 @@ def mean_frames(replay: Replay, seed: int, num_frames: int = 1_000) -> np.ndarra
 def prefetch(load: Callable[[int], T], start: int, stop: int, *, depth: int = 4, threads: int = 2) -> Iterator[T]:
     """Yield load(start), ..., load(stop - 1) in order, reading up to `depth` ahead on `threads` threads.
 
-    For any `load`; `sample_batches` reads batches on processes, which is faster where cores are free.
+    For any `load`; `sample_batches` samples in processes, which is faster if cores are free.
 
-    Two is the measured best: decoding runs beside Python's lock, the rest does not. On two cores one, two and three
-    threads gave 7,600, 11,200 and 10,000 transitions/s from memory, and 4,800, 4,300 and less from disk
-    (`scaled-ql benchmark sampling`).
+    Two threads measured best: only decoding releases Python's lock. On two cores one, two and three threads gave
+    7,600, 11,200 and 10,000 transitions/s from memory, and 4,800, 4,300 and less from disk (`scaled-ql benchmark
+    sampling`).
     """
     with ThreadPoolExecutor(threads, thread_name_prefix="prefetch") as pool:
         pending: deque = deque()

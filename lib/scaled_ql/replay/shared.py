@@ -1,4 +1,4 @@
-"""Memory that several processes share, and how a value that refers to it gets to another process."""
+"""Memory shared by several processes, and the transfer of values that refer to it."""
 
 import mmap
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class SharedMemory:
-    """Memory without a name: the system frees it with the last process that has it, however that one ends.
+    """Anonymous memory: the system frees it with the last process that holds it, however that process ends.
 
     Unlike a file below /dev/shm it is not limited by the size that a container gives that folder.
 
@@ -34,7 +34,7 @@ class SharedMemory:
         raise TypeError("shared memory is inherited, not copied: see `pack`.")
 
     def append(self, content: bytes) -> int:
-        """Write behind what is there; returns where that begins, a multiple of 64."""
+        """Append content; returns its offset, a multiple of 64."""
         begin = end = -(-os.fstat(self.descriptor).st_size // 64) * 64
         rest = memoryview(content)
         while len(rest):
@@ -43,17 +43,17 @@ class SharedMemory:
         return begin
 
     def grow(self, size: int) -> None:
-        """Make it at least `size` bytes long; what is new is zero and takes no memory until it is written."""
+        """Make it at least `size` bytes long; new bytes are zero and take no memory until written."""
         if os.fstat(self.descriptor).st_size < size:
             os.ftruncate(self.descriptor, size)
 
     def map(self, begin: int, size: int) -> mmap.mmap:
-        """Part of it, from a multiple of the page size on, to read and write."""
+        """Map a part, from a multiple of the page size on, for reading and writing."""
         return mmap.mmap(self.descriptor, size, offset=begin)
 
     @cached_property
     def content(self) -> mmap.mmap:
-        """All of it, as it was on first use; to be used once nothing is appended any more. A slice of it is bytes."""
+        """All of it, mapped on first use, after the last `append`. A slice of it is bytes."""
         return self.map(0, 0)
 
 
@@ -96,6 +96,6 @@ def pack(value: Any) -> tuple[SharedMemory, list[int]]:
 
 
 def unpack(descriptor: int) -> Any:
-    """What `pack` packed, in a process that inherited its descriptors; it closes the pickle's own."""
+    """Load what `pack` packed, in a process that inherited its descriptors; closes the pickle's own."""
     packed = SharedMemory(descriptor).content  # mapped: a position in the file would be shared with other processes
     return _Unpickler(packed).load()

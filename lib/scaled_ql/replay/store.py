@@ -1,4 +1,4 @@
-"""Reading a dataset: the recordings of several games as one; `scaled_ql.replay.format` says how it lies on disk."""
+"""Reading a dataset: the recordings of several games as one; `scaled_ql.replay.format` documents the layout on disk."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ READ_TOGETHER = 32  # windows
 class RecordedFrames:
     """Reads the frames of batches from the recordings themselves; several threads may read at once.
 
-    Other readers, as `device.DeviceFrames`, have the same attribute and method.
+    Other readers, such as `device.DeviceFrames`, have the same attribute and method.
 
     Attributes:
         is_shareable: whether another process can read them.
@@ -45,13 +45,13 @@ class RecordedFrames:
     def read(
         self, spans: list[Span], shape: tuple[int, int], stack_size: int, out: np.ndarray | None = None
     ) -> np.ndarray:
-        """The frames of a batch, uint8 [*shape, 84, 84]: those from `stack_size` - 1 before t on.
+        """Read the frames of a batch, uint8 [*shape, 84, 84], from t - `stack_size` + 1 on.
 
         Args:
             spans: the batch's transitions.
-            shape: transitions, frames of each.
+            shape: (transitions, frames of each).
             stack_size: frames in an observation.
-            out: memory to use.
+            out: memory for the result.
         """
         size, width = shape
         frames = np.empty((size, width, *FRAME_SHAPE), np.uint8) if out is None else out
@@ -72,8 +72,8 @@ class RecordedFrames:
     ) -> None:
         """Fill uint8 [B, width, 84, 84] with rows first, first + 1, ...; with 0 outside `earliest` .. `last`.
 
-        The windows are read into one buffer, small enough to stay in the processor's cache, and copied from there in
-        one go: little work for Python, so that several threads can read at once.
+        The windows are read into one buffer, small enough to stay in the processor's cache, and copied from there at
+        once: little work under Python's lock, so that several threads can read in parallel.
         """
         needed = 1 + sum(rows for _, rows, _ in windows)
         buffer = getattr(self._local, "buffer", None)
@@ -93,8 +93,8 @@ class Replay:
     """A read-only dataset, or the part of it that a view shows; see `open_replay`.
 
     Attributes:
-        path: where it lies.
-        view: which part of it this is.
+        path: its folder or URL.
+        view: the part shown.
         games: names of its games, sorted; a batch's `game` indexes this list.
     """
 
@@ -105,19 +105,19 @@ class Replay:
         view: View | None = None,
         frames: Any = None,
     ):
-        """Show the part of recordings that a view leaves.
+        """Show the part of recordings that a view selects.
 
         Args:
-            path: where they lie.
-            recordings: by game.
-            view: what to show; None is all.
-            frames: reads the frames of batches; None is `RecordedFrames`.
+            path: their folder or URL.
+            recordings: recordings by game.
+            view: part to show; None is all.
+            frames: reader of batches' frames; None is `RecordedFrames`.
         """
         self.path, self.view, self._frames = path, view or View(), frames or RecordedFrames()
         missing = sorted(set(self.view.games) - recordings.keys())
         if missing:
             raise ReplayError(
-                f"{path}: the view asks for {', '.join(missing)}; it has {', '.join(sorted(recordings))}."
+                f"{path}: the view names {', '.join(missing)}; there are {', '.join(sorted(recordings))}."
             )
         self.games = sorted(set(self.view.games) or recordings)
         self._recordings = {
@@ -129,19 +129,19 @@ class Replay:
             if not len(episodes.start):
                 has = [recording.manifest["run"] for recording in recordings[game]]
                 raise ReplayError(
-                    f"{path}: the view leaves nothing of {game}: {self.view.model_dump(exclude_defaults=True)}; "
-                    f"it has the runs {has}."
+                    f"{path}: the view selects nothing of {game}: {self.view.model_dump(exclude_defaults=True)}; "
+                    f"the game has the runs {has}."
                 )
         self.sampleable = lru_cache(maxsize=None)(self._sampleable)
         self._ranks = lru_cache(maxsize=None)(self._sampleable_ranks)
 
     def __reduce__(self) -> tuple:
-        """For another process; it sees the same episodes, even if the store has grown since."""
+        """Pickle for another process, which sees the same episodes even if the store has grown."""
         return Replay, (self.path, self._recordings, self.view, self._frames)
 
     @property
     def is_shareable(self) -> bool:
-        """Whether another process can read it: not what is in a device's memory."""
+        """Whether another process can read it; not from a device's memory."""
         return self._frames.is_shareable
 
     def _join_episodes(self, game: str) -> Episodes:
@@ -174,7 +174,7 @@ class Replay:
         return sum(int(episodes.frames.sum()) for episodes in self._episodes.values())
 
     def manifests(self, game: str) -> list[dict[str, Any]]:
-        """What is known of each recording of a game: source, actions, stickiness, ROM, ..."""
+        """The manifest of each recording of a game: source, actions, ROM, rules."""
         return [recording.manifest for recording in self._recordings_of(game)]
 
     def recordings(self, game: str) -> list[Recording]:
@@ -270,9 +270,9 @@ class Replay:
     def _sampleable(self, game: str, n_step: int, stack_size: int = 4) -> tuple[np.ndarray, np.ndarray]:
         """(start, count), int64: transitions start .. start + count - 1 of each stretch may be sampled.
 
-        That is all of an episode that terminated; in a truncated one those whose state n steps later is stored; in
-        one whose beginning was lost those whose whole frame stack is stored. A uniform view has a stretch of one
-        for each transition that it drew and that may be sampled.
+        These are all transitions of a terminated episode, those of a truncated one whose state n steps later is stored,
+        and those of one whose beginning was lost whose whole frame stack is stored. In a uniform view each of them
+        is a stretch of one.
         """
         self._recordings_of(game)
         episodes = self._episodes[game]
@@ -329,7 +329,7 @@ class Replay:
         """
         indices = np.atleast_1d(np.asarray(indices))
         if not np.issubdtype(indices.dtype, np.integer) or indices.ndim > 1:
-            raise ReplayError(f"indices are a list of integers, got {indices.dtype} {indices!r}.")
+            raise ReplayError(f"indices must be a list of integers, got {indices.dtype} {indices!r}.")
         self._recordings_of(game)
         games = np.full(len(indices), self.games.index(game), np.int32)
         return self.gather(games, indices, n_step, discount, stack_size, clip_rewards)
@@ -351,7 +351,7 @@ class Replay:
                 shows; by default new memory. Not for a dataset that is on a device.
         """
         if n_step < 1 or stack_size < 1:
-            raise ReplayError(f"n_step and stack_size are at least 1, got {n_step} and {stack_size}.")
+            raise ReplayError(f"n_step and stack_size must be at least 1, got {n_step} and {stack_size}.")
         size = len(indices)
         action, reward, discounts = np.empty(size, np.int32), np.empty(size, np.float32), np.empty(size, np.float32)
         next_stack = np.empty((size, stack_size), np.int32)
@@ -365,7 +365,7 @@ class Replay:
         return Batch(frames, next_stack, action, reward, discounts, games)
 
     def _spans(self, games: np.ndarray, indices: np.ndarray, n_step: int, stack_size: int) -> Iterator[Span]:
-        """Which rows of which recordings make the transitions of several games, one recording after another."""
+        """Locate the rows of transitions of several games, one recording after another."""
         for number in np.unique(games):
             game, places = self.games[number], np.flatnonzero(games == number)
             for part, recording, episode, step in self._locate(game, indices[places].astype(np.int64)):
@@ -385,7 +385,7 @@ class Replay:
     def _expect_successors(
         self, game: str, recording: Recording, episode: np.ndarray, step: np.ndarray, n_step: int
     ) -> None:
-        """Refuse transitions, at steps of episodes, that neither end in the game nor have a state n steps later."""
+        """Refuse transitions whose episode was truncated before the state n steps later."""
         episodes = self._episodes[game]
         length, beyond = episodes.length[episode], step + n_step
         lost = ~(episodes.terminal[episode] & (beyond >= length)) & (beyond >= episodes.frames[episode])
@@ -410,7 +410,7 @@ class Replay:
         return digest.hexdigest()[:12]
 
     def rom_md5s(self) -> dict[str, str]:
-        """MD5 of the ROM that each game was recorded with (in its first recording); "" where it is not known."""
+        """MD5 of the ROM that each game was recorded with (in its first recording); "" if unknown."""
         return {game: self.manifests(game)[0]["rom_md5"] for game in self.games}
 
     def stored_bytes(self, game: str) -> int:
@@ -420,7 +420,7 @@ class Replay:
         return sum(file.stat().st_size for file in files if file.is_file())
 
     def validate(self, progress: Callable[[int], None] = lambda transitions: None) -> list[str]:
-        """Read everything and compare with the episode tables; returns one line per problem (none: all is well).
+        """Read everything and compare with the episode tables; returns one line per problem.
 
         Args:
             progress: called with the number of transitions of each episode that was compared.
@@ -440,11 +440,10 @@ def open_replay(path: str | os.PathLike, view: View | str | os.PathLike | None =
 
     Args:
         path: a folder, or any URL that TensorStore reads (``file://``, ``gs://``, ``s3://``, ...).
-        view: the part of it to use, or a file that says so; see `View`.
+        view: part to show, or a file that describes it; see `View`.
 
     Raises:
-        ReplayError: nothing there, something else there, a newer format, a damaged episode table, or a view that
-            asks for what is not there.
+        ReplayError: no dataset there, another format version, a damaged episode table, or a view of absent data.
     """
     if view is not None and not isinstance(view, View):
         view = load_view(view)
@@ -498,10 +497,10 @@ def open_replay(path: str | os.PathLike, view: View | str | os.PathLike | None =
 
 
 def _check_actions(recordings: dict[str, list[Recording]]) -> None:
-    """All recordings of a game index the game's own list of actions, or at least the same.
+    """Check that all recordings of a game index the same list of actions, the game's own if ALE has it.
 
     Raises:
-        ReplayError: one does not.
+        ReplayError: they differ.
     """
     for game, of_game in recordings.items():
         first = of_game[0]
@@ -514,6 +513,6 @@ def _check_actions(recordings: dict[str, list[Recording]]) -> None:
                 raise ReplayError(
                     f"{recording.kvstore.url}manifest.json: its actions are "
                     f"{', '.join(recording.manifest['actions'])}, those of {first.kvstore.url} are "
-                    f"{', '.join(first.manifest['actions'])}. Recordings of one game index the same list; import or "
-                    "record this one again."
+                    f"{', '.join(first.manifest['actions'])}. Recordings of one game must index the same list; import "
+                    "or record this one again."
                 )

@@ -1,4 +1,4 @@
-"""Subsets of a dataset without copying: a few lines of YAML that say which of its transitions may be sampled."""
+"""Subsets of a dataset without copying: a few lines of YAML that select the transitions to sample."""
 
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -14,9 +14,9 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 class View(pydantic.BaseModel):
-    """Which part of a dataset is used; the default is all of it.
+    """A part of a dataset; the default is all of it.
 
-    Trajectories stay whole: one belongs to a stretch of time if it begins there.
+    Trajectories stay whole: each belongs to the stretch of time in which it begins.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -26,7 +26,7 @@ class View(pydantic.BaseModel):
     first: Fraction = 1.0  # trajectories that begin in this first fraction of each recording's transitions
     between: list[Annotated[int, Field(ge=0)]] = []  # [a, b]: those that begin at its transitions a .. b - 1
     uniform: Fraction = 1.0  # of what is left, this fraction of each game's transitions, drawn uniformly
-    seed: Annotated[int, Field(ge=0)] = 0  # of that draw
+    seed: Annotated[int, Field(ge=0)] = 0  # seed of that draw
 
     @pydantic.model_validator(mode="after")
     def _between_is_a_range(self) -> "View":
@@ -39,7 +39,7 @@ def load_view(file: str | Path) -> View:
     """Read a view from YAML (or JSON, which is YAML).
 
     Raises:
-        ReplayError: not readable, or not a view: all mistakes.
+        ReplayError: not readable, or not a view; the message lists all mistakes.
     """
     try:
         values = documents.load(file)
@@ -62,12 +62,12 @@ class Episodes(NamedTuple):
     Attributes:
         run: number of the recording in the game's list of recordings.
         entry: number of the episode in that recording's table.
-        start: index t of the first transition, counting what the view holds.
+        start: index t of the first transition within the view.
         length: transitions.
         row: row of the first transition in the recording's arrays.
         frames: frames from there on, one more than `length` where the state after the last action is stored.
         terminal: the episode ended in the game.
-        continued: it begins in the middle: what came before was lost.
+        continued: its beginning was lost.
     """
 
     run: np.ndarray
@@ -81,10 +81,10 @@ class Episodes(NamedTuple):
 
 
 def select_episodes(view: View, start: np.ndarray, length: np.ndarray) -> slice:
-    """The trajectories of one recording that a view takes: those that begin in its stretch of time.
+    """Select the trajectories of one recording that begin in a view's stretch of time.
 
     Args:
-        view: what to take.
+        view: part of the dataset.
         start: int64 [episodes], index of the first transition, from 0, increasing.
         length: int64 [episodes], transitions.
     """

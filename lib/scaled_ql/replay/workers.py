@@ -1,9 +1,9 @@
-"""Batches sampled ahead by separate processes: threads of one process wait for Python's lock, processes do not.
+"""Batches sampled ahead by separate processes, which do not contend for Python's lock as threads do.
 
 A worker is a fresh Python that the program starts (a fork of one that has loaded JAX may hang). It reads the same
-files or the same shared memory as the program, takes the number of a batch from a pipe that all workers share, and
-writes the frames to shared memory, where the program's arrays show them: no frame is copied on the way. When the
-program ends, be it killed, the pipes end and with them the workers, and nothing is left behind.
+files or the same shared memory as the program, takes batch numbers from a pipe that all workers share, and writes
+the frames to shared memory that the program's arrays view: no frame is copied. When the program ends, even killed, the
+pipes close, the workers exit, and nothing is left behind.
 """
 
 import math
@@ -44,18 +44,18 @@ def sample_batches(
     """Yield sample_batch(replay, seed, step, **sampling) for step = start, ..., stop - 1, `depth` of them ahead.
 
     Args:
-        processes: number of processes, each about 6,000 transitions/s from disk and 10,000 from memory at the price of
-            a core (`scaled-ql benchmark sampling` measures it here); no more than cores that training leaves free.
-            0: two threads of this process (`prefetch`), as always for a dataset on a device.
-        depth: batches that are being made while the caller works on one.
-        sampling: see `sample_batch`, but for `out`.
+        processes: number of processes, at most the cores that training leaves free; each takes a core and samples about
+            6,000 transitions/s from disk or 10,000 from memory (measure with `scaled-ql benchmark sampling`). 0: two
+            threads of this process (`prefetch`), as always for a dataset on a device.
+        depth: batches prepared while the caller works on one.
+        sampling: arguments of `sample_batch` except `out`.
 
-    The frames lie in memory that is used again once no array shows it any more: a batch may be kept for ever.
-    Closing the iterator ends the processes.
+    A batch's memory is reused only once no array refers to it, so batches may be kept. Closing the iterator ends the
+    processes.
 
     Raises:
-        ReplayError: damaged data, when its batch's turn comes; so with whatever else `sample_batch` raises.
-        RuntimeError: a process ended by itself.
+        ReplayError: damaged data, when its batch's turn comes, like any other error of `sample_batch`.
+        RuntimeError: a process died.
     """
     if not processes or not replay.is_shareable:
         return prefetch(partial(sample_batch, replay, seed, **sampling), start, stop, depth=depth)
@@ -82,7 +82,7 @@ def _sample_in_workers(
 
 
 class _Places:
-    """Room for batches' frames in shared memory, each place used again once nothing refers to it.
+    """Places for batches' frames in shared memory, each reused once nothing refers to it.
 
     Args:
         shape: shape of a batch's frames, uint8.
@@ -97,15 +97,15 @@ class _Places:
         return vars(self) | {"_free": deque(), "_maps": {}}
 
     def take(self) -> int:
-        """A place that is free, or a new one."""
+        """Take a free place, or a new one."""
         if self._free:
             return self._free.popleft()
         self._count += 1
-        self._memory.grow((2 ** self._count.bit_length() - 1) * self._size)  # of it only what is written is real
+        self._memory.grow((2 ** self._count.bit_length() - 1) * self._size)  # only written pages take memory
         return self._count - 1
 
     def array(self, place: int) -> np.ndarray:
-        """What lies at a place."""
+        """The frames at a place."""
         block = (place + 1).bit_length() - 1  # mapped together: one place, then two, four, ...; each costs a descriptor
         first = 2**block - 1
         if block not in self._maps:
@@ -113,7 +113,7 @@ class _Places:
         return np.ndarray(self._shape, np.uint8, self._maps[block], (place - first) * self._size)
 
     def lend(self, place: int) -> np.ndarray:
-        """What lies at a place, which is free again when this array and all that share its memory are gone."""
+        """The frames at a place, which is freed when this array and all views of it are gone."""
         array = self.array(place)
         weakref.finalize(array, self._free.append, place).atexit = False
         return array
@@ -123,9 +123,9 @@ class _Workers:
     """Processes that sample; leaving the context ends them.
 
     Args:
-        load: called with the number of a batch and `out`.
-        places: where the frames go.
-        processes: how many.
+        load: called with a batch number and `out`.
+        places: destination of the frames.
+        processes: number of processes.
     """
 
     def __init__(self, load: partial, places: _Places, processes: int):
@@ -163,12 +163,12 @@ class _Workers:
             process.wait()
 
     def begin(self, step: int, place: int) -> None:
-        """Have batch number `step` made."""
-        with suppress(BrokenPipeError):  # all are dead: `result` says so
+        """Request batch number `step`."""
+        with suppress(BrokenPipeError):  # all are dead, which `result` reports
             os.write(self._tasks, TASK.pack(step, place))
 
     def result(self, step: int) -> dict[str, np.ndarray]:
-        """Wait for batch number `step`; returns all of it but the frames."""
+        """Wait for batch number `step`; returns its arrays except the frames."""
         while step not in self._results:
             for results in wait(list(self._processes)):
                 try:
@@ -176,8 +176,8 @@ class _Workers:
                 except EOFError:
                     status = self._processes[results].wait()
                     raise RuntimeError(
-                        f"a process that samples batches ended with status {status}. Its own message, if any, is "
-                        "above or in this program's log; -9 often means that memory ran out: use fewer processes."
+                        f"a sampling process ended with status {status}. Its own message, if any, is above or in this "
+                        "program's log; -9 often means out of memory: use fewer processes."
                     ) from None
                 self._results[number] = result
         scalars, error = self._results.pop(step)
@@ -187,7 +187,7 @@ class _Workers:
 
 
 def work(packed: int, tasks: int, results: int) -> None:
-    """What a worker does, given the descriptors of its work and of its two pipes, until one of these ends."""
+    """Run a worker, given the descriptors of its packed work and its two pipes, until one of these closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     load, places = unpack(packed)
     with Connection(results, readable=False) as sender, suppress(BrokenPipeError):

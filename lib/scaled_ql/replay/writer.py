@@ -48,17 +48,16 @@ class ReplayWriter:
             game: name as in the paper.
             run: number of the recording, so that several agents' experience of a game stays apart.
             actions: names of the minimal action set; stored actions index it.
-            source: who played, in words.
-            sticky_actions: the probability with which the emulator repeated an action.
+            source: description of the player.
+            sticky_actions: probability that the emulator repeated an action.
             frame_skip: emulator frames per transition.
             rom_md5: MD5 of the ROM that was played.
             rewards: ``"raw"`` or ``"clipped"``.
-            lock_timeout: seconds to wait for another writer (a killed one lets go within a moment).
-            **rules: the others of `games.RULES` under which was played, as from `environments.rules`; what is not given
-                is not known.
+            lock_timeout: seconds to wait for another writer (a killed one releases the lock within a moment).
+            **rules: the other rules of play, named as in `games.RULES`; those left out are unknown.
 
         Raises:
-            ReplayError: a folder of something else, other settings than before, or another writer.
+            ReplayError: the folder holds something else, other settings than before, or another writer.
         """
         self.folder = fmt.local_folder(path) / game / str(run)
         self.manifest = fmt.make_manifest(
@@ -107,7 +106,7 @@ class ReplayWriter:
             os.truncate(self._journal, self._journal_size)
 
     def _check_last_row(self) -> None:
-        """Read the end of every array: appending to a chunk that was lost would turn what it held into zeros."""
+        """Read the end of every array: appending to a lost chunk would replace its contents with zeros."""
         if self.num_transitions:
             open_recording(ts.KvStore.open(self.folder.as_uri() + "/").result()).read_last_row()
 
@@ -126,21 +125,20 @@ class ReplayWriter:
         Args:
             observation: uint8 [L, 84, 84], the frame on which each action was chosen.
             action: integers [L], indices into the store's actions.
-            reward: [L], what each action earned.
+            reward: [L], reward of each action.
             terminal: whether the episode ended in the game; if not, it was truncated.
-            final_observation: uint8 [84, 84], the frame after the last action, where it is known.
+            final_observation: uint8 [84, 84], the frame after the last action, if known.
             **columns: further columns of the episode table (say, the player's epsilon).
 
         Raises:
-            ReplayError: data that are not an episode of this game, or a disk that does not take it; the episodes
-                appended before stay valid.
+            ReplayError: invalid data, or a failed write; episodes appended before stay valid.
         """
         observation, action = np.asarray(observation), np.asarray(action)
         reward = np.asarray(reward, np.float32)
         check_episode(self.manifest, f"{self.folder}: episode {self.num_episodes}", observation, action, reward)
         reserved = columns.keys() & {*fmt.EPISODE, "run"}
         if reserved:
-            raise ReplayError(f"{self.folder}: a column cannot be called {', '.join(sorted(reserved))}; rename it.")
+            raise ReplayError(f"{self.folder}: reserved column name {', '.join(sorted(reserved))}; rename it.")
         if final_observation is not None:
             final = np.asarray(final_observation)
             if final.shape != FRAME_SHAPE or final.dtype != np.uint8:
@@ -168,7 +166,7 @@ class ReplayWriter:
 
     def _commit(self, row: dict[str, Any]) -> None:
         with self._journal.open("ab") as journal:
-            journal.truncate(self._journal_size)  # what a failed commit before this one may have left
+            journal.truncate(self._journal_size)  # remains of a failed commit
             journal.write(fmt.journal_line(row))
             journal.flush()
             os.fsync(journal.fileno())
@@ -176,7 +174,7 @@ class ReplayWriter:
         self._appended.append(row)
 
     def _compact(self) -> None:
-        """Move a long journal into the table. Killed in between, the journal repeats what the table has: harmless."""
+        """Move a long journal into the table. If killed in between, the journal repeats the table: harmless."""
         table = pa.Table.from_pylist(self._appended)
         if self._table.exists():
             before = fmt.read_table(pa.py_buffer(self._table.read_bytes()), str(self._table))
@@ -186,7 +184,7 @@ class ReplayWriter:
         self._appended, self._journal_size = [], 0
 
     def close(self) -> None:
-        """Let another writer in."""
+        """Release the lock, so that another writer can open the store."""
         if self._lock.is_locked:
             if len(self._appended) > JOURNAL_LINES:
                 self._compact()
@@ -200,7 +198,7 @@ class ReplayWriter:
 
 
 def lock_recording(folder: Path, timeout: float) -> filelock.BaseFileLock:
-    """Create a recording's folder and take the lock of its one writer.
+    """Create a recording's folder and acquire its writer lock.
 
     Raises:
         ReplayError: the folder cannot be made, or another process holds the lock.
@@ -209,14 +207,14 @@ def lock_recording(folder: Path, timeout: float) -> filelock.BaseFileLock:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ReplayError(f"{folder}: cannot create the store ({error}).") from error
-    lock = filelock.FileLock(folder / ".lock", fallback_to_soft=False)  # which outlives a writer that was killed
+    lock = filelock.FileLock(folder / ".lock", fallback_to_soft=False)  # a soft lock outlives a killed writer
     try:
         lock.acquire(timeout=timeout)
     except filelock.Timeout as error:
         raise ReplayError(f"{folder}: another process is writing this store; wait for it or stop it.") from error
     except OSError as error:
         raise ReplayError(
-            f"{folder}: cannot write here ({error}). Choose a folder that can be written, on a file system with locks."
+            f"{folder}: cannot write here ({error}). Choose a writable folder, on a file system with locks."
         ) from error
     return lock
 
