@@ -437,13 +437,13 @@ def test_bad_episode(tmp_path, root, damage):
 
 def test_no_dataset(tmp_path, root):
     create(buffers([3]))
-    with pytest.raises(ReplayError, match=r"atari/pong/absent-v0: no Minari dataset .*MINARI_DATASETS_PATH"):
+    with pytest.raises(ReplayError, match=r"atari/pong/absent-v0: not a Minari dataset .*MINARI_DATASETS_PATH"):
         import_minari("atari/pong/absent-v0", tmp_path / "store")
     metadata = root / ID / "data/metadata.json"
     good = json.loads(metadata.read_text())
     for bad in ("{", json.dumps({**good, "data_format": "tape"}), json.dumps({**good, "minari_version": "9.0"})):
         metadata.write_text(bad)
-        with pytest.raises(ReplayError, match="test-v0: no Minari dataset"):
+        with pytest.raises(ReplayError, match="test-v0: not a Minari dataset"):
             import_minari(ID, tmp_path / "store")
     metadata.write_text(json.dumps({**good, "total_episodes": 0}))
     with pytest.raises(ReplayError, match="has no episodes"):
@@ -453,7 +453,7 @@ def test_no_dataset(tmp_path, root):
     with pytest.raises(ReplayError, match="list of episodes cannot be read"):
         import_minari(ID, tmp_path / "store")
     shutil.rmtree(root / ID)
-    with pytest.raises(ReplayError, match="no Minari dataset"):
+    with pytest.raises(ReplayError, match="not a Minari dataset"):
         import_minari(root / ID, tmp_path / "store")
 
 

@@ -1,4 +1,4 @@
-"""Players that fill a store: scripted ones, better over a recording or of two minds throughout, and a random one."""
+"""Players that fill a store: scripted ones, which improve over a recording or are of two minds, and a random one."""
 
 import json
 import multiprocessing
@@ -31,7 +31,7 @@ def play_pong(ram: np.ndarray, before: np.ndarray) -> str:
 
     def ahead(byte: int) -> float:
         position, moved = int(ram[byte]), int(ram[byte]) - int(before[byte])
-        return position + 0.5 * moved if abs(moved) <= 30 else position  # further than that, it is another ball
+        return position + 0.5 * moved if abs(moved) <= 30 else position  # a larger jump is another ball
 
     if ram[54] == 0:
         return "FIRE"
@@ -100,7 +100,7 @@ CHANGE_OF_MIND = 0.04  # probability, at each step, that a player of two minds d
 
 
 def mirrored(action: str) -> str:
-    """The opposite direction of an action, fire or not: DOWNLEFTFIRE for UPRIGHTFIRE, FIRE for FIRE."""
+    """The action in the opposite direction, with the same fire: DOWNLEFTFIRE for UPRIGHTFIRE, FIRE for FIRE."""
     return re.sub("|".join(OPPOSITE), lambda direction: OPPOSITE[direction[0]], action)
 
 
@@ -121,12 +121,12 @@ def play_episode(
 
     Args:
         environment: from `make_environment`.
-        player: chooses by RAM; None plays at random throughout.
+        player: scripted player; None plays at random throughout.
         actions: the game's minimal action set.
         epsilon: probability of a random action at each step of the episode.
-        seed: of this episode; equal seeds give equal episodes.
-        change_of_mind: above 0, a player of two minds: at the start, and with this probability at each step, it draws
-            with equal chances whether from now on it does what `player` says or the mirror image, LEFT for RIGHT.
+        seed: seed of the episode; equal seeds give equal episodes.
+        change_of_mind: above 0, a player of two minds: at the start, and with this probability at each step, it decides
+            with equal chances to follow `player` or its mirror image, LEFT for RIGHT.
 
     Returns:
         observation uint8 [L, 84, 84], action int32 [L], reward float32 [L], terminal (bool).
@@ -173,15 +173,15 @@ def record_game(
     """Record whole episodes of a game until the store holds at least `num_transitions`; returns how many it holds.
 
     The games of `SCRIPTED_PLAYERS` are played by a script that reads RAM, with epsilon annealed from 1 to
-    `final_epsilon` over the first half; every other game at random. The right action is the most frequent one there, so
-    that cloning such a player plays better than it did, and nothing is left to learn from rewards.
+    `final_epsilon` over the first half; every other game at random. The script's action is the most frequent one, so
+    a clone plays better than the recording did, and nothing is left to learn from rewards.
 
-    With `two_minds`, epsilon is `final_epsilon` throughout, and half of the time, in stretches, the player does the
-    mirror image of what the script says (`CHANGE_OF_MIND`): which action is frequent does not tell which one is good,
-    by construction. Only rewards do. Of random play that is true anyway.
+    With `two_minds`, epsilon is `final_epsilon` throughout, and half of the time, in stretches, the player mirrors the
+    script (`CHANGE_OF_MIND`): by construction, frequency does not show which action is good. Only rewards do, as in
+    random play.
 
-    Episode k depends on these arguments and on the transitions before it alone, so a recording that was stopped resumes
-    as if it had not been.
+    Episode k depends only on these arguments and on the transitions before it, so a stopped recording resumes as if it
+    had not been stopped.
     """
     player, actions = SCRIPTED_PLAYERS.get(game), action_names(game)
     epsilons = f"epsilon 1 to {final_epsilon} over the first half of {num_transitions} transitions"
@@ -231,7 +231,7 @@ def record(
 
     Raises:
         EnvironmentDied: a process ended, or its environment does not answer.
-        UnknownGame: before anything is recorded.
+        UnknownGame: ALE has no such game; raised before anything is recorded.
         ReplayError: the first failure of a recording; the others stop at the end of their episode.
     """
     for game in games:
@@ -251,21 +251,21 @@ def record(
                     future.result()
                 for number, game in enumerate(games):
                     if 0 < since[number] < time.monotonic() - STEP_SECONDS:
-                        os.kill(pids[number], signal.SIGKILL)  # it hears nothing else
+                        os.kill(pids[number], signal.SIGKILL)  # it ignores any other signal
                         raise EnvironmentDied(
                             f"{game}: no answer from the environment within {STEP_SECONDS:g} s. Run again to resume."
                         )
                 yield {game: _committed(Path(path) / game) for game in games}
         except BrokenProcessPool as error:
-            remedy = main_guard_hint() or "Run again to resume; -9 in a system's log means that memory ran out."
-            raise EnvironmentDied(f"a process that records ended ({error}). {remedy}") from error
+            remedy = main_guard_hint() or "Run again to resume; -9 in a system's log means out of memory."
+            raise EnvironmentDied(f"a recording process ended ({error}). {remedy}") from error
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
 
 
-# In a worker: the event that ends its recordings; for each of them, since when its environment is being called (0: it
-# is not) and the process; which one is this worker's.
+# In a worker: the event that ends its recordings; by recording, the start of the current call to its environment (0:
+# none) and the process; the number of this worker's recording.
 _stop: Any = None
 _since: Any = None
 _pids: Any = None
@@ -285,7 +285,7 @@ def _record_here(number: int, *arguments: Any, **options: Any) -> int:
 
 
 def _timed(call: Callable, *arguments: Any, **options: Any) -> Any:
-    """Call an environment, so that a parent who waits sees since when; no thread beside the emulator could."""
+    """Call an environment and share the call's start with the parent; a thread could not run beside the emulator."""
     if _since is None:
         return call(*arguments, **options)
     _since[_number] = time.monotonic()

@@ -13,7 +13,7 @@ from scaled_ql.environments import MAX_STEPS, make_vector_environment
 from scaled_ql.games import action_names
 from scaled_ql.methods.common import Preferences, PyTree
 
-# uint8 [N, 4, 84, 84] stacks -> float32 [N, actions], the largest is played; -inf is never
+# uint8 [N, 4, 84, 84] stacks -> float32 [N, actions]: the largest is played, -inf never
 QFunction = Callable[[np.ndarray], np.ndarray]
 
 
@@ -22,8 +22,8 @@ def make_q_function(prefer: Preferences, params: PyTree, game_index: int, num_ac
 
     Args:
         prefer: from `methods.Method.preferences`.
-        params: the online parameters.
-        game_index: which head.
+        params: online parameters.
+        game_index: number of the game's head.
         num_actions: size of the game's minimal set; the other outputs are cut off.
 
     Returns:
@@ -38,12 +38,12 @@ def make_q_function(prefer: Preferences, params: PyTree, game_index: int, num_ac
 
 
 def play_randomly(stacks: np.ndarray) -> np.ndarray:
-    """The Q function of a player that `evaluate` lets act at random with epsilon = 1."""
+    """Q function of a random player, for `evaluate` with epsilon = 1."""
     return np.zeros((len(stacks), 1), np.float32)
 
 
 def constant_action(action: int) -> QFunction:
-    """The Q function of a player that always prefers one action: what a greedy network that learned nothing plays."""
+    """Q function of a player that always prefers one action, like a greedy network that learned nothing."""
 
     def q_function(stacks: np.ndarray) -> np.ndarray:
         values = np.full((len(stacks), action + 1), -np.inf, np.float32)
@@ -54,7 +54,7 @@ def constant_action(action: int) -> QFunction:
 
 
 def best_constant_action(game: str, **protocol: Any) -> pd.DataFrame:
-    """Measure each of a game's actions, played for ever.
+    """Evaluate each of a game's actions, played constantly.
 
     The best of several noisy means is an optimistic estimate: as a control it errs on the safe side.
 
@@ -89,34 +89,34 @@ def evaluate(
     difficulty: int | None = None,
     keep_actions: bool = False,
 ) -> pd.DataFrame:
-    """Play whole episodes, epsilon-greedily, in environments side by side.
+    """Play whole episodes, epsilon-greedily, in parallel environments.
 
     Every environment plays its share of the episodes and then further ones until it has played its share of the steps;
-    all that it begins it finishes. This is Table B.1's rule, whole episodes until at least 125,000 steps, in each
-    environment by itself. Whether an environment begins an episode depends on its earlier ones alone, so that the
+    it finishes every episode that it begins. This is Table B.1's rule, whole episodes until at least 125,000 steps,
+    applied to each environment. Whether an environment begins an episode depends only on its earlier ones, so the
     expected sum of returns is the mean return times the expected number of episodes (Wald's identity). Stopping
-    all environments at some step instead would drop the long episodes more often than the short ones.
+    all environments at some step instead would drop long episodes more often than short ones.
 
     Args:
         q_function: uint8 [N, 4, 84, 84] -> [N, actions].
         game: name as in the paper.
-        episodes: whole episodes in all; with `min_steps` at least.
-        seed: of the random actions and of the emulators.
-        min_steps: agent steps in all, at least (Table B.1: 125,000); 0: `episodes` alone says when to stop.
+        episodes: total of whole episodes; with `min_steps` a minimum.
+        seed: seed of the random actions and of the emulators.
+        min_steps: minimum total of agent steps (Table B.1: 125,000); 0: no minimum.
         epsilon: probability of a random action (Table B.1: 0.001).
-        temperature: 0: the largest value is played. Above, an action is drawn from softmax(values / temperature): at 1
-            a clone whose values are log-probabilities plays its own policy.
+        temperature: 0 plays the largest value; above 0, actions are drawn from softmax(values / temperature): at 1 a
+            clone whose values are log-probabilities plays its own policy.
         max_steps: agent steps after which an episode is truncated (Table B.1: 27,000).
-        num_environments: at most; never more than episodes or steps asked for.
-        sticky_actions: 0 in the paper's evaluation, which departs from the data's 0.25.
+        num_environments: maximum number of environments; never more than `episodes` or `min_steps`.
+        sticky_actions: probability of a repeated action; 0 in the paper's evaluation, 0.25 in its data.
         mode, difficulty: the game's variant; see `make_vector_environment`.
         keep_actions: add a column `actions`, from which `record_film` plays an episode again.
 
     Returns:
         one row per episode: environment, episode_return (raw), length, truncated, and `action_<NAME>` for each of the
-        game's actions: how often the player itself chose it. The random actions of epsilon are not counted, so that a
-        row's counts sum to its length without them, and a random player's are all 0. `actions` has a letter per
-        step after a colon (no CSV reader takes it for a number), a for the game's first action, random ones included.
+        game's actions: how often the player itself chose it. Epsilon's random actions are not counted, so a row's
+        counts sum to its length without them, and a random player's are all 0. `actions` has a colon (so that no CSV
+        reader takes it for a number) and a letter per step, a for the game's first action, random ones included.
 
     Raises:
         ValueError: the player chose an action outside the game's set.
@@ -132,7 +132,7 @@ def evaluate(
     chosen, resetting, done = np.zeros((slots, num_actions), int), np.zeros(slots, bool), np.zeros(slots, bool)
     rows = []
     while not done.all():
-        # Environments that are done are asked, too: one batch size is one compiled program.
+        # Finished environments stay in the batch: one batch size is one compiled program.
         values = q_function(stacks)
         if temperature > 0:  # the largest of values with Gumbel noise is a draw from their softmax
             values = values / temperature + rng.gumbel(size=values.shape)
@@ -198,7 +198,7 @@ def score_curve(folder: Path) -> pd.DataFrame:
 
 
 def representative(episodes: pd.DataFrame) -> int:
-    """The row of the episode whose return is nearest to the median, the longest of several: the one to film."""
+    """Row of the episode to film: the return nearest to the median, the longest on ties."""
     distance = (episodes["episode_return"] - episodes["episode_return"].median()).abs()
     return int(episodes[distance == distance.min()]["length"].idxmax())
 
@@ -217,19 +217,19 @@ def record_film(
     frames_per_second: int = 30,
     label: str = "Q(s, a)",
 ) -> float:
-    """Play an evaluation's episode again and write an MP4 of it, with the value of each action beside the screen.
+    """Play an evaluation's episode again and write an MP4 of it, with the value of each action next to the screen.
 
     Args:
         q_function: as in the evaluation; only shown, the actions are the evaluation's.
         game: name as in the paper.
         episodes: from `evaluate`, with `keep_actions`.
-        number: which row.
-        file: to write.
+        number: row of the episode.
+        file: file to write.
         seed, sticky_actions, max_steps: as in the evaluation.
-        num_steps: agent steps shown at most, 15 of which are a second of the game; idle stretches are skipped
-            (`eventful`).
-        frames_per_second: of the video: 30 is twice the game's speed.
-        label: what the values are.
+        num_steps: maximum number of agent steps shown (15 are a second of the game); idle stretches are skipped, see
+            `eventful`.
+        frames_per_second: frame rate of the video; 30 is twice the game's speed.
+        label: name of the values.
 
     Returns:
         the episode's raw return.
@@ -270,9 +270,9 @@ def eventful(rewards: np.ndarray, still: np.ndarray, number: int, patience: int 
 
     Args:
         rewards: [T]; a step with a reward is an event, and so are the first and the last.
-        still: bool [T], whether the frame is the one before it; skipped from the `patience`-th in a row on.
-        number: steps.
-        patience: steps.
+        still: bool [T], whether the frame repeats the previous one; skipped from the `patience`-th in a row on.
+        number: maximum number of steps.
+        patience: steps without change before skipping.
 
     Returns:
         int [at most number], ascending.

@@ -1,4 +1,4 @@
-"""DQN-Replay logs (Agarwal et al., 2020): what Dopamine's replay buffer wrote while it was filled again and again.
+"""DQN-Replay logs (Agarwal et al., 2020): dumps of Dopamine's replay buffer, which was filled again and again.
 
 ::
 
@@ -8,9 +8,9 @@
                            $store$_terminal_ckpt.0.gz      uint8 [C]
                            add_count_ckpt.0.gz             int64 []
 
-The buffer is a ring of C rows that has seen `add_count` rows when it is dumped. So row r holds the row with the
-global number g, the largest below add_count with g % C == r, and a file is new from the number on where the file
-before it ended. Rows of a ring that is not full yet were never written; they hold zeros, or whatever was in memory.
+The buffer is a ring of C rows that has seen `add_count` rows when it is dumped. Row r holds the row with the global
+number g, the largest below add_count with g % C == r, and a file is new from the number at which the previous file
+ended. Rows of a ring that is not full yet were never written; they hold zeros, or stale memory.
 An episode begins with three rows of zeros.
 
 The published logs were dumped once a cycle, one row early: the last row of file k is the row between files k - 1 and
@@ -43,10 +43,10 @@ from scaled_ql.replay.formats.importing import BLOCK, OnProgress, Part, Plan, Re
 SOURCE = "DQN-Replay"
 PADDING = 3  # rows of zeros before an episode: Dopamine's stack size less one
 PUBLISHED = rules(sticky_actions=0.25)
-READ_BYTES = 1 << 18  # decoded in one call: as much may be lost before the place where a file is cut
-MAX_CAPACITY = 20_000_000  # rows a file; beyond that its small columns would not fit in memory
+READ_BYTES = 1 << 18  # decoded in one call: as much may be lost before a cut
+MAX_CAPACITY = 20_000_000  # rows per file; more would not fit in memory
 COLUMNS = {"action": np.int32, "reward": np.float32, "terminal": np.uint8}
-BOUNDARY = "boundary"  # a column of our own beside Dopamine's: 1 truncated here, 2 its beginning was lost
+BOUNDARY = "boundary"  # a column besides Dopamine's: 1 truncated here, 2 its beginning was lost
 LOGS = "replay_logs"  # folder of a run's files
 MANIFEST = "manifest.json"  # of the store that logs were exported from
 FILE = re.compile(r"^\$store\$_(observation|action|reward|terminal)_ckpt\.(\d+)\.gz$|^add_count_ckpt\.(\d+)\.gz$")
@@ -69,20 +69,20 @@ def import_dqn_replay(
     Args:
         source: the folder or URL (``gs://`` with gcsfs, ``s3://`` with s3fs, ...) that holds the game folders.
         destination: the dataset's folder, on a local disk.
-        games: those to import; None is all there.
-        runs: those to import of each game; None is all there.
-        actions: what the log's actions index: the game's ``"minimal"`` set, as in published logs, or the ``"full"`` set
+        games: games to import; None: all.
+        runs: runs to import of each game; None: all.
+        actions: set that the actions index: the game's ``"minimal"`` set, as in published logs, or the ``"full"`` set
             of 18, which is mapped onto the minimal one by name.
         skip_bad: skip a file that cannot be read, and list it in the report and in ``import.json``.
-        workers: processes that convert files side by side; 0 converts in this one.
+        workers: processes that convert files in parallel; 0: this one.
         scheduler: address of a running Dask scheduler to use instead, whose workers see both folders.
         progress: called with (files done, files known).
 
     Returns:
-        what was imported, what is missing, what was excluded.
+        imported transitions, gaps, excluded rows and files left out.
 
     Raises:
-        ReplayError: what is wrong with which file, and from which row on.
+        ReplayError: a file that cannot be read or is inconsistent; the message names file, row and remedy.
     """
     filesystem, root = importing.open_source(source)
     url, destination = filesystem.unstrip_protocol(root), fmt.local_folder(destination)
@@ -124,7 +124,7 @@ def _find_runs(
 
 
 def _expect_game(filesystem: fsspec.AbstractFileSystem, root: str, folder: str, there: dict[str, str]) -> None:
-    """Refuse a game's folder that is none, but looks like a level above or below one."""
+    """Refuse a folder that looks like a level above or below a game's."""
     if _has_logs(filesystem, folder):
         raise ReplayError(f"{folder}: has Dopamine's files, but no folder of a run. Expected {folder}/<run>/{LOGS}/.")
     if LOGS in there:
@@ -146,9 +146,9 @@ def _expect_source(filesystem: fsspec.AbstractFileSystem, root: str) -> None:
 
 
 def plan_recording(source: str, folder: str, destination: Path, game: str, run: int, action_set: str) -> Plan:
-    """Which files a run has, which global numbers each of them adds, and what none of them holds.
+    """Plan a run: its files, the global numbers that each adds, and the gaps between them.
 
-    A file that is found to be bad here stays in the plan, to be reported in its turn.
+    A bad file stays in the plan, to be reported in its turn.
 
     Raises:
         ReplayError: there are no files, or the destination cannot be written.
@@ -165,7 +165,7 @@ def plan_recording(source: str, folder: str, destination: Path, game: str, run: 
     actions, target = list(action_names(game)), str(destination / game / str(run))
     indices = importing.action_indices(actions, action_set)
     parts, gaps = [], []
-    capacity, before, previous = 0, 0, None  # of the file before: rows a file, rows added, number
+    capacity, before, previous = 0, 0, None  # of the previous file: rows per file, rows added, number
     for number in sorted(dumps):
         try:
             _expect_all(logs, number, {*dumps[number]})
@@ -178,7 +178,7 @@ def plan_recording(source: str, folder: str, destination: Path, game: str, run: 
                     continue
             if count <= before:
                 raise Unreadable(
-                    f"{_address(logs, 'add_count', number)}: {count} rows added, but {before} by the file before it. "
+                    f"{_address(logs, 'add_count', number)}: {count} rows added, but {before} by the previous file. "
                     "Expected counts that grow with the number of the dump: files of different logs are mixed."
                 )
         except Unreadable as error:
@@ -246,26 +246,26 @@ def _last_count(
     filesystem: fsspec.AbstractFileSystem, logs: str, number: int, count: int, capacity: int, before: int,
     previous: int | None, indices: list[int],
 ) -> tuple[int, bool]:  # fmt: skip
-    """How many rows were added at a log's last dump, which saved either that number or the ring's position.
+    """Rows added at a log's last dump, which saved either that number or the ring's position.
 
-    Rows that the dump before it held, and that nothing can have overwritten since, are the same in both. The smallest
-    count that agrees with this is the right one.
+    Rows of the previous dump that cannot have been overwritten since are the same in both. The smallest count
+    consistent with this is the right one.
 
     Args:
         filesystem: file system of the logs.
         logs: folder of the logs.
         number: number of the dump.
-        count: what it saved, below the capacity.
+        count: saved number, below the capacity.
         capacity: capacity of the ring.
-        before: rows added at the dump before it; 0 for none.
+        before: rows added at the previous dump; 0 for none.
         previous: number of that dump.
         indices: see `_bad_rows`.
 
     Returns:
-        the count, and whether its new rows are known to follow the last one of the dump before.
+        the count, and whether its new rows are known to follow the previous dump's last one.
     """
     first = count + max(-((count - before) // capacity), 0) * capacity  # the smallest that is not below `before`
-    cycles = 1 if previous is None else number - previous  # a log that is dumped once a cycle went through so many
+    cycles = 1 if previous is None else number - previous  # if the log is dumped once a cycle
     same = None
     if previous is not None:
         old = np.arange(max(first - capacity, 0), before) % capacity
@@ -277,8 +277,8 @@ def _last_count(
             return first, previous is not None
         return first + (max(number, 1) if previous is None else cycles) * capacity, False
     if same is None and cycles == 1 and previous is not None:
-        # The dump before ended in an episode's padding, so that there is nothing to compare. A log that has been dumped
-        # once a cycle so far, as the published ones are, is taken to have been so to its end.
+        # The previous dump ended in an episode's padding, so there is nothing to compare. A log that has been dumped
+        # once a cycle so far, as the published ones are, is assumed to continue so to its end.
         return first, (before + 1) // capacity == previous + 1
     return first + (max(cycles - 1, 1) if same is False else cycles - 1) * capacity, False
 
@@ -286,7 +286,7 @@ def _last_count(
 def _are_same(
     filesystem: fsspec.AbstractFileSystem, logs: str, number: int, previous: int, rows: np.ndarray, capacity: int
 ) -> bool | None:
-    """Whether two dumps hold the same at these rows; None where nothing can be compared, or nothing but zeros."""
+    """Whether two dumps agree in these rows; None if nothing can be compared, or only zeros."""
     differs, blank = False, True
     for name, dtype in COLUMNS.items():
         ours = read_column(filesystem, _address(logs, name, number), dtype, capacity)[rows]
@@ -310,9 +310,9 @@ def _are_same(
 def _never_written(
     filesystem: fsspec.AbstractFileSystem, logs: str, number: int, count: int, capacity: int, indices: list[int]
 ) -> bool:
-    """Whether the rows from the ring's position on look as if nothing was ever written there.
+    """Whether the rows from the ring's position on look never written.
 
-    Large arrays begin as zeros, so their frames are black; small ones hold what was in memory before.
+    Large arrays begin as zeros, so their frames are black; small ones hold stale memory.
     """
     columns = [read_column(filesystem, _address(logs, name, number), COLUMNS[name], capacity) for name in COLUMNS]
     action, reward, terminal = (column[count:] for column in columns)
@@ -321,7 +321,7 @@ def _never_written(
         return True
     try:
         crc32 = _frame_crc32s(filesystem, _address(logs, "observation", number), np.arange(count, capacity), capacity)
-    except Unreadable:  # its own part says so; the first dump of a log is the likeliest not to be full
+    except Unreadable:  # its own part reports it; the first dump of a log is the likeliest not to be full
         return number == 0
     return bool((crc32 == fmt.BLACK).all())
 
@@ -365,7 +365,7 @@ class _Npy:
         return self.shape[0]
 
     def fill(self, block: np.ndarray) -> None:
-        """Read the next rows into a contiguous array; if that fails, `row` says how far it came."""
+        """Read the next rows into a contiguous array; after a failure, `row` is the first unread one."""
         target, filled, begin = memoryview(block).cast("B"), 0, self.row
         while filled < len(target):
             count = self.stream.readinto(target[filled : filled + READ_BYTES])
@@ -385,7 +385,7 @@ class _Npy:
 
 @contextmanager
 def _opened(filesystem: fsspec.AbstractFileSystem, address: str) -> Iterator[_Npy]:
-    """Open one file of a log; whatever goes wrong while it is read names it, the row and the remedy."""
+    """Open one file of a log; errors while it is read name the file, the row and the remedy."""
     file = None
     try:
         with filesystem.open(address, "rb") as raw, igzip_threaded.open(raw, "rb") as stream:
@@ -394,12 +394,12 @@ def _opened(filesystem: fsspec.AbstractFileSystem, address: str) -> Iterator[_Np
     except ReplayError:
         raise
     except Exception as error:  # gzip, npy and each kind of bucket have their own errors
-        # What precedes a cut is sound; where a checksum is wrong, nothing is known to be.
+        # Rows before a cut are sound; with a wrong checksum, none is known to be.
         row = file.row if file and isinstance(error, EOFError) else 0
         if isinstance(error, PermissionError):
             remedy = "Check your permissions."
         else:
-            remedy = "The file is damaged or no gzipped npy; restore it from its source."
+            remedy = "The file is damaged or not a gzipped npy; restore it from its source."
         raise Unreadable(
             f"{address}: cannot be read from row {row} on ({type(error).__name__}: {error}). {remedy}", row
         ) from error
@@ -444,7 +444,7 @@ def convert(part: Part) -> tuple[list[dict[str, Any]], dict[str, list], Unreadab
     """Write one dump's rows and find its segments.
 
     Returns:
-        (segments, what was excluded, what ended it early or None)
+        (segments, report of excluded rows, the error that ended it early or None)
     """
     content = part.content
     if "bad" in content:
@@ -493,7 +493,7 @@ def _read_dump(filesystem: fsspec.AbstractFileSystem, logs: str, content: dict[s
         try:
             ends = read_column(filesystem, _address(logs, "terminal", previous), np.uint8, capacity)[before] == 1
             ended = int(np.argmax(ends)) + 1 if ends.any() else 0
-        except Unreadable:  # that file's own part says so
+        except Unreadable:  # that file's own part reports it
             ended = -1
     return Dump(low, ring, **columns, boundary=boundary), ended
 
@@ -501,7 +501,7 @@ def _read_dump(filesystem: fsspec.AbstractFileSystem, logs: str, content: dict[s
 def _write_frames(
     filesystem: fsspec.AbstractFileSystem, address: str, part: Part, dump: Dump
 ) -> tuple[np.ndarray, np.ndarray, Unreadable | None]:
-    """Write the new frames; returns their CRC-32s, which of them were read, and what ended that early."""
+    """Write the new frames; returns their CRC-32s, which of them were read, and the error that ended reading early."""
     capacity = part.content["capacity"]
     crc32, good = np.zeros(len(dump.ring), np.uint32), np.zeros(len(dump.ring), bool)
     # In the file's order the new rows are at most two stretches: the ring's front, and the end that precedes it.
@@ -513,7 +513,7 @@ def _write_frames(
     problem, at = None, 0
 
     def use(block: np.ndarray) -> None:
-        """Take from a block, which begins at row `at` of the file, what is new."""
+        """Take the new rows from a block, which begins at row `at` of the file."""
         for ring, place, count in stretches:
             begin, stop = max(ring, at), min(ring + count, at + len(block))
             if begin >= stop:
@@ -553,13 +553,13 @@ def find_segments(
         dump: N rows.
         crc32: uint32 [N], of each frame.
         good: bool [N], whether the frame could be read.
-        ended: how many rows before the first one an episode ended, at most PADDING + 1; 0 if none of those did, -1 if
-            what was there is lost.
-        indices: for each action of the log the one of the game, -1 for none; segments have the game's.
+        ended: distance from the first row back to the last episode's end, at most PADDING + 1; 0 if it is farther, -1
+            if those rows are lost.
+        indices: the game's index of each of the log's actions, -1 for none; segments use the game's.
         file: name, for the list.
 
     Returns:
-        (segments, rows that are no transitions with the reason for each)
+        (segments, invalid rows with the reason for each)
     """
     size = len(dump.action)
     excluded, bad = _bad_rows(dump, good, indices, file)
@@ -594,7 +594,7 @@ def find_segments(
 
 
 def _bad_rows(dump: Dump, good: np.ndarray, indices: list[int], file: str) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Rows that are no transitions: (a list of them with the reason, bool [N])."""
+    """Invalid rows: (a list of them with the reason, bool [N])."""
     allowed = np.flatnonzero(np.array(indices) >= 0)
     known = f"0 to {len(indices) - 1}" if len(allowed) == len(indices) else ", ".join(map(str, allowed))
     tests = {
@@ -614,7 +614,7 @@ def _bad_rows(dump: Dump, good: np.ndarray, indices: list[int], file: str) -> tu
 def _find_padding(
     dump: Dump, crc32: np.ndarray, good: np.ndarray, bad: np.ndarray, ended: int
 ) -> tuple[np.ndarray, int]:
-    """Rows of zeros that precede episodes: (bool [N], how many an episode has here)."""
+    """Rows of zeros that precede episodes: (bool [N], their number per episode in this file)."""
     size = len(good)
     zero = good & (crc32 == fmt.BLACK) & (dump.action == 0) & (dump.reward == 0) & (dump.terminal == 0)
 
@@ -629,7 +629,7 @@ def _find_padding(
     after = {
         position + 1: run_of_zeros(position + 1, PADDING) for position in np.flatnonzero(dump.terminal != 0).tolist()
     }
-    # A first frame may be black as well; how many rows of zeros are usual tells the padding from it.
+    # A first frame may be black as well; the usual number of rows of zeros tells padding from it.
     whole = [len(run) for row, run in after.items() if row + PADDING <= size and dump.terminal[row - 1] == 1]
     depth = int(np.median(whole)) if whole else PADDING
     before = run_of_zeros(0, depth - max(ended - 1, 0) if ended else 0)

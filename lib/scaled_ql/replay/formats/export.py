@@ -1,7 +1,7 @@
 """Writing a dataset as DQN-Replay logs, for libraries that read those; `dqn_replay` has the layout.
 
-The whole log is a sequence of rows: three of zeros, an episode, three of zeros, ... A file is what a ring of C rows
-holds when that many rows less one have gone by, so it can be written front to back, reading episodes as they come.
+The whole log is a sequence of rows: three of zeros, an episode, three of zeros, ... File k is what a ring of C
+rows holds after (k + 1) C - 1 rows, so it can be written front to back, reading episodes as they come.
 """
 
 import os
@@ -24,23 +24,22 @@ def export_dqn_replay(
 ) -> None:
     """Write a dataset in the layout of DQN-Replay: ``<destination>/<Game>/<run>/replay_logs/``.
 
-    Every episode ends with terminal 1, truncated ones too, as in the published logs. What that layout cannot say is
-    in a fifth file beside the four, ``$store$_boundary_ckpt``, which other readers pass over: bit 0 marks the last
-    row of a truncated episode, bit 1 the first row of one whose beginning was lost; source, ROM and so on are in
-    ``manifest.json``. Frames after an episode's last
-    action and further columns of the episode table are not exported.
+    Every episode ends with terminal 1, truncated ones too, as in the published logs. A fifth file, which other
+    readers ignore, ``$store$_boundary_ckpt``, holds the rest: bit 0 marks the end of a truncated episode, bit 1 the
+    start of one whose beginning was lost. Source, ROM and rules are in ``manifest.json``. Frames after an episode's
+    last action and further columns of the episode table are not exported.
 
     Args:
-        store: a dataset or its path; of a view, what it shows.
+        store: a dataset, its path, or a view of it.
         destination: a folder.
-        rows_per_file: the capacity C.
+        rows_per_file: capacity C.
 
     Raises:
-        ReplayError: there are logs already, or the folder cannot be written.
+        ReplayError: the folder holds logs already, or cannot be written.
     """
     replay = store if isinstance(store, Replay) else open_replay(store)
     if rows_per_file < PADDING + 2:
-        raise ReplayError(f"rows_per_file is at least {PADDING + 2}, got {rows_per_file}.")
+        raise ReplayError(f"rows_per_file must be at least {PADDING + 2}, got {rows_per_file}.")
     for game in replay.games:
         for manifest in replay.manifests(game):
             folder = local_folder(destination) / game / str(manifest["run"]) / "replay_logs"
@@ -69,7 +68,7 @@ def _export_recording(replay: Replay, game: str, run: int, folder: Path, capacit
                 files[name].write(np.ascontiguousarray(column))
         position = count % capacity
         small = {
-            # The last, partial dump of a log has the ring's position there.
+            # The last, partial dump of a log saves the ring's position here.
             "add_count": np.array(position if partial else count, np.int64),
             "invalid_range": (position - 1 + np.arange(5)) % capacity,
         }
@@ -91,7 +90,7 @@ def _write_header(file: igzip.IGzipFile, dtype: type, shape: tuple[int, ...]) ->
 
 
 def _ring_rows(count: int, capacity: int) -> Iterator[np.ndarray]:
-    """Global numbers of the rows that a ring holds after `count` rows, in its order; below 0: never written."""
+    """Global numbers of a ring's rows after `count` rows, in its order; negative: never written."""
     for begin in range(0, capacity, BLOCK):
         ring = np.arange(begin, min(begin + BLOCK, capacity))
         yield count - 1 - (count - 1 - ring) % capacity

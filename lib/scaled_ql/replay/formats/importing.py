@@ -1,14 +1,14 @@
-"""What all imports share: files become parts, parts become a recording; on Dask or in this process.
+"""The core of all imports: files become parts, parts become a recording; on Dask or in this process.
 
 ::
 
-    plan(game, run)   which files there are, and where in the recording's arrays each one's rows belong
+    plan(game, run)   the files, and the place of each one's rows in the recording's arrays
     convert(part)     one file: its rows into the arrays, its segments (pieces of episodes) into parts/<number>.arrow
     finish(run)       segments -> episode table -> read everything back and compare
 
-Each of the three can be repeated at any time with the same result, so whatever is killed is simply started again: a
-part whose file of segments is there is done. A file has rows of its own in the arrays, so files are converted in any
-order and side by side; the episode table says which rows count.
+Each of the three can be repeated at any time with the same result, so a killed import is simply started again: a part
+whose file of segments exists is done. Each file has separate rows in the arrays, so files are converted in any order
+and in parallel; the episode table says which rows count.
 """
 
 import json
@@ -35,7 +35,7 @@ from scaled_ql.replay.writer import lock_recording
 
 BLOCK = 8_192  # rows written together: 58 MB of frames, whole chunks
 MAX_INVALID = 0.01  # share of a file's rows that may be invalid
-FEW_INVALID = 5  # rows that may be in any case
+FEW_INVALID = 5  # invalid rows that are always accepted
 RETRIES = 5  # of a task whose worker was killed
 
 OnProgress = Callable[[int, int], None]
@@ -48,8 +48,8 @@ class Part(NamedTuple):
         folder: the recording's folder in the destination.
         number: its place in the order of time.
         file: its path in the source, for the report.
-        content: what its format needs to convert it; equal for equal results, wherever the source lies.
-        source: the source's address.
+        content: input of the format's conversion; equal for equal results, wherever the source is.
+        source: address of the source.
     """
 
     folder: str
@@ -60,7 +60,7 @@ class Part(NamedTuple):
 
     @property
     def address(self) -> str:
-        """Where its file is now, for messages and the report."""
+        """Current address of its file, for messages and the report."""
         return f"{fsspec.core.url_to_fs(self.source)[1]}/{self.file}"
 
     @property
@@ -70,12 +70,12 @@ class Part(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is to be done for one recording.
+    """The work for one recording.
 
     Attributes:
         manifest: the recording's manifest.
         parts: its files, in the order of time.
-        notes: for the report: what was found missing while planning.
+        notes: gaps found while planning, for the report.
     """
 
     manifest: dict[str, Any]
@@ -84,12 +84,12 @@ class Plan(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What an import did.
+    """The result of an import.
 
     Attributes:
-        transitions: in the recordings that were asked for, those imported before included.
+        transitions: transitions in the requested recordings, those imported before included.
         gaps: stretches that no file holds, as {game, run, ...}.
-        excluded: rows that are no transitions, as {game, run, file, row, reason}.
+        excluded: invalid rows, as {game, run, file, row, reason}.
         left_out: files, or ends of files, that could not be read, as {game, run, file, row, reason}.
     """
 
@@ -100,7 +100,7 @@ class Report(NamedTuple):
 
 
 def prepare_recording(folder: Path, rows: int, manifest: dict[str, Any], parts: list[Part]) -> None:
-    """Create a recording's arrays, long enough for all of its files.
+    """Create a recording's arrays, long enough for all its files.
 
     Raises:
         ReplayError: the destination cannot be written, or holds a recording or other files' contents.
@@ -114,7 +114,7 @@ def prepare_recording(folder: Path, rows: int, manifest: dict[str, Any], parts: 
 
 
 def _expect_same_recording(folder: Path, manifest: dict[str, Any], parts: list[Part]) -> None:
-    """Whether what is there came from this source, or from one with the same contents that lay elsewhere."""
+    """Refuse a recording that came from other contents; the same contents at another address pass."""
     stored, file = folder / "manifest.json", folder / "import.json"
     if not stored.exists():
         return
@@ -143,7 +143,7 @@ class Unreadable(ReplayError):
     """A file, or the rest of one, that cannot be imported.
 
     Attributes:
-        row: from where on.
+        row: first row or record that is not imported.
     """
 
     def __init__(self, message: str, row: int = 0):
@@ -193,7 +193,7 @@ class RowWriter:
         self._row += len(next(iter(columns.values())))
 
     def wait(self) -> None:
-        """Until what was handed to TensorStore is on disk."""
+        """Wait until everything handed to TensorStore is on disk."""
         try:
             for write in self._pending:
                 write.result()
@@ -205,7 +205,7 @@ class RowWriter:
     def _error(self, error: Exception) -> ReplayError:
         return ReplayError(
             f"{self._folder}: cannot be written ({fmt.said(error)}). What was imported before is safe; make room, or "
-            "mend the permissions, and run the same import again to resume."
+            "fix the permissions, and run the same import again to resume."
         )
 
 
@@ -215,14 +215,14 @@ def too_many(invalid: int, rows: int) -> bool:
 
 
 def action_indices(actions: Sequence[str], action_set: str) -> list[int]:
-    """For each action that a source may have, its index in the game's minimal set; -1 where the game lacks it.
+    """Index in the game's minimal set of each action of a source; -1 where the game lacks it.
 
     Args:
         actions: names of the minimal set.
-        action_set: which set the source's actions index, ``"minimal"`` or ``"full"``.
+        action_set: set that the source's actions index, ``"minimal"`` or ``"full"``.
 
     Raises:
-        ReplayError: another set.
+        ReplayError: an unknown set.
     """
     if action_set not in ("minimal", "full"):
         raise ReplayError(f"actions is {action_set!r}; expected 'minimal' or 'full', the set that the source indexes.")
@@ -238,13 +238,13 @@ def map_actions(action: np.ndarray, indices: list[int]) -> np.ndarray:
 
 
 def describe_invalid(address: str, game: str, invalid: int, action: np.ndarray, indices: list[int]) -> str:
-    """What is wrong with a file of which `too_many` rows are invalid.
+    """Error message for a file of which `too_many` rows are invalid.
 
     Args:
         address: address of the file.
         game: its name.
-        invalid: rows.
-        action: integers [N], as the file has them.
+        invalid: number of invalid rows.
+        action: integers [N], as in the file.
         indices: from `action_indices`.
     """
     names, low, high = action_names(game), int(action.min()), int(action.max())
@@ -265,7 +265,7 @@ def describe_invalid(address: str, game: str, invalid: int, action: np.ndarray, 
 
 
 def write_part(part: Part, segments: list[dict[str, Any]], report: dict[str, list]) -> None:
-    """Commit a converted part: its segments and what there is to report of it."""
+    """Commit a converted part: its segments and its report."""
     table = pa.Table.from_pylist(segments or [{"row": 0}]).slice(0, len(segments))
     content = {"content": json.dumps(part.content, sort_keys=True), "report": json.dumps(report)}
     fmt.write_table(_part_file(part), table.replace_schema_metadata(content))
@@ -276,7 +276,7 @@ def _part_file(part: Part) -> Path:
 
 
 def _read_part(part: Part) -> tuple[list[dict[str, Any]], dict[str, list]] | None:
-    """(segments, report) of a part that was converted from this very content, or None."""
+    """(segments, report) of a part already converted from the same content, or None."""
     file = _part_file(part)
     if not file.exists():
         return None
@@ -305,13 +305,13 @@ def segment(
     """One unbroken stretch of transitions of one episode in one file.
 
     Args:
-        row: of its first transition in the recording's arrays.
+        row: row of its first transition in the recording's arrays.
         observation_crc32: uint32, CRC-32 of each frame; one more than actions where the last state is stored.
         action: integers [L].
         reward: float32 [L].
         terminal: the episode ends in the game with its last transition.
-        continued: its episode began before it, and that is not in this file.
-        joins: it continues where the last segment of the file before ended.
+        continued: its episode began before this file.
+        joins: it continues the last segment of the previous file.
         is_open: the next file may continue it.
         **columns: more columns of the episode table.
     """
@@ -326,7 +326,7 @@ def segment(
 
 
 def join_segments(parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Segments of consecutive parts as episodes in the order of time: those that a file border cut are one again."""
+    """Join segments of consecutive parts into episodes in time order, across the borders of files."""
     episodes: list[dict[str, Any]] = []
     for segments in parts:
         for piece in segments:
@@ -346,9 +346,9 @@ def join_segments(parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def convert_part(convert: Callable[[Part], tuple], part: Part, skip_bad: bool) -> None:
-    """Convert one part unless it is done; with `skip_bad` one that cannot be read counts as empty from there on."""
+    """Convert one part unless it is done; with `skip_bad`, an unreadable one counts as empty from there on."""
     done = _read_part(part)
-    if done is not None and not done[1].get("left_out"):  # what could not be read may have been mended
+    if done is not None and not done[1].get("left_out"):  # an unreadable file may have been repaired
         return
     folder = Path(part.folder)
     try:
@@ -369,7 +369,7 @@ def finish_recording(plan: Plan, order_by: list[str], usable: int) -> dict[str, 
     """Make the episode table of a recording from its first `usable` parts, read everything back, write `import.json`.
 
     Raises:
-        ReplayError: what was written is not what was read.
+        ReplayError: too many invalid rows, or the written data differ from the read ones.
     """
     parts = [_read_part(part) for part in plan.parts[:usable]]
     folder = Path(plan.parts[0].folder)
@@ -432,14 +432,14 @@ def _commit(
     known = {"start": np.cumsum(length) - length, "truncated": [not episode["terminal"] for episode in episodes]}
     table = pa.table({name: np.asarray(values) for name, values in {**columns, **known}.items()})
     fmt.write_table(folder / "episodes.arrow", table.select([*(fmt.EPISODE | columns)]))
-    if not manifest["rewards"]:  # logs do not say it
+    if not manifest["rewards"]:  # not recorded in logs
         clipped = max(episode["largest"] for episode in episodes) <= 1
         manifest = manifest | {"rewards": "clipped" if clipped else "raw"}
     fmt.write_file(folder / "manifest.json", fmt.encode_manifest(manifest))
 
 
 class _Here(Executor):
-    """Runs what is submitted at once, in this process."""
+    """Runs submitted calls at once, in this process."""
 
     def submit(self, function: Callable, /, *arguments: Any, **options: Any) -> Future:
         future: Future = Future()
@@ -483,21 +483,21 @@ def run_import(
     scheduler: str,
     progress: OnProgress | None,
 ) -> Report:
-    """Import runs: plan each, convert its files, finish it. What was done before is not done again.
+    """Import runs: plan each, convert its files, finish it. Completed work is not repeated.
 
     Args:
         destination: the dataset's folder.
         runs: (game, run) pairs.
         plan: called as plan(game, run).
-        convert: called with a part; returns (segments, report, what made it stop or None).
-        order_by: columns of the segments that say the order of time.
+        convert: called with a part; returns (segments, report, the error that made it stop or None).
+        order_by: columns of the segments that give their time order.
         skip_bad: skip a file that cannot be read, and list it.
         workers: processes of a local Dask cluster; 0 converts in this process.
         scheduler: address of a running Dask scheduler instead.
         progress: called with (files done, files known).
 
     Raises:
-        ReplayError: the first thing that went wrong; episodes before it are imported.
+        ReplayError: the first error; episodes before it are imported.
     """
     destination = fmt.local_folder(destination)
     lock = lock_recording(destination, 1)
@@ -580,7 +580,7 @@ def _run_tasks(
 
 
 def _finished(plan: Plan) -> dict[str, Any] | None:
-    """The report of a recording that was imported from these very files, or None."""
+    """The report of a recording already imported from the same files, or None."""
     if not plan.parts:
         return None
     folder = Path(plan.parts[0].folder)
@@ -593,7 +593,7 @@ def _finished(plan: Plan) -> dict[str, Any] | None:
         if recording:
             recording.read_last_row()
     except (FileNotFoundError, ReplayError):
-        return None  # it is made again, and so is a table of episodes; what else was lost is named then
+        return None  # it is made again with the episode table; other losses are reported then
     there = recording.num_transitions if recording else 0
     sound = whole and same and there == report["transitions"]
     return report if sound and all(_read_part(part) for part in plan.parts) else None
@@ -609,17 +609,17 @@ def list_folder(filesystem: fsspec.AbstractFileSystem, path: str) -> list[dict[s
         return filesystem.ls(path, detail=True)
     except FileNotFoundError as error:
         raise ReplayError(f"{path}: no such folder. Expected the folder that holds one folder per game.") from error
-    except Exception as error:  # each kind of bucket has errors of its own
+    except Exception as error:  # each kind of bucket raises other errors
         raise ReplayError(
             f"{path}: cannot be listed ({type(error).__name__}: {error}). Check the address and your permissions."
         ) from error
 
 
 def folders_in(filesystem: fsspec.AbstractFileSystem, path: str) -> dict[str, str]:
-    """The folders in a folder, and the symbolic links to folders: their paths by their names.
+    """Paths by name of the folders, and symbolic links to folders, in a folder.
 
     Raises:
-        ReplayError: as `list_folder`.
+        ReplayError: see `list_folder`.
     """
     return {
         entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["name"].rstrip("/")
@@ -629,10 +629,10 @@ def folders_in(filesystem: fsspec.AbstractFileSystem, path: str) -> dict[str, st
 
 
 def expect_level(path: str, found: str, levels: int) -> None:
-    """Refuse a source that lies one or more levels below what an import takes.
+    """Refuse a source that is one or more levels below the folder of games.
 
     Raises:
-        ReplayError: always; it names the folder that is probably meant.
+        ReplayError: always; the message names the probable folder.
     """
     raise ReplayError(
         f"{path}: {found}. Expected the folder that holds one folder per game: {path.rsplit('/', levels)[0] or '/'}."
@@ -640,7 +640,7 @@ def expect_level(path: str, found: str, levels: int) -> None:
 
 
 def _expect_no_source(filesystem: fsspec.AbstractFileSystem, folder: str) -> None:
-    """Refuse what was given as a source if one of its folders is the source that was probably meant."""
+    """Refuse a source if one of its folders is probably the intended one."""
     for name in folders_in(filesystem, folder):
         with suppress(UnknownGame):
             action_names(name)
@@ -654,7 +654,7 @@ def open_source(source: str | os.PathLike) -> tuple[fsspec.AbstractFileSystem, s
     """The file system of a folder or URL, and the path in it.
 
     Raises:
-        ReplayError: a kind of URL that nothing here reads.
+        ReplayError: an unsupported kind of URL.
     """
     try:
         filesystem, path = fsspec.core.url_to_fs(str(source))
@@ -669,10 +669,10 @@ def open_source(source: str | os.PathLike) -> tuple[fsspec.AbstractFileSystem, s
 
 
 def game_folders(filesystem: fsspec.AbstractFileSystem, path: str, games: list[str] | None) -> dict[str, str]:
-    """Folders of a source by the games they are named after; all of them, or the ones asked for.
+    """Folders of a source by game; all of them, or the requested ones.
 
     Raises:
-        ReplayError: none there, one that is no game, or one asked for that is absent.
+        ReplayError: no folder there, one not named after a game, or a requested one is absent.
     """
     folders = {name: at for name, at in folders_in(filesystem, path).items() if not name.startswith(".")}
     absent = sorted(set(games or ()) - folders.keys())

@@ -25,7 +25,7 @@ from scaled_ql.replay.formats.rl_unplugged import bad_steps, write_episode
 if TYPE_CHECKING:
     from minari import MinariDataset
 
-STICKY_ACTIONS = 0.25  # of ale_py.AtariEnv, where an environment's options do not say
+STICKY_ACTIONS = 0.25  # default of ale_py.AtariEnv
 FRAME_SKIP = 4  # likewise
 BLOCK = 512  # frames converted together
 
@@ -46,8 +46,8 @@ def import_minari(
     Observations are uint8: grey [H, W]; stacks [n, 84, 84] or [84, 84, n], the newest frame last, of which that one
     is taken; or colour [H, W, 3]. Colour becomes grey as 0.299 R + 0.587 G + 0.114 B (OpenCV's rounding), which in the
     frames of the 45 games is bit for bit ALE's own grey; then all but 84 x 84 is resized by area, as the environments
-    do. Two things stay different from their frames: Minari keeps images as JPEG unless it was told not to, and a
-    frame that was recorded without the maximum over two emulator frames does not get it here, so sprites may flicker.
+    do. Two differences from their frames remain: Minari stores images as JPEG by default, and a frame recorded without
+    the maximum over two emulator frames does not get it here, so sprites may flicker.
 
     The last observation is stored as the state after the last action. Actions index the game's minimal set, or the
     full one of 18. A step with an action outside the game's set, or a non-finite reward, is left out and cuts
@@ -56,19 +56,19 @@ def import_minari(
     Args:
         dataset: a dataset, its id in the local Minari folder, or the folder of one.
         destination: the dataset's folder, on a local disk.
-        game: name as in the paper; None takes it from the environment that the dataset names.
-        run: number that the recording gets.
+        game: name as in the paper; None: that of the dataset's environment.
+        run: number of the recording.
         skip_bad: skip an episode that cannot be read, and list it in the report and in ``import.json``.
-        workers: processes that convert episodes side by side; 0 converts in this one.
+        workers: processes that convert episodes in parallel; 0: this one.
         scheduler: address of a running Dask scheduler to use instead, whose workers see both folders.
         progress: called with (episodes done, episodes known).
 
     Returns:
-        what was imported and what was left out; a row is the episode's number in the dataset.
+        the report; a row is the episode's number in the dataset.
 
     Raises:
-        ReplayError: Minari is not installed, there is no such dataset, it is of no known game or of other spaces, or
-            an episode cannot be read.
+        ReplayError: Minari is not installed, there is no such dataset, its game is unknown, its spaces are unsupported,
+            or an episode cannot be read.
     """
     opened, destination = _open(dataset), fmt.local_folder(destination)
     if game is None:
@@ -76,7 +76,7 @@ def import_minari(
     try:
         actions = action_names(game)
     except UnknownGame as error:
-        raise ReplayError(f"{opened.id}: {error} Say which game it is with the argument game.") from error
+        raise ReplayError(f"{opened.id}: {error} Name the game with the argument game.") from error
 
     def plan(game: str, run: int) -> Plan:
         return plan_recording(opened, destination, game, run, actions)
@@ -108,13 +108,13 @@ def _open(dataset: "MinariDataset | str | os.PathLike") -> "MinariDataset":
         return minari.MinariDataset(folders[0]) if folders else minari.load_dataset(str(dataset))
     except Exception as error:  # asserts, and what its storages and spaces raise
         raise ReplayError(
-            f"{dataset}: no Minari dataset ({type(error).__name__}: {error}). Expected the id of one below "
+            f"{dataset}: not a Minari dataset ({type(error).__name__}: {error}). Expected the id of one below "
             "$MINARI_DATASETS_PATH, or the folder of one, with a metadata.json in it or in its folder data."
         ) from error
 
 
 def _expect_dataset(path: Path) -> None:
-    """Refuse a folder of datasets, or a file in one; an id, or what is not there at all, passes."""
+    """Refuse a folder of datasets, or a file in one; an id, or an absent path, passes."""
     if path.is_file():
         raise ReplayError(f"{path}: is a file. Expected the folder of a dataset: {path.parent}.")
     below = sorted(file.parent for depth in range(2, 5) for file in path.glob("*/" * depth + "metadata.json"))
@@ -127,7 +127,7 @@ def _expect_dataset(path: Path) -> None:
 
 @lru_cache(maxsize=1)
 def _keep_open(folder: str, crc32: int) -> "MinariDataset":
-    """For many episodes: its spaces, as text with every pixel's bounds, take a third of a second to read."""
+    """Keep a dataset open for many episodes: reading its spaces, text with every pixel's bounds, takes 0.3 s."""
     return _open(folder)
 
 
@@ -135,18 +135,18 @@ def game_of(dataset: str, spec: EnvSpec | None) -> str:
     """The game of an environment: ``ALE/Breakout-v5`` and ``BreakoutNoFrameskip-v4`` are Breakout.
 
     Raises:
-        ReplayError: there is no environment.
+        ReplayError: the dataset names no environment.
     """
     if spec is None:
-        raise ReplayError(f"{dataset}: names no environment. Say which game it is with the argument game.")
+        raise ReplayError(f"{dataset}: names no environment. Name the game with the argument game.")
     return spec.name.removesuffix("NoFrameskip").removesuffix("Deterministic")
 
 
 def plan_recording(dataset: "MinariDataset", destination: Path, game: str, run: int, actions: tuple[str, ...]) -> Plan:
-    """Where the rows of each episode belong.
+    """Plan the place of each episode's rows.
 
     Raises:
-        ReplayError: spaces that are not of this game, no episodes, or the destination cannot be written.
+        ReplayError: unsupported spaces, no episodes, or the destination cannot be written.
     """
     path, target, space = Path(dataset.storage.data_path), destination / game / str(run), dataset.observation_space
     if not isinstance(space, Box) or space.dtype != np.uint8:
@@ -178,7 +178,7 @@ def plan_recording(dataset: "MinariDataset", destination: Path, game: str, run: 
 
 
 def _crc32(path: Path) -> int:
-    """CRC-32 of a dataset's files and their names: a copy is the same dataset, wherever it lies and whenever written.
+    """CRC-32 of a dataset's files and their names: equal for copies, wherever they are and whenever written.
 
     Raises:
         ReplayError: a file cannot be read.
@@ -206,10 +206,10 @@ def _lengths(dataset: "MinariDataset", path: Path, episodes: list[int]) -> list[
 
 
 def action_indices(dataset: "MinariDataset", path: Path, game: str, actions: tuple[str, ...]) -> list[int]:
-    """For each action of a dataset the index in the game's minimal set, -1 where the game has it not.
+    """Index in the game's minimal set of each action of a dataset; -1 where the game lacks it.
 
     Raises:
-        ReplayError: neither the minimal nor the full set.
+        ReplayError: the actions are neither the minimal nor the full set.
     """
     space = dataset.action_space
     if isinstance(space, Discrete) and space.start == 0:
@@ -224,10 +224,10 @@ def action_indices(dataset: "MinariDataset", path: Path, game: str, actions: tup
 
 
 def rules_of(spec: EnvSpec | None, shape: tuple[int, ...], full: bool) -> dict[str, Any]:
-    """Under which rules an environment and its wrappers were played; see `games.RULES`.
+    """The rules of an environment and its wrappers, keyed as `games.RULES`.
 
     Args:
-        spec: specification of the environment; None where the dataset does not give it, then little is known.
+        spec: specification of the environment; None if the dataset lacks it, then few rules are known.
         shape: shape of an observation.
         full: whether actions index the full set.
     """
@@ -264,7 +264,7 @@ def convert(part: Part) -> tuple[list[dict[str, Any]], dict[str, list], Unreadab
     """Write one episode's rows and find its segments.
 
     Returns:
-        (segments, what was excluded, what is wrong with it or None)
+        (segments, report of excluded steps, the error of an unreadable episode or None)
     """
     content = part.content
     number, length = content["episode"], content["length"]
@@ -284,7 +284,7 @@ def convert(part: Part) -> tuple[list[dict[str, Any]], dict[str, list], Unreadab
         writer.close()
     except ReplayError:
         raise
-    except Exception as error:  # what h5py, Arrow and Pillow raise of damaged files
+    except Exception as error:  # h5py's, Arrow's and Pillow's errors for damaged files
         message = f"{part.address}: cannot be read ({type(error).__name__}: {error})."
         return [], {}, Unreadable(f"{message} Download or record the dataset again.", number)
     if importing.too_many(len(bad), length):
@@ -295,7 +295,7 @@ def convert(part: Part) -> tuple[list[dict[str, Any]], dict[str, list], Unreadab
 
 
 def _check(episode: Any, length: int, shape: tuple[int, ...]) -> None:
-    """Whether an episode's arrays are what its dataset promises."""
+    """Check an episode's arrays against its dataset's metadata."""
     observations = episode.observations
     if observations.shape != (length + 1, *shape) or observations.dtype != np.uint8:
         raise ValueError(
@@ -309,11 +309,11 @@ def _check(episode: Any, length: int, shape: tuple[int, ...]) -> None:
         raise ValueError("it has no steps")
     ends = np.asarray(episode.terminations, bool) | np.asarray(episode.truncations, bool)
     if ends[:-1].any():
-        raise ValueError(f"it ends in step {int(np.argmax(ends))} and goes on; expected one episode")
+        raise ValueError(f"it ends in step {int(np.argmax(ends))} and continues; expected one episode")
 
 
 def frame_kind(shape: tuple[int, ...]) -> str | None:
-    """What an observation of this shape is: grey, colour, a stack along its first or last axis; None for none."""
+    """Kind of an observation of this shape: grey, colour, stack first, stack last; None if unsupported."""
     if len(shape) == 2:
         return "grey"
     if len(shape) != 3:
@@ -326,10 +326,10 @@ def frame_kind(shape: tuple[int, ...]) -> str | None:
 
 
 def to_frames(observations: np.ndarray) -> Iterator[np.ndarray]:
-    """Observations as frames, uint8 [n, 84, 84] at a time; see `import_minari`.
+    """Convert observations to frames, uint8 [n, 84, 84] at a time; see `import_minari`.
 
     Args:
-        observations: uint8 [N, ...], of a shape that `frame_kind` knows.
+        observations: uint8 [N, ...], of a shape supported by `frame_kind`.
     """
     kind = frame_kind(observations.shape[1:])
     for begin in range(0, len(observations), BLOCK):

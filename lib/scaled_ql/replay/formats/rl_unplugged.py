@@ -12,8 +12,8 @@
 
 Where the last discount is 0, the last step holds no more than the state after the last action: L - 1 transitions.
 
-Here file k has its own rows in the recording's arrays, `ROWS_PER_FILE` * k and on: files do not depend on one another,
-and what they do not use takes no room on the disk.
+Here file k has its own rows in the recording's arrays, from `ROWS_PER_FILE` * k on: files do not depend on one another,
+and unused rows take no room on the disk.
 """
 
 import os
@@ -73,22 +73,22 @@ def import_rl_unplugged(
         source: the folder or URL (``gs://rl_unplugged/atari_episodes_ordered`` with gcsfs, ...) that holds the game
             folders; the files below ``atari`` have another layout, single transitions, which is not read.
         destination: the dataset's folder, on a local disk.
-        games: those to import; None is all there.
-        runs: those to import of each game; None is all there.
-        actions: what the records' actions index: the game's ``"minimal"`` set, as in published ones, or the ``"full"``
+        games: games to import; None: all.
+        runs: runs to import of each game; None: all.
+        actions: set that the actions index: the game's ``"minimal"`` set, as in published ones, or the ``"full"``
             set of 18, which is mapped onto the minimal one by name.
         skip_bad: skip a record that cannot be read: the rest of its file is left out and listed in the report
             and in ``import.json``.
-        workers: processes that convert files side by side; 0 converts in this one.
+        workers: processes that convert files in parallel; 0: this one.
         scheduler: address of a running Dask scheduler to use instead, whose workers see both folders.
         progress: called with (files done, files known).
 
     Returns:
-        what was imported; the gaps are the files that are not there, as {game, run, file}; the row of what was
-        excluded or left out is the number of its record in its file.
+        the report; gaps are missing files, as {game, run, file}; the row of an excluded or left-out entry is the number
+        of its record in its file.
 
     Raises:
-        ReplayError: what is wrong with which file, and from which record on.
+        ReplayError: a file that cannot be read or is inconsistent; the message names file, record and remedy.
     """
     filesystem, root = importing.open_source(source)
     url, destination = filesystem.unstrip_protocol(root), fmt.local_folder(destination)
@@ -139,7 +139,7 @@ def _list_files(filesystem: fsspec.AbstractFileSystem, folder: str) -> dict[int,
 
 
 def plan_recording(source: str, folder: str, destination: Path, game: str, run: int, action_set: str) -> Plan:
-    """Which files a run has and which are missing.
+    """Plan a run: its files, and the missing ones.
 
     Raises:
         ReplayError: files of two datasets, or the destination cannot be written.
@@ -150,8 +150,8 @@ def plan_recording(source: str, folder: str, destination: Path, game: str, run: 
     for file in files:
         if file.total != total:
             raise ReplayError(
-                f"{files[0].address} and {file.address}: files of two datasets are mixed; one is of {total} files, the "
-                f"other of {file.total}. Keep those of one."
+                f"{files[0].address} and {file.address}: files of two datasets are mixed; one has {total} files, the "
+                f"other {file.total}. Keep those of one."
             )
         if file.number >= total:
             raise ReplayError(f"{file.address}: no such number among {total} files, which count from 0. Rename it.")
@@ -172,7 +172,7 @@ def convert(part: Part) -> tuple[list[dict[str, Any]], dict[str, list], Unreadab
     """Write one file's rows and find its segments.
 
     Returns:
-        (segments, what was excluded, what ended it early or None)
+        (segments, report of excluded rows, the error that ended it early or None)
     """
     filesystem, _ = importing.open_source(part.source)
     address, indices = part.address, part.content["actions"]
@@ -218,7 +218,7 @@ def convert(part: Part) -> tuple[list[dict[str, Any]], dict[str, list], Unreadab
 
 
 def read_records(raw: BinaryIO) -> Iterator[bytes]:
-    """The records of a gzipped TFRecord file, whose checksums are right.
+    """Yield the records of a gzipped TFRecord file, after checking their checksums.
 
     Source: the comment at the head of TensorFlow's ``tsl/lib/io/record_writer.h``: length (uint64), its masked
     CRC-32C, the data, its masked CRC-32C.
@@ -234,7 +234,7 @@ def read_records(raw: BinaryIO) -> Iterator[bytes]:
         if masked_crc32c(head[:8]) != checksum:
             raise ValueError("the checksum of its length is wrong, expected a TFRecord")
         if length > MAX_RECORD:
-            raise ValueError(f"it says that it has {length} bytes, expected at most {MAX_RECORD}")
+            raise ValueError(f"its stated length is {length} bytes, expected at most {MAX_RECORD}")
         record = _read(stream, length)
         if masked_crc32c(record) != int.from_bytes(_read(stream, 4), "little"):
             raise ValueError(f"the checksum of its {length} bytes is wrong")
@@ -289,7 +289,7 @@ class Episode(NamedTuple):
         pngs: bytes [S].
         action: int64 [L].
         reward: float32 [L].
-        terminal: it ended in the game.
+        terminal: the episode ended in the game.
         order: its checkpoint_idx and episode_idx.
     """
 
@@ -311,7 +311,7 @@ class Episode(NamedTuple):
 
 
 def parse_episode(record: bytes) -> Episode:
-    """A serialized tf.train.Example as an episode.
+    """Parse a serialized tf.train.Example as an episode.
 
     Raises:
         ValueError: it is not an episode of the layout above.
@@ -350,24 +350,24 @@ def _is_kind(feature: Any, kind: str) -> bool:
 
 
 def decode_png(png: bytes, step: int) -> np.ndarray:
-    """uint8 [84, 84]; the size is checked before anything is decoded.
+    """Decode to uint8 [84, 84]; the size is checked first.
 
     Raises:
-        ValueError: no PNG of 84 x 84 pixels in 8 bit grey, or a damaged one.
+        ValueError: not a PNG of 84 x 84 pixels in 8 bit grey, or a damaged one.
     """
     frame = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED) if png.startswith(PNG_START) else None
     if frame is None or frame.shape != FRAME_SHAPE or frame.dtype != np.uint8:
-        raise ValueError(f"step {step}: its observation is no valid PNG of 84 x 84 pixels in 8 bit grey")
+        raise ValueError(f"step {step}: its observation is not a valid PNG of 84 x 84 pixels in 8 bit grey")
     return frame
 
 
 def bad_steps(action: np.ndarray, reward: np.ndarray, allowed: np.ndarray) -> dict[int, str]:
-    """Steps of an episode that are no transitions, with the reason for each.
+    """Invalid steps of an episode, with the reason for each.
 
     Args:
         action: integers [L].
         reward: floats [L].
-        allowed: the actions that the game has.
+        allowed: actions in the game's set.
     """
     bad = {
         step: f"its action is {action[step]}, the game has {', '.join(map(str, allowed))}"
@@ -390,10 +390,10 @@ def write_episode(
     bad: list[int],
     **columns: Any,
 ) -> list[dict[str, Any]]:
-    """Write the rows of one episode of L transitions and find its segments: steps that are bad cut it.
+    """Write the rows of one episode of L transitions and find its segments: bad steps cut it.
 
     Args:
-        writer: stands at `row`.
+        writer: writer positioned at `row`.
         row: row of the first transition in the recording's arrays.
         frames: blocks of uint8 [n, 84, 84], L + `beyond` frames together.
         action: integers [L].
