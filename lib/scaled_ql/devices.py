@@ -21,25 +21,25 @@ from scaled_ql.processes import accelerators
 from scaled_ql.replay.batch import Batch
 
 PyTree = Any
-SILENT_SECONDS = 60  # after which a host that says nothing counts as dead, and the others stop
+SILENT_SECONDS = 60  # a host silent for longer counts as dead, and the others stop
 
 
 class DeviceError(ValueError):
-    """A choice of devices that does not work; the message says what does."""
+    """A choice of devices that does not work; the message names one that does."""
 
 
 class OutOfMemory(MemoryError):
-    """What was asked for does not fit; the message has the numbers, and the parameters to lower."""
+    """Not enough memory; the message has the numbers, and the parameters to lower."""
 
 
 def join_cluster(distributed: bool) -> None:
-    """Make this process one of several that train together; to be called before any device is touched.
+    """Join the other processes of a distributed run; to be called before any device is touched.
 
-    Who the others are is read from the environment: Slurm, Open MPI, Kubernetes and Cloud TPUs tell JAX themselves;
-    elsewhere set JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    The environment names them: under Slurm, Open MPI, Kubernetes and on Cloud TPUs by itself; elsewhere set
+    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
     Raises:
-        DeviceError: nothing in the environment says so, or there is one process only.
+        DeviceError: the environment names no other processes.
     """
     if not distributed or jax.distributed.is_initialized():
         return
@@ -62,16 +62,16 @@ def join_cluster(distributed: bool) -> None:
 
 
 def make_mesh(num_devices: int = 0) -> Mesh:
-    """A mesh of the first `num_devices` devices (0: all), with one axis, `data`.
+    """Make a mesh of the first `num_devices` devices (0: all), with one axis, `data`.
 
-    Warns where this machine has an NVIDIA device and JAX, not told to do without, sees none.
+    Warns if this machine has an NVIDIA device that JAX does not see, unless JAX_PLATFORMS excludes it.
 
     Raises:
-        DeviceError: there are not so many, or none of the platform that JAX_PLATFORMS asks for.
+        DeviceError: too few devices, or none of the platform in JAX_PLATFORMS.
     """
     try:
         devices = jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter where jaxlib is one without accelerators
+    except (RuntimeError, AssertionError) as error:  # the latter from a jaxlib without accelerators
         platforms = jax.config.jax_platforms or "any"
         raise DeviceError(
             f"JAX_PLATFORMS = {platforms}, but the installed jaxlib has no such device ({error or 'CPU only'}). "
@@ -104,7 +104,7 @@ def check_batch(size: int, mesh: Mesh, accumulate: int = 1) -> None:
     """Check that a batch can be split over the mesh, and each part into `accumulate` equal ones.
 
     Raises:
-        DeviceError: it cannot.
+        DeviceError: the size is not divisible.
     """
     parts = mesh.size * accumulate
     if size % parts:
@@ -116,7 +116,7 @@ def check_batch(size: int, mesh: Mesh, accumulate: int = 1) -> None:
 
 
 def state_shardings(state: PyTree, mesh: Mesh, split: bool = False) -> PyTree:
-    """Where each array of a training state lies: on all devices, or with `split` its longest divisible axis on `data`.
+    """Sharding of each array of a training state: replicated, or with `split` its longest divisible axis on `data`.
 
     Splitting is ZeRO (Rajbhandari et al., 2020) by annotation alone: parameters, target and Adam's moments take a share
     of the memory on each device, and are gathered where they are used.
@@ -133,7 +133,7 @@ def state_shardings(state: PyTree, mesh: Mesh, split: bool = False) -> PyTree:
 
 
 def place_state(state: PyTree, shardings: PyTree) -> PyTree:
-    """Put a state where it belongs; every process has all of it."""
+    """Put a state, which every process holds in full, onto its shardings."""
 
     def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
         whole = np.asarray(leaf)
@@ -159,7 +159,7 @@ def place_batches(batches: Iterator[Batch], mesh: Mesh, ahead: int = 2) -> Itera
 
 
 def whole(tree: PyTree) -> PyTree:
-    """NumPy arrays of a tree on a mesh, whole in every process; where parts are elsewhere, all processes must ask."""
+    """Gather a tree on a mesh as whole NumPy arrays; if other processes hold parts, all must call this."""
 
     def fetch(leaf: Any) -> np.ndarray:
         if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
@@ -172,12 +172,12 @@ def whole(tree: PyTree) -> PyTree:
 
 
 def on_device(tree: PyTree) -> PyTree:
-    """A tree that lies on a mesh, whole on the default device; all processes must ask."""
+    """Gather a tree on a mesh onto the default device; all processes must call this."""
     return jax.device_put(whole(tree))
 
 
 def free_bytes(device: jax.Device) -> int:
-    """Memory that a device offers: an accelerator's own limit, or what the machine has left."""
+    """Memory that a device offers: an accelerator's limit, or the machine's free memory."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)

@@ -29,20 +29,20 @@ from scaled_ql.methods.common import MethodError, Metrics, Objective, PyTree, ch
 from scaled_ql.replay.batch import Batch
 from scaled_ql.replay.store import Replay
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save there
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every save
 
 
 HEADS = {"head_kernel", "q/head_kernel"}  # in the parameters of a `QNetwork`, of a `BCQNetwork`
 
 
 class TrainState(NamedTuple):
-    """All that a step changes; with the data's seed it determines the rest of the run.
+    """Everything that a step changes; with the data's seed it determines the rest of the run.
 
     Attributes:
         step: int32 scalar, steps done.
-        params: the online network's parameters.
-        target_params: the target network's.
-        opt_state: of the optimizer.
+        params: parameters of the online network.
+        target_params: parameters of the target network.
+        opt_state: state of the optimizer.
     """
 
     step: jax.Array
@@ -52,7 +52,7 @@ class TrainState(NamedTuple):
 
 
 class Diverged(RuntimeError):
-    """The loss is not finite any more."""
+    """A loss or gradient is not finite."""
 
 
 class CheckpointError(RuntimeError):
@@ -60,11 +60,11 @@ class CheckpointError(RuntimeError):
 
 
 class Optimizer(NamedTuple):
-    """An `optax.GradientTransformation` that also says which parameters it leaves alone.
+    """An `optax.GradientTransformation` that also names the frozen parameters.
 
     Attributes:
-        init, update: as in Optax; gradients and parameters may have `optax.MaskedNode` in place of what is frozen.
-        frozen: as in `make_optimizer`.
+        init, update: as in Optax; gradients and parameters may have `optax.MaskedNode` in place of frozen ones.
+        frozen: see `make_optimizer`.
     """
 
     init: Callable
@@ -78,7 +78,7 @@ def is_part(path: str, names: Sequence[str]) -> bool:
 
 
 def flat_params(params: PyTree) -> dict[str, Any]:
-    """Parameters by their path, such as ``hidden/0/kernel``; what `trained_part` left out is a `MaskedNode`."""
+    """Parameters by their path, such as ``hidden/0/kernel``; `trained_part` leaves a `MaskedNode` for frozen ones."""
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_masked)
     return {_path_name(path): leaf for path, leaf in leaves}
 
@@ -86,7 +86,7 @@ def flat_params(params: PyTree) -> dict[str, Any]:
 def trained_part(params: PyTree, frozen: Sequence[str]) -> PyTree:
     """`params` with `optax.MaskedNode`, which has no arrays, in place of each frozen one.
 
-    Gradients are taken with respect to this tree, so that none is computed, or stored, for what is frozen.
+    Gradients are taken with respect to this tree, so none is computed, or stored, for frozen parameters.
     """
 
     def masked(path: tuple, leaf: Any) -> Any:
@@ -116,8 +116,8 @@ def make_optimizer(
 ) -> Optimizer:
     """Adam; its learning rate is constant, or falls linearly to 0 over `decay_steps`.
 
-    The paper does not say epsilon. 0.01 / 32 is what its single-game ancestors use at batch 32; the same rule gives
-    0.01 / 512 for the paper's batch. Either can exceed the head's gradients by far: see `epsilon_warning`.
+    The paper does not give epsilon. Its single-game ancestors use 0.01 / 32 at batch 32; the same rule gives 0.01 / 512
+    for the paper's batch. Either can exceed the head's gradients by far: see `epsilon_warning`.
 
     Args:
         learning_rate: initial learning rate.
@@ -148,15 +148,15 @@ def make_optimizer(
 
 
 def epsilon_warning(head_grad_rms: float, adam_epsilon: float) -> str:
-    """What to say of a run whose Adam is ruled by its epsilon; an empty string of another.
+    """Warning for a run in which epsilon dominates Adam's step; otherwise an empty string.
 
-    Adam divides a gradient's mean by the root of its mean square plus epsilon. An epsilon far above that root takes the
-    normalisation out: all steps shrink by the ratio of the two. Here the line is drawn at 10.
+    Adam divides a gradient's mean by the root of its mean square plus epsilon. An epsilon far above that root removes
+    the normalisation: all steps shrink by the ratio of the two. The threshold is a ratio of 10.
 
     Args:
-        head_grad_rms: of `make_update`, an average over a run's early steps. Gradients shrink as a run converges, and
-            a late one says nothing of how it learned.
-        adam_epsilon: of `make_optimizer`.
+        head_grad_rms: from `make_update`, an average over a run's early steps. Gradients shrink as a run converges, so
+            late ones do not show how it learned.
+        adam_epsilon: see `make_optimizer`.
     """
     if head_grad_rms == 0:
         return "The head has no gradient: this run learns nothing."
@@ -188,23 +188,23 @@ def make_update(
     target_update_period: int = TARGET_UPDATE_PERIOD,
     accumulate: int = 1,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
-    """One step as a pure function: the objective's gradient, Adam, and now and then a copy to the target network.
+    """One step as a pure function: the objective's gradient, Adam, and a periodic copy to the target network.
 
     Args:
-        objective: (params, target_params, batch, key) -> (loss, metrics), of a method or one's own; what metrics must
-            hold says `methods.common.checked_objective`.
-        optimizer: the one that made the state.
+        objective: (params, target_params, batch, key) -> (loss, metrics), of a method or your own;
+            `methods.common.checked_objective` specifies the metrics.
+        optimizer: the optimizer that made the state.
         target_update_period: steps between copies of the online to the target network.
         accumulate: parts of the batch whose gradients are taken one after another and averaged: the memory of one part,
             the result of the whole.
 
     Returns:
-        (state, batch, key of the run) -> (state, metrics): the objective's, `grad_norm`, and of a `QNetwork` or a
-        `BCQNetwork`'s Q-network `head_grad_rms`, the root of the mean square of the head kernel's gradient, those
-        outputs included that no game of the batch has. What the optimizer has `frozen` has no gradient.
+        (state, batch, key of the run) -> (state, metrics): the objective's metrics, `grad_norm`, and for a `QNetwork`
+        or a `BCQNetwork`'s Q-network `head_grad_rms`, the root of the mean square of the head kernel's gradient,
+        including outputs that no game of the batch has. Parameters that the optimizer has `frozen` have no gradient.
 
     Raises:
-        MethodError: when it is traced, the objective gives something else.
+        MethodError: the objective returns something else; raised when traced.
     """
     objective = checked_objective(objective)
     frozen = getattr(optimizer, "frozen", ())  # Optax's own optimizers train everything
@@ -266,9 +266,9 @@ def make_train_step(
     """Compile `make_update`.
 
     Args:
-        objective, optimizer, target_update_period, accumulate: as there.
-        seed: of an objective's own randomness; step t's is a function of (seed, t).
-        shardings: where the state lies on a mesh (`devices.state_shardings`), and stays; batches are split along it.
+        objective, optimizer, target_update_period, accumulate: see `make_update`.
+        seed: seed of an objective's randomness; step t's is a function of (seed, t).
+        shardings: shardings of the state on a mesh (`devices.state_shardings`); batches are split along it.
 
     Returns:
         (state, batch) -> (state, metrics). The state passed in is donated: use the one returned.
@@ -291,20 +291,19 @@ def memory_needed(
     split: bool = False,
     frozen: tuple[str, ...] = (),
 ) -> dict[str, int]:
-    """Bytes that a step takes on a device, estimated before anything is compiled.
+    """Estimate the bytes that a step takes on a device, before anything is compiled.
 
     Args:
-        objective: of the step.
-        state: of the run; may be abstract, and so may `batch`, the whole batch.
-        accumulate: as in `make_update`.
+        objective: objective of the step.
+        state: state of the run; may be abstract, and so may `batch`, the whole batch.
+        accumulate: see `make_update`.
         parts: devices that share the batch.
-        split: they share the state, too.
-        frozen: as in `make_optimizer`.
+        split: whether they share the state, too.
+        frozen: see `make_optimizer`.
 
     Returns:
-        `state` (parameters, target, Adam's moments) and `gradients`; `activations`: what the backward pass needs of
-        the forward pass, as automatic differentiation keeps it (a compiler may keep less, or need more for a moment);
-        `total`.
+        `state` (parameters, target, Adam's moments) and `gradients`; `activations`: residuals of the forward pass that
+        automatic differentiation keeps for the backward pass (a compiler may keep less, or briefly need more); `total`.
     """
     rows = len(batch.game) // accumulate // parts
     part = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
@@ -323,17 +322,17 @@ def memory_needed(
 
 
 def _bytes_without(residuals: list[jax.ShapeDtypeStruct], params: PyTree) -> int:
-    """Bytes of residuals that are not parameters, which are counted elsewhere; told apart by shape and dtype."""
+    """Bytes of residuals except parameters, which are counted elsewhere and recognised by shape and dtype."""
     kinds = Counter((tuple(x.shape), jnp.dtype(x.dtype)) for x in residuals)
     kinds -= Counter((tuple(x.shape), jnp.dtype(x.dtype)) for x in jax.tree.leaves(params))
     return sum(count * math.prod(shape) * dtype.itemsize for (shape, dtype), count in kinds.items())
 
 
 def check_memory(needed: dict[str, int], device: jax.Device) -> None:
-    """Refuse a step that a device has not the memory for.
+    """Refuse a step that exceeds a device's free memory.
 
     Raises:
-        OutOfMemory: with the numbers of `memory_needed`.
+        OutOfMemory: the estimate exceeds it; the message has the numbers of `memory_needed`.
     """
     free = devices.free_bytes(device)
     if needed["total"] > free:
@@ -346,7 +345,7 @@ def check_memory(needed: dict[str, int], device: jax.Device) -> None:
 
 
 def cache_compiled_programs() -> None:
-    """Keep compiled programs in ~/.cache, or where JAX_COMPILATION_CACHE_DIR says: later runs start sooner."""
+    """Keep compiled programs in ~/.cache, or in JAX_COMPILATION_CACHE_DIR, so that later runs start sooner."""
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "scaled-ql" / "xla"))
 
@@ -363,22 +362,22 @@ def train(
 ) -> Iterator[tuple[TrainState, dict[str, float]]]:
     """Run a step per batch; a generator, so that logging and display stay the caller's.
 
-    Checks every step's loss, one step behind the device so that it never waits, and writes a checkpoint every
-    `checkpoint_every` steps, after all steps up to it were checked, and at the end: of the batches, or of an
-    interrupted run (also where the data fails), unless several processes train together. A consumer that may be
-    interrupted itself closes the generator (`contextlib.closing`).
+    Every step's loss is checked, one step behind the device so that it never waits. Checkpoints are written every
+    `checkpoint_every` steps, after all steps up to there were checked, and at the end: of the batches, or of an
+    interrupted run (also if the data fails), unless several processes train together. A consumer that may be
+    interrupted closes the generator (`contextlib.closing`).
 
     Args:
-        state: to start from; donated.
+        state: initial state; donated.
         train_step: from `make_train_step`.
         batches: one per step, beginning with the one after `state.step`.
         games: names, for per-game metrics and errors.
         log_every: steps averaged into one row of metrics.
-        checkpoint_every: steps.
-        checkpoints: where to write them, and of a resumed run what `state` came from.
+        checkpoint_every: steps between checkpoints.
+        checkpoints: destination of checkpoints, and the origin of a resumed run's `state`.
 
     Yields:
-        (state, row) every `log_every` steps, and at the end where steps are left: `step`, the metrics of
+        (state, row) every `log_every` steps, and at the end if steps are left: `step`, the metrics of
         `make_train_step` averaged over the row's steps, `td_loss/<game>` or `nll/<game>` (NaN where a game was not
         drawn), `steps_per_second`, `transitions_per_second`.
 
@@ -388,7 +387,7 @@ def train(
     window = list(checkpoints.window)
     unchecked: tuple[int, Metrics, int] | None = None
     step = saved = int(state.step)
-    clock, intact = time.perf_counter(), True  # the state is that of `step`, and no loss up to it is known to be bad
+    clock, intact = time.perf_counter(), True  # `state` is that of `step`, and no loss up to it is known to be bad
 
     def check() -> None:
         nonlocal unchecked, clock, intact
@@ -398,7 +397,7 @@ def train(
         values = jax.device_get(metrics)
         (counts,) = (value for name, value in values.items() if name.endswith("_count"))
         if len(counts) != len(games):
-            raise MethodError(f"an objective's sums per game have {len(games)} numbers, this one's {len(counts)}.")
+            raise MethodError(f"an objective's sums per game must have {len(games)} numbers, got {len(counts)}.")
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             intact = False
             names = ", ".join(game for game, count in zip(games, counts) if count)
@@ -426,13 +425,13 @@ def train(
                 saved = step
 
     try:
-        if window and step % log_every == 0:  # it was interrupted before anybody had this row for sure
+        if window and step % log_every == 0:  # it was interrupted before the consumer surely had this row
             yield state, row()
             window.clear()
             clock = time.perf_counter()
         for batch in batches:
             intact = False
-            with _interrupts_deferred():  # what a step returns is all there is: it took the state before it
+            with _interrupts_deferred():  # a step donates its input: its result is the only state
                 try:
                     state, metrics = train_step(state, batch)
                 except jax.errors.JaxRuntimeError as error:
@@ -460,7 +459,7 @@ def train(
             window.clear()
         save()
     except BaseException:
-        if intact and jax.process_count() == 1:  # a save takes all processes, an interrupt comes to one
+        if intact and jax.process_count() == 1:  # a save needs all processes, an interrupt reaches one
             save()
             checkpoints.wait()
         raise
@@ -478,23 +477,23 @@ def resume(
     log_every: int,
     checkpoint_every: int,
 ) -> Iterator[tuple[TrainState, "MetricsLog"]]:
-    """Train from the newest checkpoint to the last batch, or from `state` where there is none; see `train`.
+    """Train from the newest checkpoint to the last batch, or from `state` if there is none; see `train`.
 
     A consumer that may be interrupted closes this generator (`contextlib.closing`): it then leaves a checkpoint.
 
     Args:
-        state: of a fresh run.
-        train_step, games, log_every, checkpoint_every: as for `train`.
-        batches_from: (steps done) -> the batches of the steps that are left, or this process's shares of them.
-        checkpoints: read, written, and closed at the end.
-        log_file: of the rows of metrics, see `MetricsLog`.
-        shardings: where the state lies (`devices.state_shardings`).
+        state: state of a fresh run.
+        train_step, games, log_every, checkpoint_every: see `train`.
+        batches_from: (steps done) -> the batches of the remaining steps, or this process's shares of them.
+        checkpoints: checkpoints of the run, closed at the end.
+        log_file: file of the rows of metrics, see `MetricsLog`.
+        shardings: shardings of the state (`devices.state_shardings`).
 
     Yields:
         (state, log): once before the first step, so that a finished run yields, too; then after every row.
 
     Raises:
-        CheckpointError: the checkpoint is of another run, or damaged.
+        CheckpointError: the checkpoint is from another run, or damaged.
         Diverged: see `train`.
     """
     state = checkpoints.restore(devices.place_state(state, shardings))
@@ -510,7 +509,7 @@ def resume(
     checkpoints.close()
 
 
-# Parameters that a checkpoint repeats: what the network is, what it was trained to do, and how its outputs are read.
+# Parameters saved with a checkpoint: architecture, objective, and the meaning of the outputs.
 ABOUT = (
     "method", "encoder", "head", "rewards", "hidden_sizes", "embedding", "normalize_features", "group_size",
     "subtract_mean_frames", "narrow_start", "num_atoms", "v_min", "v_max", "dtype", "seed",
@@ -518,7 +517,7 @@ ABOUT = (
 
 
 def start_devices(p: Any) -> Mesh:
-    """Join the other processes, if any, and make the mesh that a notebook's parameters ask for.
+    """Join the other processes, if any, and make the mesh for a notebook's parameters.
 
     Raises:
         DeviceError: there are no such devices, or the batch cannot be split over them.
@@ -531,28 +530,28 @@ def start_devices(p: Any) -> Mesh:
 
 
 class Trainer:
-    """What a training loop needs beside network and objective: batches, devices, checkpoints and a log.
+    """A training loop's context besides network and objective: batches, devices, checkpoints and a log.
 
     Attributes:
         share: (number of this process, processes).
     """
 
     def __init__(self, p: Any, data: Replay, mesh: Mesh, folder: Path, own: Path):
-        """Nothing is read or written yet.
+        """Read and write nothing yet.
 
         Args:
-            p: parameters as those of `04_scaled_training`.
+            p: parameters like those of `04_scaled_training`.
             data: an open store.
             mesh: from `start_devices`.
-            folder: of the run, for checkpoints that all its processes share.
-            own: of this process, for its log.
+            folder: folder of the run, for checkpoints that all its processes share.
+            own: folder of this process, for its log.
         """
         self.p, self.data, self.mesh, self.folder, self.own = p, data, mesh, folder, own
         self.share = (jax.process_index(), jax.process_count())
         self._sampling = {name: getattr(p, name) for name in ("games_per_batch", "transitions_per_game", "n_step")}
 
     def batch(self, kind: str = "transitions", step: int = 0) -> Batch:
-        """A step's whole batch; `kind` as of `Method.batches`."""
+        """A step's whole batch; for `kind` see `Method.batches`."""
         batch = replay.sample_batch(self.data, self.p.seed, step, discount=self.p.discount, **self._sampling)
         return next(self._labelled(iter([batch]), step, np.s_[:])) if kind == "returns" else batch
 
@@ -571,10 +570,10 @@ class Trainer:
             yield replay.label_with_returns(batch, index, returns)
 
     def check_memory(self, objective: Objective, optimizer: Optimizer, state: TrainState) -> dict[str, int]:
-        """`memory_needed`, if a device has it.
+        """Return `memory_needed`, after checking it against a device's free memory.
 
         Raises:
-            OutOfMemory: it has not; see `check_memory`.
+            OutOfMemory: see the function `check_memory`.
         """
         split = (self.p.accumulate, self.mesh.size, self.p.shard_parameters)
         needed = memory_needed(objective, state, self.batch(), *split, frozen=optimizer.frozen)
@@ -584,14 +583,14 @@ class Trainer:
     def steps(
         self, objective: Objective, optimizer: Optimizer, state: TrainState, kind: str = "transitions", part: str = ""
     ) -> Iterator[tuple[TrainState, "MetricsLog"]]:
-        """Train, or resume, to the last step; yields and raises as `resume`, closed as there.
+        """Train, or resume, to the last step; yields and raises like `resume`, and is closed like it.
 
         Args:
-            objective: what a step minimises.
-            optimizer: the one that made `state`.
-            state: of a network that has not been trained.
-            kind: as of `Method.batches`.
-            part: folder below the run's, of a network that is trained before the one that plays.
+            objective: objective of a step.
+            optimizer: the optimizer that made `state`.
+            state: state of an untrained network.
+            kind: see `Method.batches`.
+            part: folder below the run's, for a network that is trained before the one that plays.
         """
         p = self.p
         shardings = devices.state_shardings(state, self.mesh, split=p.shard_parameters)
@@ -608,7 +607,7 @@ class Trainer:
 
 @contextlib.contextmanager
 def _interrupts_deferred() -> Iterator[None]:
-    """Let Ctrl-C, or JupyterLab's interrupt, wait until the end of what must not be done by halves."""
+    """Defer Ctrl-C, or JupyterLab's interrupt, until the end of the block."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
@@ -640,7 +639,7 @@ class MetricsLog:
     """Rows of metrics in a JSON-lines file; a resumed run continues after its checkpoint's step."""
 
     def __init__(self, file: str | Path, step: int):
-        """Keep the rows up to `step`: what came after it will be done again."""
+        """Keep the rows up to `step`; later steps will be repeated."""
         self.file = Path(file)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if self.file.exists() else []
@@ -656,7 +655,7 @@ class MetricsLog:
         return json.dumps(known, allow_nan=False) + "\n"
 
     def append(self, row: dict[str, float]) -> None:
-        """Add a row, unless its step is there: an interrupted run repeats its last. What is not finite becomes null."""
+        """Add a row, unless its step is there: an interrupted run repeats its last. Non-finite values become null."""
         if self.rows and self.rows[-1]["step"] == row["step"]:
             return
         with self.file.open("a", encoding="utf-8") as file:
@@ -675,16 +674,16 @@ class Checkpoints:
 
     Attributes:
         folder, about: as given.
-        window: of the checkpoint that was restored, the metrics of the steps since the log's last row.
+        window: metrics of the restored checkpoint's steps since the log's last row.
     """
 
     def __init__(self, folder: str | Path, about: dict[str, Any], keep_period: int | None = None):
         """Open a folder of checkpoints, creating it where needed.
 
         Args:
-            folder: for the checkpoints alone.
-            about: JSON values that make a checkpoint of this run (architecture, games, dataset); saved with
-                each, and compared when one is loaded.
+            folder: folder for checkpoints only.
+            about: JSON values that identify the run (architecture, games, dataset); saved with each checkpoint, and
+                compared when one is loaded.
             keep_period: steps whose multiples are never deleted.
 
         Raises:
@@ -698,13 +697,13 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self.folder, self.window = Path(folder).resolve(), []
-        self.about = json.loads(json.dumps(about))  # as it will be read: a tuple is a list
+        self.about = json.loads(json.dumps(about))  # as read back: tuples become lists
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "about"))
         except OSError as error:
             raise CheckpointError(
-                f"{self.folder}: checkpoints cannot be kept here ({error}). Make the folder writable, or set outputs "
-                "to one that is."
+                f"{self.folder}: checkpoints cannot be written here ({error}). Make the folder writable, or set "
+                "outputs to one that is."
             ) from error
 
     def latest_step(self) -> int | None:
@@ -725,11 +724,11 @@ class Checkpoints:
         """Save a state; returns while it is being written.
 
         Args:
-            state: of a run.
+            state: state of the run.
             window: metrics of its steps since the log's last row, so that a resumed run averages the same steps.
 
         Raises:
-            CheckpointError: the disk does not take it (also for the save before this one).
+            CheckpointError: this save, or the previous one, failed.
         """
         steps = [
             {name: [np.asarray(x).dtype.name, np.asarray(x).tolist()] for name, x in row.items()} for row in window
@@ -744,7 +743,7 @@ class Checkpoints:
         self._writing(self._manager.wait_until_finished, "in progress")
 
     def close(self) -> None:
-        """Finish writing and let go of the folder."""
+        """Finish writing and release the folder."""
         self.wait()
         self._manager.close()
 
@@ -758,14 +757,13 @@ class Checkpoints:
             ) from error
 
     def restore(self, state: TrainState) -> TrainState:
-        """Load the newest checkpoint, or return `state` where there is none.
+        """Load the newest checkpoint, or return `state` if there is none.
 
         Args:
             state: a state of the right structure and shapes; its values are not used.
 
         Raises:
-            CheckpointError: the checkpoint is of another architecture, other games, other data or other dtypes, or
-                damaged.
+            CheckpointError: the checkpoint has another architecture, games, data or dtypes, or is damaged.
         """
         step = self.latest_step()
         if step is None:
@@ -784,7 +782,7 @@ class Checkpoints:
         ]
         if differences:
             raise CheckpointError(
-                f"{where} is a checkpoint of something else: {'; '.join(differences)}. Choose another run name, "
+                f"{where} is a checkpoint of another run: {'; '.join(differences)}. Choose another run name, "
                 "or delete the run's folder to start it again."
             )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state._asdict())
@@ -816,7 +814,7 @@ class Checkpoints:
             for tree in (metadata, abstract)
         )  # fmt: skip
         if not stored:
-            raise ValueError("it does not say which arrays it holds")
+            raise ValueError("it lists no arrays")
         different = [name for name in sorted(stored.keys() | expected.keys()) if stored.get(name) != expected.get(name)]
         if different:
             name = different[0]

@@ -1,1 +1,1 @@
-"""Agents that learn online in ALE while everything they experience is logged: one's own DQN-Replay."""
+"""Agents that learn online in ALE while all their experience is logged: a DQN-Replay of your own."""

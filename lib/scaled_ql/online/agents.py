@@ -2,10 +2,10 @@
 
 `independent_learners` are single-game agents, trained together as one program over stacked parameters;
 `multi_task_learner` is one network with a head per game, the paper's online multi-task Impala-DQN (appendix B.5).
-`play.play` lets either act, learn and log.
+`play.play` runs either: acting, learning, logging.
 
 Defaults are the settings of Dopamine's C51 (Castro et al., 2018): support, optimizer, replay, periods, exploration,
-protocol. What differs from its agents: the Nature network has no padding, as in Mnih et al. (2015), where Dopamine's
+protocol. Differences from its agents: the Nature network has no padding, as in Mnih et al. (2015), where Dopamine's
 pads (``SAME``), and its initial kernels are He et al.'s normal ones where Dopamine's are uniform; many environments
 step side by side, on parameters of one step ago. With ``mse`` the optimizer and the squared error are C51's and
 `methods.q_learning`'s; Dopamine's DQN minimises Huber's loss with Adam (learning rate 6.25e-5, epsilon 1.5e-4) or,
@@ -34,11 +34,11 @@ class Learner(NamedTuple):
 
     Attributes:
         state: initial state.
-        update: (state, batch) -> (state, metrics); donates the state. A batch has [G, B] transitions, or of a learner
-            that is `shared` [B], and metrics have [G] losses, or one.
+        update: (state, batch) -> (state, metrics); donates the state. A batch has [G, B] transitions and metrics have
+            [G] losses; [B] and one loss if `shared`.
         greedy: (params, uint8 [G, E, 4, 84, 84]) -> int32 [G, E], the actions of highest value.
         q_function: (params, index of a game) -> its agent's values, for `evaluation.evaluate`.
-        shared: whether all games have one network.
+        shared: whether one network plays all games.
     """
 
     state: TrainState
@@ -59,7 +59,7 @@ def independent_learners(
     double_q: bool = False,
     target_update_period: int = TARGET_UPDATE_PERIOD,
 ) -> Learner:
-    """An agent per game, each with its own network: parameters are stacked, and one program is mapped over games.
+    """Make an agent per game, each with its own network: parameters are stacked, and one program is mapped over games.
 
     Args:
         build: makes a network with one head from a seed, an int32 scalar.
@@ -68,7 +68,7 @@ def independent_learners(
         seed: game g starts from `build(seed + g)`.
         head: ``c51``, ``mse`` (plain DQN), or another of `methods.q_learning`.
         atoms: atoms of a categorical head.
-        double_q: as in `methods.q_learning`.
+        double_q: see `methods.q_learning`.
         target_update_period: updates between copies to the target networks.
     """
 
@@ -96,7 +96,7 @@ def independent_learners(
         own = jax.tree.map(lambda leaf: leaf[number], params)
         return make_q_function(prefer, own, 0, num_actions[number])
 
-    axes = TrainState(None, 0, 0, 0)  # they count steps together
+    axes = TrainState(None, 0, 0, 0)  # one shared step counter
     over_games = _one_by_one if jax.default_backend() == "cpu" else jax.vmap
     update = over_games(update, in_axes=(axes, 0, 0, None), out_axes=(axes, 0))
     greedy = over_games(greedy, in_axes=(0, 0, 0), out_axes=0)
@@ -111,9 +111,9 @@ def independent_learners(
 
 
 def _one_by_one(function: Callable, in_axes: tuple, out_axes: PyTree) -> Callable:
-    """Compute what `jax.vmap` does, as one program without batched operations.
+    """Compute the result of `jax.vmap` as one program without batched operations.
 
-    On a CPU, convolutions that are mapped over their kernels take two to three times as long as one after another.
+    On a CPU, convolutions mapped over their kernels take two to three times as long as one after another.
     """
 
     def change(each: Callable, axes: PyTree, *trees: PyTree) -> PyTree:
@@ -143,7 +143,7 @@ def multi_task_learner(
     double_q: bool = False,
     target_update_period: int = TARGET_UPDATE_PERIOD,
 ) -> Learner:
-    """One agent for all games, with a head for each; see `independent_learners`, but `build` makes G heads."""
+    """Make one agent for all games, with a head for each; see `independent_learners`, but `build` makes G heads."""
     graph, variables = nnx.split(build(jnp.int32(seed)), nnx.Param)
     params = jax.tree.map(jnp.copy, nnx.to_pure_dict(variables))
     state = TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer.init(params))

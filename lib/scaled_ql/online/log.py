@@ -1,4 +1,4 @@
-"""What agents experience, on its way to the store and back from it."""
+"""Experience of online agents: written to the store, and read back from it."""
 
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -13,15 +13,15 @@ from scaled_ql.replay.format import FRAME_SHAPE
 from scaled_ql.replay.store import Replay
 from scaled_ql.replay.writer import ReplayWriter
 
-EPISODES_WAITING = 64  # to be written, before playing waits for the disk
+EPISODES_WAITING = 64  # unwritten episodes before playing waits for the disk
 WRITERS = 4
 
 
 class EpisodeLog:
-    """Writes episodes on threads, those of a game in the order in which they came.
+    """Writes episodes on threads, each game's in order.
 
     Attributes:
-        transitions: number by game, on disk or on their way to it.
+        transitions: number by game, on disk or about to be written.
     """
 
     def __init__(self, writers: Mapping[str, ReplayWriter]):
@@ -33,11 +33,11 @@ class EpisodeLog:
         self.transitions = {game: writer.num_transitions for game, writer in writers.items()}
 
     def append(self, game: str, episode: dict[str, Any], **columns: float) -> None:
-        """Have an episode written; waits where too many are waiting.
+        """Queue an episode for writing; waits if the queue is full.
 
         Args:
-            game: its game.
-            episode: as `ReplayWriter.append` takes it.
+            game: name of its game.
+            episode: arguments of `ReplayWriter.append`.
             **columns: further columns of the episode table.
 
         Raises:
@@ -59,11 +59,11 @@ class EpisodeLog:
 
     def __exit__(self, *_: object) -> None:
         for pool in self._pools:
-            pool.shutdown()  # what was handed over is written, whatever else went wrong
+            pool.shutdown()  # queued episodes are written, whatever else went wrong
 
 
 def logged_episodes(replay: Replay, game: str, run: int, capacity: int) -> Iterator[dict[str, Any]]:
-    """A recording's last episodes, about `capacity` transitions, oldest first, as `ReplayWriter.append` takes them."""
+    """A recording's last episodes, about `capacity` transitions, oldest first, for `ReplayWriter.append`."""
     table = replay.episodes(game)
     table = table[table["run"] == run]
     end = table["length"].cumsum()

@@ -1,4 +1,4 @@
-"""Agents act, learn and log: one loop, in which environments step while the learner works."""
+"""The loop of acting, learning and logging, in which environments step while the learner works."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +22,8 @@ from scaled_ql.replay.store import open_replay
 from scaled_ql.replay.writer import ReplayWriter
 from scaled_ql.training import Checkpoints, Diverged, TrainState
 
-THREAD_BYTES, PROCESS_BYTES = 4_000_000, 130_000_000  # that an environment takes: measured, on a thread, as a process
-# What `play` takes under the names that the notebook's parameters have.
+THREAD_BYTES, PROCESS_BYTES = 4_000_000, 130_000_000  # measured per environment, as a thread and as a process
+# Arguments of `play` with the names of the notebook's parameters.
 PLAYING = (
     "num_transitions", "seed", "environments", "num_threads", "sticky_actions", "max_steps", "capacity", "compressed",
     "batch_size", "n_step", "discount", "min_history", "update_period", "final_epsilon", "epsilon_decay",
@@ -32,7 +32,7 @@ PLAYING = (
 
 
 def exploration_rate(step: int, min_history: int, decay: int, final: float) -> float:
-    """Probability of a random action after `step` transitions: 1 while none is learned from, then linearly to final."""
+    """Probability of a random action after `step` transitions: 1 before learning begins, then linearly to final."""
     return final + (1.0 - final) * min(max(1.0 - (step - min_history) / decay, 0.0), 1.0)
 
 
@@ -46,7 +46,7 @@ def memory_bytes(
 
 
 def check_memory(*arguments: Any) -> int:
-    """Return `memory_bytes`, if so much is free.
+    """Return `memory_bytes`, after checking that it is free.
 
     Raises:
         OutOfMemory: less is free.
@@ -58,9 +58,9 @@ def check_memory(*arguments: Any) -> int:
         raise OutOfMemory(
             f"{num_games} games x {environments} environments with a replay of {capacity:,} transitions each, "
             f"{'compressed' if compressed else 'uncompressed'}, take {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB are "
-            f"free. An environment keeps an episode of {max_steps:,} steps at least. Use fewer environments or games, "
-            f"a smaller replay{'' if compressed else ' or a compressed one'}, or a lower step limit (with one "
-            f"environment a game and no replay to speak of: {smallest / 1e9:.1f} GB)."
+            f"free. An environment keeps at least an episode of {max_steps:,} steps. Use fewer environments or games, "
+            f"a smaller replay{'' if compressed else ' or a compressed one'}, or a lower step limit (minimum, "
+            f"with one environment a game and hardly any replay: {smallest / 1e9:.1f} GB)."
         )
     return needed
 
@@ -70,7 +70,7 @@ class _Game:
 
     Attributes:
         steps: transitions played so far.
-        stacks: uint8 [E, 4, 84, 84], what its environments show.
+        stacks: uint8 [E, 4, 84, 84], its environments' observations.
     """
 
     def __init__(self, environments: VectorEnvironment, ring: Ring, steps: int, seed: list[int]):
@@ -92,7 +92,7 @@ class _Game:
         self._new = self.stacks[:, -1], self._actions, reward, terminated, truncated
 
     def remember(self) -> list[dict[str, Any]]:
-        """Put the step that was received last into the ring; returns the episodes that it ended."""
+        """Put the step received last into the ring; returns the episodes that it ended."""
         if self._new is None:
             return []
         ended, self._new = self.ring.add(*self._new), None
@@ -114,7 +114,7 @@ class _Learning:
         self._learner, self._checkpoints, self._games = learner, checkpoints, games
         self.state = checkpoints.restore(learner.state)
         self.updates = self._saved = int(self.state.step)
-        self.losses = np.full(len(games), np.nan)  # as checked last
+        self.losses = np.full(len(games), np.nan)  # from the last check
         self._unchecked: tuple | None = None
 
     def due(self, steps: np.ndarray, min_history: int, update_period: int) -> int:
@@ -157,13 +157,13 @@ class _Learning:
 
 
 class _Meter:
-    """Says when a report is due, and how fast steps and updates were since the last one."""
+    """Decides when a report is due, and measures rates since the last one."""
 
     def __init__(self, period: float, *counts: int):
         self._period, self._counts, self._began = period, counts, time.perf_counter()
 
     def is_due(self) -> bool:
-        """Whether the last report is longer ago than the period."""
+        """Whether the period since the last report is over."""
         return time.perf_counter() - self._began > self._period
 
     def rates(self, *counts: int) -> list[float]:
@@ -206,9 +206,9 @@ def play(
     """Act, learn and log until the store holds at least `num_transitions` of every game.
 
     All games advance together. Environments step on separate threads while the learner works, on the parameters of
-    one step ago. Episodes are logged whole, in the order in which they end, with raw rewards; what is under way at the
-    end is not. A run that was stopped, however roughly, resumes from the episodes that were logged (which also
-    refill the replay), the last checkpoint, and the updates that have been due since.
+    one step ago. Episodes are logged whole, in the order in which they end, with raw rewards; unfinished ones at the
+    end are not. A stopped run, even a killed one, resumes from the logged episodes (which also refill the replay), the
+    last checkpoint, and the updates due since.
 
     Args:
         path: the dataset's folder.
@@ -217,35 +217,33 @@ def play(
         checkpoints: this run's checkpoints.
         num_transitions: transitions to log of each game.
         seed: seed of everything random.
-        source: who plays, in words; goes into the manifest. A recording is continued only if its manifest says the
-            same.
+        source: description of the player, for the manifest. A recording is continued only if its manifest has the same.
         run: number of the recording.
         environments: environments per game.
         num_threads: threads per game for its environments; 0: one per core.
         sticky_actions, max_steps, mode, difficulty: see `make_vector_environment`.
-        make: makes the environments; others than ALE's need a game that ALE has, for its name and action set.
-        capacity: transitions per game that can be learned from: 7.1 GB a million, compressed at most 0.5 GB.
+        make: factory of environments; others than ALE's need the name and action set of a game that ALE has.
+        capacity: transitions per game in the replay: 7.1 GB a million, compressed at most 0.5 GB.
         compressed: keep these frames compressed; sampling takes longer (`scaled-ql benchmark online`).
-        batch_size: transitions of an update, per game; of a shared learner, of all games together.
+        batch_size: transitions of an update, per game; for a shared learner, over all games.
         n_step: steps summed before bootstrapping.
         discount: discount per step.
         min_history: transitions per game before learning begins.
-        update_period: transitions between updates, per game; of a shared learner, of all games together.
+        update_period: transitions between updates, per game; for a shared learner, over all games.
         final_epsilon: final share of random actions.
         epsilon_decay: transitions of a game over which that share falls from 1.
         checkpoint_every: updates between checkpoints.
         report_seconds: seconds between reports.
 
     Yields:
-        (state, report) now and then and at the end. A report has `logged`, `played` and `epsilon` by game, `updates`,
-        `loss` by game (a shared learner's is the same for all), `steps_per_second`, `updates_per_second`.
+        (state, report) every `report_seconds` and at the end. A report has `logged`, `played` and `epsilon` by game,
+        `updates`, `loss` by game (a shared learner's is the same for all), `steps_per_second`, `updates_per_second`.
 
     Raises:
-        UnknownGame, UnknownVariant: before anything is played.
-        OutOfMemory: likewise.
+        UnknownGame, UnknownVariant, OutOfMemory: before anything is played.
         ReplayError: another recording is there, or an episode could not be written.
         EnvironmentDied: an environment ended.
-        Diverged: a non-finite loss. What was logged before is whole.
+        Diverged: a non-finite loss. Episodes logged before are intact.
     """
     num_actions = np.array([len(action_names(game)) for game in games])
     for game in games:
@@ -318,14 +316,14 @@ def play(
             for player, actions in zip(players.values(), choice.actions):
                 player.send(actions)
 
-            # From here on the environments step: all that they do not need is done meanwhile.
+            # The environments step from here on, while everything that they do not need is done.
             if before is not None:
                 log_episodes(before)
             learning.check()
             due = learning.due(steps, min_history, update_period)
             while learning.updates < due:
                 learning.update(draw_batch())
-                if meter.is_due():  # after a resumption there may be many
+                if meter.is_due():  # there may be many after resuming
                     learning.check()
                     yield report()
             learning.save(checkpoint_every)

@@ -1,9 +1,9 @@
-"""Experience in memory while it is made: single frames in a ring, sampled uniformly, for agents that learn online.
+"""Replay in memory for agents that learn online: single frames in a ring, sampled uniformly.
 
 One ring holds one game, played by E environments that step together. Row k of each environment's part holds the frame
-on which its k-th action was chosen, that action and what it earned. The frame after an episode's last action has a
-separate row, which is not a transition; the next episode begins in the row behind it. That is how environments behave
-that spend a step on resetting.
+on which its k-th action was chosen, that action and its reward. The frame after an episode's last action has a separate
+row, which is not a transition; the next episode begins in the following row. This matches environments that spend a
+step on resetting.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,9 +18,9 @@ from scaled_ql.replay.batch import Batch
 from scaled_ql.replay.format import FRAME_SHAPE, INNER_CHUNK, ReplayError
 
 FRAME_BYTES = FRAME_SHAPE[0] * FRAME_SHAPE[1]
-ROW_BYTES = 16  # action, reward, flags, and where its episode begins
+ROW_BYTES = 16  # action, reward, flags, and start of the episode
 COMPRESSED_FRAME_BYTES = 400  # an estimate: most games take 50 to 200
-DRAWS = 1_000  # of which none may be sampled, before giving up
+DRAWS = 1_000  # unsuccessful draws before giving up
 
 
 class Ring:
@@ -28,8 +28,8 @@ class Ring:
 
     Args:
         num_environments: E.
-        capacity: transitions that can be sampled. At least one whole episode of each environment is kept beyond that,
-            so that it can be logged when it ends.
+        capacity: transitions that can be sampled. At least one whole episode of each environment is kept besides, to be
+            logged when it ends.
         max_steps: step limit of an episode.
         compressed: keep frames compressed, `INNER_CHUNK` at a time: a fiftieth of the memory, slower to sample.
 
@@ -51,9 +51,9 @@ class Ring:
         self.now = -1
 
     def begin(self, frames: np.ndarray) -> None:
-        """The first frames, uint8 [E, 84, 84], when all environments were reset; whatever was played before ends here.
+        """Begin new episodes with their first frames, uint8 [E, 84, 84], after a reset of all environments.
 
-        An episode that was under way can no longer be finished, but what there is of it can be sampled.
+        An unfinished episode is never completed, but its transitions can be sampled.
         """
         if self.now >= 0:
             self._is_step[:, self.now % self.rows] = False
@@ -73,15 +73,15 @@ class Ring:
         truncated: np.ndarray,
         idle: np.ndarray | bool = False,
     ) -> np.ndarray:
-        """A step of all environments: what it did, and the frames it led to.
+        """Add a step of all environments and the frames that follow it.
 
         Args:
             frames: uint8 [E, 84, 84], after the step.
             action: integers [E], indices in the minimal set; ignored where an environment reset.
             reward: [E], raw rewards.
             terminal: bool [E], the episode ended in the game.
-            truncated: bool [E], it ended without that.
-            idle: bool [E], rows that no transition fills: a stand-in where an environment has less to tell.
+            truncated: bool [E], the episode was cut.
+            idle: bool [E], filler rows without a transition, for environments with fewer rows.
 
         Returns:
             numbers of the environments whose episode this step ended; read them with `episode` before the next step.
@@ -99,7 +99,7 @@ class Ring:
         return np.flatnonzero(ended)
 
     def episode(self, environment: int) -> dict[str, np.ndarray | bool]:
-        """The episode that the last step of an environment ended, as `ReplayWriter.append` takes it."""
+        """The episode that the last step of an environment ended, as arguments of `ReplayWriter.append`."""
         last = self.now - 1
         rows = np.arange(self._begin[environment, last % self.rows], last + 1)
         at = environment, rows % self.rows
@@ -116,7 +116,7 @@ class Ring:
     def fill(self, episodes: Iterable[dict[str, np.ndarray | bool]]) -> None:
         """Play recorded episodes into an empty ring, in time order, as if its environments had played them."""
         ahead = iter(episodes)
-        tracks = [_rows(ahead) for _ in range(self.num_environments)]  # each takes the next episode when it is free
+        tracks = [_rows(ahead) for _ in range(self.num_environments)]  # each takes the next episode once free
         blank = np.zeros(FRAME_SHAPE, np.uint8)
         previous = None
         for entries in zip(*(_then(track, (blank, 0, 0.0, False, False, True)) for track in tracks)):
@@ -141,9 +141,8 @@ class Ring:
     ) -> Batch:
         """Draw transitions uniformly, with n-step returns of clipped rewards; `game` is 0.
 
-        As in `Replay.batch`: a truncated episode's last n - 1 transitions have no state to bootstrap from and are not
-        drawn; those whose state n steps later is still to come are not, either. `out` is memory for the frames, as in
-        `Replay.gather`.
+        As in `Replay.batch`, transitions without a state n steps later are not drawn: a truncated episode's last n - 1,
+        and the newest. `out` is memory for the frames, as in `Replay.gather`.
 
         Raises:
             ReplayError: no transition can be sampled yet.
@@ -163,7 +162,7 @@ class Ring:
                 return self._batch(environment, row, steps, terminated.astype(bool), n_step, discount, frames)
         raise ReplayError(
             f"after {self.now} steps of {self.num_environments} environments there is nothing to learn from yet: no "
-            f"state {n_step} steps later is known. Let them play longer before learning begins."
+            f"transition has a state {n_step} steps later. Raise min_history."
         )
 
     def _look_ahead(
@@ -266,7 +265,7 @@ def ring_bytes(num_environments: int, capacity: int, max_steps: int, compressed:
 
 
 def _rows(episodes: Iterator[dict[str, np.ndarray | bool]]) -> Iterator[tuple]:
-    """What `Ring.add` takes of one environment, row by row, and the frame before it, of the episodes it takes."""
+    """Arguments of `Ring.add` for one environment, row by row, and the frame before each, from its episodes."""
     for episode in episodes:
         last = len(episode["action"]) - 1
         for step, frame in enumerate(episode["observation"]):
@@ -282,7 +281,7 @@ def _then(rows: Iterator[tuple], idle: tuple) -> Iterator[tuple]:
 
 
 class RawFrames:
-    """The last `rows` frames of E environments; memory that was never written is none."""
+    """The last `rows` frames of E environments; unwritten rows take no memory."""
 
     def __init__(self, num_environments: int, rows: int):
         self._rows = rows
@@ -301,7 +300,7 @@ class RawFrames:
 
 
 class CompressedFrames:
-    """As `RawFrames`, each environment's frames compressed when a chunk of them is full."""
+    """Like `RawFrames`, with each environment's frames compressed once a chunk of them is full."""
 
     def __init__(self, num_environments: int, rows: int):
         self._rows = rows
@@ -329,7 +328,7 @@ class CompressedFrames:
         return np.frombuffer(zstandard.decompress(chunk), np.uint8).reshape(INNER_CHUNK, *FRAME_SHAPE)
 
     def read(self, environment: np.ndarray, first: np.ndarray, frames: np.ndarray) -> None:
-        """As `RawFrames.read`."""
+        """See `RawFrames.read`."""
         width = frames.shape[1]
         for target, who, begin in zip(frames, environment.tolist(), first.tolist()):
             for number in range(begin // INNER_CHUNK, (begin + width - 1) // INNER_CHUNK + 1):
