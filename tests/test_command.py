@@ -44,7 +44,7 @@ def test_a_bad_file_stops_or_is_left_out(recording: Path, tmp_path: Path) -> Non
     stopped = call("import", "dqn-replay", logs, store)
     assert stopped.exit_code == 1 and f"error: {bad}" in stopped.output
     unfinished = call("verify", store)
-    assert unfinished.exit_code == 1 and "Breakout run 1: its import is not complete" in unfinished.output
+    assert unfinished.exit_code == 1 and "Breakout run 1: its import is incomplete" in unfinished.output
     skipped = call("import", "dqn-replay", logs, store, "--skip-bad")
     assert skipped.exit_code == 0 and "left out: game Breakout, run 1" in skipped.output
     assert call("verify", store).exit_code == 0

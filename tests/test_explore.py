@@ -182,7 +182,7 @@ def test_findings_are_shown_up_to_a_limit_and_without_folders(
     monkeypatch.setattr(explore, "display", lambda html: shown.append(html.data))
     explore.show_findings(imported, limit=1)
     assert len(shown) == 2
-    assert "Gaps: what no file holds; all 1." in shown[0]
+    assert "Gaps: missing rows or files; all 1." in shown[0]
     assert "the first 1 of 2." in shown[1]
     rows = shown[1].split("<tbody>")[1]  # its identifier, before, is drawn at random
     assert "its reward is nan" in rows

@@ -993,10 +993,10 @@ def test_a_td_loss_of_ones_own_is_minimised():
 @pytest.mark.parametrize(
     "td_loss, words",
     [
-        (lambda q, action: q[action], r"td_loss takes \(outputs_t, .*this one takes \(q, action\): too many"),
-        (lambda q, *rest: q, r"td_loss returns a float scalar for one transition, this one float32\[18\]\."),
-        (lambda q, action, *rest: action, r"this one int32\[\]\."),
-        (lambda q, action, *rest: (q[action], 0.0), r"this one tuple\."),
+        (lambda q, action: q[action], r"td_loss must take \(outputs_t, .*this one takes \(q, action\): too many"),
+        (lambda q, *rest: q, r"td_loss must return a float scalar for one transition, got float32\[18\]\."),
+        (lambda q, action, *rest: action, r"one transition, got int32\[\]\."),
+        (lambda q, action, *rest: (q[action], 0.0), r"one transition, got tuple\."),
     ],
 )
 def test_a_wrong_td_loss_is_refused_in_one_sentence(td_loss, words):
@@ -1014,10 +1014,10 @@ ONES, ZERO = jnp.ones(2), jnp.float32(0)
     "returned, words",
     [
         (ZERO, r"returns \(loss, metrics\)"),
-        ((ONES, {}), r"loss is a float scalar, this one's float32\[2\]"),
-        ((ZERO, {"nll": ZERO}), r"have a scalar loss, this one's only nll"),
-        ((ZERO, {"loss": ZERO}), r"one pair of sums per game, .* this one's arrays are none"),
-        ((ZERO, {"loss": ZERO, "td_sum": ONES}), r"this one's arrays are td_sum"),
+        ((ONES, {}), r"loss must be a float scalar, got float32\[2\]"),
+        ((ZERO, {"nll": ZERO}), r"have a scalar loss, got only nll"),
+        ((ZERO, {"loss": ZERO}), r"one pair of sums per game, .* got the arrays none"),
+        ((ZERO, {"loss": ZERO, "td_sum": ONES}), r"got the arrays td_sum"),
         ((ZERO, {"loss": ZERO, "a": ONES, "td_sum": ONES, "td_count": ONES}), r"arrays are a, td_count, td_sum"),
     ],
 )

@@ -70,7 +70,7 @@ def test_a_package_that_is_read_from_a_path_has_no_version(monkeypatch: pytest.M
 
 def test_a_run_does_not_change_its_parameters(tmp_path: Path) -> None:
     runs.start("01_data_collection", namespace(tmp_path, run="a", seed=4)).finish({})
-    with pytest.raises(runs.RunError, match=r"seed: 4 there, 5 now.*another run name"):
+    with pytest.raises(runs.RunError, match=r"seed: 4 stored, 5 now.*another run name"):
         runs.start("01_data_collection", namespace(tmp_path, run="a", seed=5))
     runs.start("01_data_collection", namespace(tmp_path, run="b", seed=5)).finish({})
 
@@ -202,7 +202,7 @@ def test_a_failed_run_that_recorded_nothing_reserves_nothing(tmp_path: Path) -> 
     again = runs.start("01_data_collection", namespace(tmp_path, run="a", seed=5))
     assert runs.parameters.load(again.folder / "parameters.yaml")["seed"] == 5
     (again.folder / "metrics.jsonl").write_text("{}\n")
-    with pytest.raises(runs.RunError, match="seed: 5 there, 6 now"):
+    with pytest.raises(runs.RunError, match="seed: 5 stored, 6 now"):
         runs.start("01_data_collection", namespace(tmp_path, run="a", seed=6))
     again.finish({})
 

@@ -1,7 +1,7 @@
-"""Finished training runs, gathered and compared: what they differ in, how well they play, how sure that is.
+"""Finished training runs, gathered and compared: differences in parameters, scores and their uncertainty.
 
-Runs are compared only where all that matters is equal but what a comparison names: the same data, the same evaluation,
-the same steps. Seeds are what they are averaged over.
+Runs are compared only if they share data, evaluation and steps, and everything else relevant that a comparison does not
+name. Scores are averaged over seeds.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,18 +19,18 @@ from scaled_ql.games import UnknownGame
 from scaled_ql.parameters import INCIDENTAL, ParameterError, Parameters
 
 NOTEBOOK = "04_scaled_training"
-# What makes scores comparable: runs that differ in one of these stand in no table together.
+# Runs that differ in one of these are not comparable and never share a table.
 PROTOCOL = frozenset((
     "eval_episodes", "eval_min_steps", "eval_epsilon", "eval_sticky_actions", "eval_max_steps", "eval_seed",
 ))  # fmt: skip
 SCORE_COLUMNS = ("run", "game", "agent_return", "human_normalized", "episodes", "truncated", "cut")
-# Rows of every comparison of Q-learning: what either reaches was not learned from reward.
+# Rows of every comparison of Q-learning: neither learns from reward.
 CONTROLS = {"zero rewards": {"rewards": "zero"}, "cloning": {"method": "bc"}}
 VERDICT_COLUMNS = ("claim", "difference", "low", "high", "improvement", "verdict", "refused")
 
 
 class GatherError(ValueError):
-    """Runs that cannot stand in one table; the message names them."""
+    """Runs that cannot share a table; the message names them."""
 
 
 class Gathered(NamedTuple):
@@ -62,7 +62,7 @@ def gather(folder: Path) -> Gathered:
             left_out.append({"run": name, "why": str(error)})
             continue
         if status.get("state") == "failed" and not runs.holds_results(place.parent):
-            continue  # it reserves nothing, and is no run
+            continue  # it recorded nothing
         if status.get("state") != "finished":
             error = f": {status['error']}" if "error" in status else ""
             left_out.append({"run": name, "why": f"{status.get('state', 'not started')}{error}"})
@@ -110,15 +110,15 @@ def _normalized_or_nan(game: str, score: float) -> float:
 def differences_from(
     gathered: Gathered, base: Parameters, changes: Mapping[str, Any], free: Iterable[str] = ()
 ) -> dict[str, dict[str, str]]:
-    """In what each run differs from `base` with some parameters changed, but for its name, folder, seed and the like.
+    """Differences of each run from `base` with some parameters changed, except in name, folder, seed and the like.
 
     Args:
         gathered: all runs.
-        base, changes: what is wanted.
+        base, changes: parameters of the wanted runs.
         free: parameters that may differ.
 
     Returns:
-        by run, by parameter: "eval_episodes 3, not 10"; of a run that is wanted, nothing.
+        by run, by parameter: "eval_episodes 3, not 10"; empty for a wanted run.
     """
     wanted = base.model_dump() | dict(changes)
     compared = sorted(wanted.keys() - INCIDENTAL - set(free))
@@ -133,8 +133,8 @@ def select(gathered: Gathered, base: Parameters, changes: Mapping[str, Any], fre
 
     Args:
         gathered: all runs.
-        base, changes: what is wanted.
-        free: parameters that may differ, such as what tells arms apart; then one run per seed and values of these.
+        base, changes: parameters of the wanted runs.
+        free: parameters that may differ, such as those of arms; then one run per seed and values of these.
 
     Raises:
         GatherError: two runs of one seed, or of different contents of the dataset.
@@ -153,7 +153,7 @@ def select(gathered: Gathered, base: Parameters, changes: Mapping[str, Any], fre
 def otherwise_evaluated(
     gathered: Gathered, base: Parameters, changes: Mapping[str, Any], free: Sequence[str] = ()
 ) -> dict[str, str]:
-    """The runs that `select` would take but for how they were evaluated, and how: "eval_episodes 3, not 10"."""
+    """Runs that differ from those of `select` only in their evaluation, and how: "eval_episodes 3, not 10"."""
     differ = differences_from(gathered, base, changes, free)
     return {name: ", ".join(how.values()) for name, how in differ.items() if how and how.keys() <= PROTOCOL}
 
@@ -169,7 +169,7 @@ def _same_data(chosen: pd.DataFrame) -> None:
 
 
 def cut_games(gathered: Gathered, names: Sequence[str]) -> list[str]:
-    """Games in which one of these runs has no score, as most of its episodes were cut short."""
+    """Games in which one of these runs has no score because most of its episodes were cut short."""
     scores = gathered.scores
     return sorted(scores.loc[scores["run"].isin(names) & scores["cut"].astype(bool), "game"].unique())
 
@@ -181,12 +181,12 @@ def score_matrix(
 
     Args:
         gathered: all runs.
-        names: of the runs.
-        column: of `Gathered.scores`.
-        without: games to leave out, as `cut_games`.
+        names: names of the runs.
+        column: column of `Gathered.scores`.
+        without: games to leave out, such as `cut_games`.
 
     Raises:
-        GatherError: runs of different games.
+        GatherError: the runs have different games.
     """
     rows = gathered.scores[gathered.scores["run"].isin(names) & ~gathered.scores["game"].isin(without)]
     matrix = rows.pivot(index="run", columns="game", values=column).dropna(axis="columns", how="all")
@@ -206,24 +206,23 @@ def compare(
     replicates: int = 50_000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """An aggregate score, with its 95% interval, of each variant.
+    """Aggregate score of each variant, with its 95% interval.
 
     Args:
         gathered: all runs.
         base: parameters that the variants change.
-        variants: by label, the changes; ``{}`` is the base itself.
+        variants: changes by label; ``{}`` is the base.
         across: one more parameter and its values, each combined with each variant.
-        statistic: of `metrics`, of human-normalised scores [runs, games].
-        replicates: of the bootstrap.
-        seed: of the bootstrap.
+        statistic: statistic from `metrics`, applied to human-normalised scores [runs, games].
+        replicates: bootstrap replicates.
+        seed: bootstrap seed.
 
     Returns:
-        columns variant, the parameter of `across`, runs (how many), seeds, score, low, high, over (``runs``, or
-        ``tasks`` where there is one run), names (of the runs), truncated (mean share of their episodes),
+        columns variant, the parameter of `across`, runs (number), seeds, score, low, high, over (``runs``, or ``tasks``
+        for one run), names (of the runs), truncated (mean share of their episodes),
         top_action (share of the most frequent of their own actions, mean over runs and games), without (games left out
         of all scores, see `cut_games`), paper_parameters, num_parameters (see `Gathered`), otherwise (the runs of
-        `otherwise_evaluated`, in words). Without runs, or without a game: score and interval
-        NaN.
+        `otherwise_evaluated`, in words). Without runs or games, score and interval are NaN.
 
     Raises:
         GatherError: see `select` and `score_matrix`.
@@ -263,13 +262,12 @@ def compare(
 def shown(compared: pd.DataFrame, paper: pd.DataFrame | None = None) -> pd.DataFrame:
     """The table of `compare` for people: percent, interval, number of runs, truncated episodes, most frequent action.
 
-    A score is "missing" where there is no run, "none" where most episodes were cut short in every game.
-
-    Parameters are counted as the paper counts them, encoder and first dense layer, and in all.
+    A score is "missing" without a run, "none" if most episodes were cut short in every game. Parameters are counted as
+    in the paper, encoder and first dense layer, and in all.
 
     Args:
         compared: from `compare`.
-        paper: from `paper_table`, matching in variant and, where there is one, encoder: a column of its own.
+        paper: from `paper_table`; shown in a separate column, matched by variant and, if there is one, encoder.
     """
     percent = 100 * compared[["score", "low", "high"]]
     table = compared[[name for name in compared.columns[:2] if name != "runs"]].copy()
@@ -289,7 +287,7 @@ def shown(compared: pd.DataFrame, paper: pd.DataFrame | None = None) -> pd.DataF
         table["without, as cut short"] = compared["without"]
     if paper is not None:
         keys = [name for name in paper if name in table]
-        others = paper[~paper.set_index(keys).index.isin(table.set_index(keys).index)]  # that were not tried here
+        others = paper[~paper.set_index(keys).index.isin(table.set_index(keys).index)]  # not tried here
         table = (
             pd.concat([table.merge(paper, how="left", on=keys), others], ignore_index=True).astype(object).fillna("")
         )
@@ -314,18 +312,18 @@ def difference(
     replicates: int = 50_000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Of two variants, how much better the first is, with a 95% interval over runs, and a verdict.
+    """Difference of two variants' scores, with a 95% interval over runs, and a verdict.
 
     Args:
-        gathered, compared: as given to, and returned by, `compare`.
+        gathered, compared: argument and result of `compare`.
         first, second: labels of variants.
-        statistic, replicates, seed: as for `compare`.
+        statistic, replicates, seed: see `compare`.
 
     Returns:
         a row for each value of the other parameter (one row without): difference, low, high, improvement (probability
         that a run of the first beats one of the second in a game), verdict: ``yes`` (the first is better: the interval
-        lies above 0), ``no`` (below 0), ``inconclusive``, ``missing``, ``refused`` (the missing ones were evaluated
-        otherwise) or ``no score`` (most episodes were cut short), and refused (the runs of the last two, in words).
+        lies above 0), ``no`` (below 0), ``inconclusive``, ``missing``, ``refused`` (the missing runs were evaluated
+        differently) or ``no score`` (most episodes were cut short), and refused (the runs of the last two, in words).
     """
     axis = [name for name in compared.columns[1:2] if name != "runs"]
     rows, without = [], cut_games(gathered, [name for names in compared["names"] for name in names])
@@ -365,10 +363,10 @@ def missing(
     """The commands that fill a table's missing runs.
 
     Args:
-        compared, base, variants: as given to, and returned by, `compare`.
-        source: the file of `params/04_scaled_training/` that holds `base`.
-        axis: the parameter of `across`, or "".
-        seeds: that every variant should have.
+        compared, base, variants: result and arguments of `compare`.
+        source: file of `params/04_scaled_training/` that holds `base`.
+        axis: parameter of `across`, or "".
+        seeds: seeds that every variant should have.
     """
     commands = []
     for row in compared.to_dict("records"):
@@ -391,7 +389,7 @@ def base(source: str) -> Parameters:
 def per_game(gathered: Gathered, compared: pd.DataFrame) -> pd.DataFrame:
     """Mean raw return per game (rows) of each variant of `compare` that has runs (columns).
 
-    Where episodes were truncated, each variant has one more column, their share in percent.
+    If episodes were truncated, each variant has a further column, their share in percent.
     """
     means, cut = {}, bool((compared["truncated"] > 0).any())
     for row in compared.to_dict("records"):
@@ -404,7 +402,7 @@ def per_game(gathered: Gathered, compared: pd.DataFrame) -> pd.DataFrame:
 
 
 def points(differences: pd.DataFrame) -> pd.DataFrame:
-    """The table of `difference` for people: in points, as scores are in percent; without a column that is all empty."""
+    """The table of `difference` for people: in points, as scores are in percent, without empty columns."""
     table = differences.copy()
     scores = ["difference", "low", "high"]
     table[scores] = 100 * table[scores].astype(float)
@@ -413,7 +411,7 @@ def points(differences: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdicts(differences: pd.DataFrame) -> list[str]:
-    """What `difference` found, a sentence each."""
+    """The verdicts of `difference`, a sentence each."""
     words = {
         "yes": "supported here",
         "no": "contradicted here",

@@ -1,4 +1,4 @@
-"""Batches: steps, each a notebook with a file of parameters and maybe a grid, read from YAML and checked as a whole.
+"""Batches: steps, each a notebook with a file of parameters and optionally a grid, read from YAML and checked first.
 
 A grid is a list of mappings from parameter names to values; each mapping stands for all combinations of its values, on
 top of the step's file of parameters. Every combination is a run with its own name (`cell_name`).
@@ -34,7 +34,7 @@ class _BatchFile(pydantic.BaseModel):
 
 
 class Step(NamedTuple):
-    """A step of a batch: runs of a notebook that do not depend on each other, and how often a failed one is retried."""
+    """A step of a batch: independent runs of a notebook, and the number of retries of a failed one."""
 
     notebook: str
     cells: list[Parameters]
@@ -42,17 +42,17 @@ class Step(NamedTuple):
 
 
 def cell_name(base: Parameters, changes: Mapping[str, Any]) -> str:
-    """The name of the run that changes some parameters of `base`, in the order of the schema: base.head-mse.seed-1."""
+    """Name of the run that changes some parameters of `base`, in the order of the schema: base.head-mse.seed-1."""
     order = list(type(base).model_fields)
     parts = [f"{name}-{changes[name]}" for name in sorted(changes, key=order.index) if name not in ("run", "outputs")]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", ".".join([base.run, *parts]).replace("e+", "e"))
 
 
 def expand(base: Parameters, grid: list[dict[str, list[Any]]], notebook: str, source: str) -> list[Parameters]:
-    """The runs of a grid: all combinations of each mapping's values, on top of `base`, each once.
+    """Expand a grid into runs: all combinations of each mapping's values, on top of `base`, each once.
 
     Raises:
-        ParameterError: a combination that the notebook does not take.
+        ParameterError: a combination is not valid for the notebook.
     """
     cells: dict[str, Parameters] = {}
     for mapping in grid or [{}]:
@@ -66,7 +66,7 @@ def expand(base: Parameters, grid: list[dict[str, list[Any]]], notebook: str, so
 
 
 def _meant(file: Path, content: Mapping[str, Any]) -> str:
-    """The command that was probably meant, where a file of parameters was given as a batch; else an empty string."""
+    """The probable command if a file of parameters was given as a batch; else an empty string."""
     named = [file.absolute().parent.name] if file.absolute().parent.name in parameters.NOTEBOOKS else []
     fitting = named or [
         name
@@ -77,10 +77,10 @@ def _meant(file: Path, content: Mapping[str, Any]) -> str:
 
 
 def near_command(target: str, file: str = "") -> str:
-    """The command that was probably meant by ``scaled-ql run TARGET FILE``, or an empty string where none is near.
+    """The probable command behind a misspelt ``scaled-ql run TARGET FILE``; an empty string if none is near.
 
     Args:
-        target: a notebook, or a batch.
+        target: notebook or batch.
         file: file of parameters; "" for none.
     """
     home = runs.workspace()
@@ -95,16 +95,16 @@ def near_command(target: str, file: str = "") -> str:
         return f"scaled-ql run {known[near[0]]}"
     of_notebook = {name: name for name, path in files.items() if path.parent.name == near[0]}
     of_notebook |= {Path(name).name: name for name in of_notebook}
-    there = os.path.isfile(file)  # noqa: PTH113 - of pathlib, a name that is too long is an error
+    there = os.path.isfile(file)  # noqa: PTH113 - pathlib's raises for a name that is too long
     files_near = [file] if there else difflib.get_close_matches(file, of_notebook, n=1)
     return f"scaled-ql run {near[0]} {of_notebook.get(files_near[0], files_near[0])}" if files_near else ""
 
 
 def load_batch(file: str | Path, overrides: Mapping[str, Any]) -> list[Step]:
-    """Read and check a batch: an ordered list of notebooks, each with a file of `params/<notebook>/` and maybe a grid.
+    """Read and check a batch: an ordered list of notebooks, each with a file of `params/<notebook>/`, maybe a grid.
 
     Raises:
-        ParameterError: anything wrong in the batch or in a file it names.
+        ParameterError: a mistake in the batch or in a file it names.
     """
     content = parameters.load(file)
     try:

@@ -1,6 +1,6 @@
-"""Measurements, each beside the machine's own limit: sampling, importing, playing and learning online.
+"""Measurements compared with the machine's limits: sampling, importing, playing and learning online.
 
-They print tables and assert nothing: a figure means something only beside the others of the same run.
+They print tables and assert nothing: a number is meaningful only next to the others of the same run.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def repeat_store(source: Replay, destination: str | Path, games: list[str], copi
     """Build a large dataset from real chunks: each game one full file of frames of `source`, linked `copies` times.
 
     Args:
-        source: real recordings; its games lend their frames in turn.
+        source: real recordings, whose games lend their frames in turn.
         destination: folder to create.
         games: names of the games to make.
         copies: how many times each game's 16,384 rows are repeated.
@@ -99,7 +99,7 @@ def repeat_store(source: Replay, destination: str | Path, games: list[str], copi
 
 
 def _rate(work: Callable[[int], object], size: int, seconds: float) -> float:
-    """Median of `size` / duration over calls of work(i), the first one left out."""
+    """Median of `size` / duration over calls of work(i), except the first."""
     work(0)
     durations, began, step = [], time.perf_counter(), 1
     while time.perf_counter() - began < seconds:
@@ -115,7 +115,7 @@ def sampling_rate(
 ) -> float:
     """Transitions per second of batches from threads, or from `processes`, stack 4, n-step 3.
 
-    Median over stretches of eight batches, each of them dropped when the next one comes.
+    Median over stretches of eight batches, each batch dropped when the next arrives.
     """
     shape = {"games_per_batch": batch_size // 4, "transitions_per_game": 4, "n_step": N_STEP, "stack_size": STACK}
     if processes:
@@ -127,7 +127,7 @@ def sampling_rate(
 
 
 def zstd_rate(replay: Replay, seconds: float) -> float:
-    """The limit: windows of 7 frames per second that plain zstd decodes in memory on all cores, doing nothing else."""
+    """The limit: windows of 7 frames per second that zstd alone decodes in memory on all cores."""
     compress = zstandard.ZstdCompressor(level=3).compress
     chunks = []
     for game in replay.games:
@@ -147,7 +147,7 @@ def zstd_rate(replay: Replay, seconds: float) -> float:
 
 
 def numpy_rate(replay: Replay, seconds: float, capacity: int = 50_000) -> float:
-    """The usual way: stacks cut from one uncompressed ring buffer in memory, uint8 [capacity, 84, 84]."""
+    """The usual baseline: stacks cut from one uncompressed ring buffer in memory, uint8 [capacity, 84, 84]."""
     game = max(replay.games, key=replay.num_transitions)
     capacity = min(capacity, replay.num_transitions(game))
     ring = replay.frames_at(game, np.arange(capacity))
@@ -161,7 +161,7 @@ def numpy_rate(replay: Replay, seconds: float, capacity: int = 50_000) -> float:
 
 
 def benchmark_sampling(path: str, seconds: float = 5.0) -> pd.DataFrame:
-    """Transitions per second from disk (warm page cache) and from memory, beside zstd's limit and a plain buffer."""
+    """Transitions per second from disk (warm page cache) and memory, compared with zstd's limit and a plain buffer."""
     replay, cores = open_replay(path), len(os.sched_getaffinity(0))
     rates = {"uncompressed NumPy ring buffer, one thread": numpy_rate(replay, seconds)}
     for name, where in (("disk", replay), ("memory, compressed", to_memory(replay))):
@@ -183,7 +183,7 @@ def bytes_per_transition(path: str) -> pd.DataFrame:
 def benchmark_scale(path: str, folder: str | Path, copies: int = 1_000, seconds: float = 40.0) -> pd.DataFrame:
     """The same measurements for a store of 40 games and for one `copies` times as large: medians of five in turn.
 
-    Each is made by a fresh process. Their speeds scatter by a fifth: threads get into each other's way, or do not.
+    Each is made by a fresh process. Speeds scatter by a fifth, as threads contend or do not.
     """
     source, stores = open_replay(path), {count: Path(folder) / f"copies-{count}" for count in (1, copies)}
     for count, store in stores.items():
@@ -220,9 +220,9 @@ def benchmark_online(
     batch_size: int = 32,
     seconds: float = 10.0,
 ) -> pd.DataFrame:
-    """Agents that play, learn, and do both, beside environments that are stepped with random actions.
+    """Agents that play, learn, and do both, compared with environments stepped with random actions.
 
-    Everything is as in `online.play.play`, logging included; agents always act by their network.
+    All settings are those of `online.play.play`, logging included; agents always act by their network.
 
     Returns:
         columns environment steps/s, updates/s, share of random actions (of the first row's steps/s).
@@ -258,7 +258,7 @@ def benchmark_online(
             reports, until = [], time.perf_counter() + seconds
             with contextlib.closing(play(folder, [game], own, checkpoints, **settings)) as running:
                 for _, report in running:
-                    if min(report["played"].values()) > 2_000:  # compiled, and beyond the random beginning
+                    if min(report["played"].values()) > 2_000:  # compiled, and past the random phase
                         reports.append(report)
                     if time.perf_counter() > until and len(reports) > 3:
                         break
@@ -270,7 +270,7 @@ def benchmark_online(
     rates.append(play_randomly())
     both = learn_while_playing(update_period)
     rates.append(play_randomly())
-    random = float(np.median(rates))  # in between, for these machines' speed drifts
+    random = float(np.median(rates))  # in between, as the machine's speed drifts
     ring = _filled_ring(vector, environments, 20_000, compressed=False)
     state = jax.tree.map(jnp.copy, learner.state)
 

@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from scaled_ql import batches, documents, parameters, runs
 
-SHOWN = 10  # entries of a list that is in a file as well
+SHOWN = 10  # printed entries of a list that is also in a file
 
-INPUTS = ("dataset", "view", "game")  # what a run reads, by the parameters that name it
+INPUTS = ("dataset", "view", "game")  # parameters that name a run's inputs
 
 
 @click.group()
@@ -59,12 +59,12 @@ def run(
 
 
 def _steps(target: str, params: str, values: dict[str, Any]) -> list[batches.Step]:
-    """What is to be run; a misspelt target is an error that says what was probably meant."""
+    """The steps to run; the error for a misspelt target suggests the probable one."""
     is_batch, notebook = target.endswith((".yaml", ".yml")), Path(target).stem
     if is_batch and params:
         meant = f"scaled-ql run {params} {target}" if params in parameters.NOTEBOOKS else f"scaled-ql run {target}"
         raise parameters.ParameterError(
-            f"{target} is a file, and {params} beside it has no meaning. Did you mean: {meant}"
+            f"{target} is a file, which takes no second argument ({params}). Did you mean: {meant}"
         )
     known = os.path.exists(target) if is_batch else notebook in parameters.NOTEBOOKS  # noqa: PTH110
     if not known or (params and not os.path.isfile(params)):  # noqa: PTH113 - pathlib's raise for a name that is too long
@@ -102,7 +102,7 @@ def _run_grid(step: batches.Step, workers: int, scheduler: str) -> None:
         click.echo(f"\n{outcome.values.run}: failed, {outcome.retries} retries\n{outcome.error}", err=True)
     if failed:
         names = ", ".join(outcome.values.run for outcome in failed)
-        raise runs.RunError(f"{len(failed)} runs failed ({names}); the same command tries these again.")
+        raise runs.RunError(f"{len(failed)} runs failed ({names}); the same command retries them.")
 
 
 @main.group("import")
@@ -116,11 +116,9 @@ def export() -> None:
 
 
 def _import_options(command: Callable) -> Callable:
-    """What all imports take."""
+    """Options of all imports."""
     for option in (
-        click.option(
-            "--skip-bad", is_flag=True, help="Go on after a file that cannot be read; list what was left out."
-        ),
+        click.option("--skip-bad", is_flag=True, help="Skip files that cannot be read, and list them."),
         click.option("--workers", default=0, show_default=True, help="Processes of a local Dask cluster; 0: this one."),
         click.option("--scheduler", default="", help="Address of a running Dask scheduler to use instead."),
     ):
@@ -163,7 +161,7 @@ def import_rl_unplugged(source: str, destination: str, games: tuple, numbers: tu
 @import_.command("minari")
 @click.argument("dataset")
 @click.argument("destination")
-@click.option("--game", default=None, help="The game, where the dataset does not say it.")
+@click.option("--game", default=None, help="The game, if the dataset does not name it.")
 @click.option("--run", default=1, show_default=True, help="Number of the run in the store.")
 @_import_options
 def import_minari(dataset: str, destination: str, game: str | None, run: int, **options: Any) -> None:
@@ -214,7 +212,7 @@ def verify(store: str) -> None:
         with tqdm(total=total, unit="transition", unit_scale=True, dynamic_ncols=True, disable=None) as bar:
             problems = dataset.validate(bar.update)
         unfinished = [
-            f"{game} run {report['run']}: its import is not complete; run it again"
+            f"{game} run {report['run']}: its import is incomplete; run it again"
             for game in dataset.games
             for report in dataset.import_reports(game)
             if not report["complete"]
@@ -227,13 +225,13 @@ def verify(store: str) -> None:
 
 @main.group()
 def benchmark() -> None:
-    """Measure this machine, beside its limits."""
+    """Measure this machine against its limits."""
 
 
 @benchmark.command("sampling")
 @click.argument("store")
 def benchmark_sampling(store: str) -> None:
-    """Batches per second from disk and from memory, beside zstd's limit and a plain buffer; bytes per transition."""
+    """Batches per second from disk and memory, compared with zstd's limit and a plain buffer; bytes per transition."""
     with _benchmarks() as benchmarks:
         click.echo(benchmarks.bytes_per_transition(store).round(1).to_string())
         click.echo(benchmarks.benchmark_sampling(store).round(0).to_string())
@@ -244,7 +242,7 @@ def benchmark_sampling(store: str) -> None:
 @click.argument("folder")
 @click.option("--copies", default=1_000, show_default=True, help="How many times larger the large store is.")
 def benchmark_scale(store: str, folder: str, copies: int) -> None:
-    """The same for a store of 40 games, made in FOLDER from chunks of STORE, and for a far larger one."""
+    """The same for a store of 40 games, made in FOLDER from chunks of STORE, and for a far larger store."""
     with _benchmarks() as benchmarks:
         click.echo(benchmarks.benchmark_scale(store, folder, copies).round(2).to_string())
 
@@ -255,7 +253,7 @@ def benchmark_scale(store: str, folder: str, copies: int) -> None:
 @click.option("--encoder", default="nature_narrow", show_default=True, type=click.Choice(get_args(parameters.Encoder)))
 @click.option("--update-period", default=64, show_default=True, help="Environment steps between updates.")
 def benchmark_online(game: str, environments: int, encoder: str, update_period: int) -> None:
-    """Agents that play, learn and do both, beside random actions; their replay, uncompressed and compressed."""
+    """Agents that play, learn and do both, compared with random actions; their replay, uncompressed and compressed."""
     settings = {"environments": environments, "encoder": encoder, "update_period": update_period}
     with _benchmarks() as benchmarks:
         click.echo(benchmarks.benchmark_online(game, **settings).round(2).to_string())
@@ -267,14 +265,14 @@ def benchmark_online(game: str, environments: int, encoder: str, update_period: 
 @click.argument("folder")
 @click.option("--rows", default=1_000_000, show_default=True, help="Rows of the file.")
 def benchmark_import(store: str, folder: str, rows: int) -> None:
-    """Import a full-size log file, made in FOLDER from STORE, beside decoding its gzip alone."""
+    """Import a full-size log file, made in FOLDER from STORE, compared with decoding its gzip alone."""
     with _benchmarks() as benchmarks:
         click.echo(benchmarks.benchmark_import(store, folder, rows).round(1).to_string())
 
 
 @contextlib.contextmanager
 def _benchmarks() -> Iterator[Any]:
-    """The module, and its errors as a line."""
+    """Yield the module of benchmarks, with its errors shown as a line."""
     from scaled_ql import benchmarks, games, replay
 
     with _reporting(replay.ReplayError, games.UnknownGame, OSError):
@@ -283,7 +281,7 @@ def _benchmarks() -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _reporting(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn errors that say themselves what to do into a line and an exit status."""
+    """Turn errors that name their remedy into a line and an exit status."""
     try:
         yield
     except kinds as error:

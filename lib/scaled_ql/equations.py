@@ -1,4 +1,4 @@
-"""Equations in rendered notebooks: LaTeX becomes MathML, which browsers show without a script from the web."""
+"""Equations in rendered notebooks: LaTeX becomes MathML, which browsers show offline."""
 
 from jinja2 import pass_context
 from jinja2.runtime import Context
@@ -8,11 +8,11 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
 
 class ReportExporter(HTMLExporter):
-    """As nbconvert's, with equations that need neither a network nor MathJax."""
+    """nbconvert's HTML exporter, with equations that need neither a network nor MathJax."""
 
     @pass_context
     def markdown2html(self, context: Context, source: str) -> str:
-        """A text cell, in place of the parent's, which leaves LaTeX to MathJax."""
+        """Render a text cell; the parent's method leaves LaTeX to MathJax."""
         cell, resources = context.get("cell", {}), context.get("resources", {})
         renderer = _Renderer(
             escape=False,
@@ -34,8 +34,8 @@ class _Renderer(IPythonRenderer):
 
 
 def _to_mathml(latex: str, display: str) -> str:
-    """MathML, or an empty string where the LaTeX is not understood: it is then shown as it is written."""
+    """MathML, or an empty string for unsupported LaTeX, which is then shown as written."""
     try:
         return convert(latex.strip(), display=display)
-    except Exception:  # latex2mathml's errors have no base of their own
+    except Exception:  # latex2mathml's errors have no common base
         return ""

@@ -1,4 +1,4 @@
-"""Things to look at and play with in a notebook; each widget has a static twin for rendered reports."""
+"""Interactive views for notebooks; each widget has a static twin for rendered reports."""
 
 import base64
 import io
@@ -33,10 +33,10 @@ def to_png(figure: Figure) -> bytes:
 
 
 class Progress:
-    """One progress line and one picture, updated in place: alive in JupyterLab, a single output in a report."""
+    """One progress line and one picture, updated in place: live in JupyterLab, a single output in a report."""
 
     def __init__(self, run: Run, unit: str, seconds_between_pictures: float = 20, first: str = ""):
-        """Show nothing yet; `run` also gets the progress, for whoever started it; `first` is what comes first."""
+        """Show nothing yet; `run` records the progress for its runner; `first` describes the first phase."""
         self.run, self.unit, self.period, self.first = run, unit, seconds_between_pictures, first
         self._line: DisplayHandle | None = None
         self._picture: DisplayHandle | None = None
@@ -46,12 +46,12 @@ class Progress:
     def update(
         self, done: int, total: int, draw: Callable[[], Figure] | None = None, final: bool | None = None
     ) -> None:
-        """Say how far things are.
+        """Update the line, and from time to time the picture.
 
         Args:
-            done, total: units of all the work.
-            draw: makes the picture; called now and then, and where `final`.
-            final: whether the picture is the last one; None: where `total` is reached.
+            done, total: units of work.
+            draw: function that makes the picture.
+            final: whether the picture is the last one, which is always drawn; None: whether `total` is reached.
         """
         now = time.monotonic()
         if self._line is None:
@@ -68,7 +68,7 @@ class Progress:
 
 
 def _put(handle: DisplayHandle | None, content: object, raw: bool = False) -> DisplayHandle:
-    """Show something, in place of what a handle shows."""
+    """Show something in place of a handle's content."""
     if handle is None:
         handle = DisplayHandle()
         handle.display(content, raw=raw)
@@ -78,7 +78,7 @@ def _put(handle: DisplayHandle | None, content: object, raw: bool = False) -> Di
 
 
 def film(file: str | Path) -> Video:
-    """An MP4 with controls, inside the notebook; until it plays, and where it may not, its middle frame is shown."""
+    """Embed an MP4 with controls in the notebook; until it plays, or if it cannot, its middle frame is shown."""
     with av.open(str(file)) as container:
         middle = container.streams.video[0].frames // 2
         picture = next(frame for number, frame in enumerate(container.decode(video=0)) if number >= middle).to_image()
@@ -96,7 +96,7 @@ def episode_view(replay: Replay, game: str, episode: int, step: int, stack_size:
         replay: an open store.
         game: one of its games.
         episode: row of its episode table.
-        step: within the episode.
+        step: step within the episode.
         stack_size: frames shown, oldest first.
     """
     row = replay.episodes(game).iloc[episode]
@@ -153,12 +153,12 @@ def episode_browser(replay: Replay) -> widgets.Widget:
 def sliders(
     draw: Callable[..., Figure], choices: Mapping[str, Sequence], start: Mapping[str, object]
 ) -> widgets.Widget:
-    """A slider for each argument of a function that draws, and what it draws with their values, for JupyterLab.
+    """Sliders for the arguments of a drawing function, with its figure, for JupyterLab.
 
     Args:
-        draw: makes the figure; takes the choices by name.
-        choices: the values of each argument, in the order of its slider.
-        start: one of these each, to begin with.
+        draw: function that makes the figure, with the choices as keyword arguments.
+        choices: values of each argument, in the order of its slider.
+        start: initial value of each argument.
     """
     picture = widgets.Image(format="png")
     controls = {
@@ -176,7 +176,7 @@ def sliders(
 
 
 def values(named: Mapping[str, object]) -> None:
-    """Print values under each other, each behind its name: numbers and arrays of them to six digits, or as they are."""
+    """Print named values, one per line: numbers and arrays to six digits, anything else unchanged."""
     width = max(map(len, named))
     for name, value in named.items():
         number = np.asarray(value)
@@ -190,10 +190,10 @@ def table(data: pd.DataFrame, decimals: int = 1, caption: str = "", none: Sequen
     """Show a table, numbers rounded, readable in a report; a long or wide one scrolls.
 
     Args:
-        data: what to show; missing values are dashes.
-        decimals: of numbers.
-        caption: above it.
-        none: columns whose missing values are no gap in the table, but a finding: there, the word "none" is shown.
+        data: table to show; missing values are dashes.
+        decimals: decimals of numbers.
+        caption: caption above the table.
+        none: columns whose missing values are findings, not gaps, and are shown as the word "none".
     """
     floats = data.select_dtypes("float").columns
     data = data.copy()
@@ -211,18 +211,18 @@ def table(data: pd.DataFrame, decimals: int = 1, caption: str = "", none: Sequen
 
 
 def records(data: pd.DataFrame) -> list[dict]:
-    """Rows as what JSON can hold: plain numbers, None where there is none; an index becomes columns."""
+    """Rows as JSON values: plain numbers, None if missing; an index becomes columns."""
     flat = data.set_axis([" ".join(name) if isinstance(name, tuple) else name for name in data.columns], axis=1)
     return json.loads(flat.reset_index().to_json(orient="records"))
 
 
 def sources(replay: Replay) -> pd.DataFrame:
-    """Where each recording comes from and what of it is missing; all of it, whatever the view shows.
+    """Origin and missing parts of each recording, whole, whatever the view shows.
 
     Returns:
-        index game, run; columns source, transitions, episodes, gaps (how many), gap rows (rows of the log that no
-        file holds, not known for whole files), excluded (rows), left out (files or ends of files), rewards ("raw" or
-        "clipped"), complete. What only an import can say is missing (NA) for other recordings.
+        index game, run; columns source, transitions, episodes, gaps (number), gap rows (rows of the log that no file
+        holds, unknown for whole files), excluded (rows), left out (files or ends of files), rewards ("raw" or
+        "clipped"), complete. Columns that only imports have are NA for other recordings.
     """
     rows = []
     for game in replay.games:
@@ -242,10 +242,10 @@ def sources(replay: Replay) -> pd.DataFrame:
 
 
 def recorded_rules(replay: Replay) -> pd.DataFrame:
-    """Under which rules each recording was played, in words; "not known" where its manifest does not say.
+    """The rules of play of each recording, in words; "not known" if its manifest lacks one.
 
     Returns:
-        index game, run; a column for each of `games.RULES`, named as there in words.
+        index game, run; a column for each of `games.RULES`, named by its words.
     """
     rows = {
         (game, manifest["run"]): {words: in_words(manifest[name]) for name, words in RULES.items()}
@@ -265,7 +265,7 @@ def _counts(report: dict) -> dict[str, object]:
 
 
 def findings(replay: Replay, kind: str) -> pd.DataFrame:
-    """What imports found missing or bad: one row per entry of `import.json`, files without their folder.
+    """Missing or bad data found by imports: one row per entry of `import.json`, files without their folder.
 
     Args:
         replay: an open store.
@@ -285,8 +285,8 @@ def findings(replay: Replay, kind: str) -> pd.DataFrame:
 
 
 def show_findings(replay: Replay, limit: int = 20) -> None:
-    """Tables of what imports found missing or bad, the first rows of each; nothing where all is well."""
-    titles = {"gaps": "Gaps: what no file holds", "excluded": "Excluded: rows that are no transitions",
+    """Show the first rows of each table of `findings`; nothing if imports found no problem."""
+    titles = {"gaps": "Gaps: missing rows or files", "excluded": "Excluded: invalid rows",
               "left_out": "Left out: files, or the rest of files, that could not be read"}  # fmt: skip
     for kind, title in titles.items():
         found = findings(replay, kind)
@@ -299,16 +299,16 @@ def show_findings(replay: Replay, limit: int = 20) -> None:
 
 
 def recorded_episodes(replay: Replay) -> pd.DataFrame:
-    """All episodes of the view's games and recordings, also those that the view does not show.
+    """All episodes of the view's games and recordings, including those that the view does not show.
 
     Returns:
         columns game, run, start (transitions before it in its recording), length, fraction (of its recording, in
         [0, 1)), episode_return, terminal, truncated, continued, incomplete, clipped, in_view.
 
-        An episode is incomplete, and its return no game's, where its beginning was lost; where the next one says that
-        its beginning was lost; where the recording ends episodes at a lost life; and, in a DQN-Replay log, where it
-        does not end: that is the end of the log or of what could be read. Other truncated episodes reached a time
-        limit: their return counts, but `metrics.human_normalized_mean` knows of no score where most were cut short.
+        An episode is incomplete, so that its return is not a game's, if its beginning was lost; if the next one's
+        beginning was lost; if the recording ends episodes at a lost life; and, in a DQN-Replay log, if it does not
+        end, at the end of the log or of its readable part. Other truncated episodes reached a time limit: their return
+        counts, but `metrics.human_normalized_mean` gives no score if most were cut short.
     """
     tables = []
     for game in replay.games:
@@ -327,7 +327,7 @@ def recorded_episodes(replay: Replay) -> pd.DataFrame:
 
 
 def overview(replay: Replay, episodes: pd.DataFrame) -> pd.DataFrame:
-    """One row per game of what a view shows: how much, how good, with which ROM.
+    """Summarise a view, one row per game: amount, returns, ROM.
 
     Args:
         replay: an open store.
@@ -340,7 +340,7 @@ def overview(replay: Replay, episodes: pd.DataFrame) -> pd.DataFrame:
     columns["beginning lost"] = games["continued"].sum()
     returns = shown[~shown["incomplete"]].groupby("game")["episode_return"].agg(["min", "mean", "max"])
     columns = columns.join(returns.add_prefix("return "))
-    if not replay.view.runs:  # bytes are known of all recordings together
+    if not replay.view.runs:  # bytes are known only for all recordings together
         held = {game: sum(recording.num_transitions for recording in replay.recordings(game)) for game in replay.games}
         stored = pd.Series({game: replay.stored_bytes(game) / held[game] for game in replay.games})
         columns["bytes per transition"] = stored.replace(0, np.nan)
@@ -353,7 +353,7 @@ def overview(replay: Replay, episodes: pd.DataFrame) -> pd.DataFrame:
 
 
 def describe_view(view: View) -> str:
-    """A view in words."""
+    """Describe a view in words."""
     runs = f"run {', '.join(map(str, view.runs))}" if view.runs else "all runs"
     words = [f"{', '.join(view.games) or 'all games'}, {runs} of each"]
     if view.first < 1:
@@ -369,14 +369,14 @@ def describe_view(view: View) -> str:
 
 
 def view_shares(replay: Replay, whole: Replay) -> pd.DataFrame:
-    """How many transitions of each game of a dataset a view leaves; games that it leaves out have none.
+    """Number of transitions of each game that a view keeps; 0 for games that it leaves out.
 
     Args:
         replay: the view of it.
         whole: the dataset without the view.
 
     Returns:
-        index game; columns transitions (of the dataset), in trajectories of the view, drawn, share of all (%).
+        index game; columns transitions (of the dataset), in its trajectories, drawn, share (%).
     """
     rows = {}
     for game in whole.games:
@@ -402,16 +402,16 @@ def begins_in_first(episodes: pd.DataFrame, fraction: float) -> pd.Series:
 def quality_over_time(episodes: pd.DataFrame, bins: int = 20) -> pd.DataFrame:
     """Human-normalised score of each game's player in equal parts of its recordings.
 
-    That is of the mean return of the episodes, of all recordings together, that begin in a part. Where none begins, the
-    part before goes on. Incomplete episodes do not count; where most of the others were cut short, there is no score.
+    The score is of the mean return of the episodes, over all recordings, that begin in a part; a part in which none
+    begins repeats the previous score. Incomplete episodes do not count; if most others were cut short, there is none.
 
     Args:
-        episodes: as `recorded_episodes` returns them.
-        bins: parts.
+        episodes: from `recorded_episodes`.
+        bins: number of parts.
 
     Returns:
-        columns game, fraction (the part's middle), human_normalized (NaN where it is not known), clipped (whether
-        rewards are); `bins` rows a game.
+        columns game, fraction (the part's middle), human_normalized (NaN if unknown), clipped (whether rewards are);
+        `bins` rows a game.
     """
     tables = []
     for game, table in episodes.groupby("game", sort=False):
@@ -425,17 +425,16 @@ def quality_over_time(episodes: pd.DataFrame, bins: int = 20) -> pd.DataFrame:
 
 
 def compare_parts(episodes: pd.DataFrame, parts: Mapping[str, pd.Series]) -> pd.DataFrame:
-    """How much there is, and how good it is, in parts of recordings.
+    """Amount and quality of the data in parts of recordings.
 
     Args:
-        episodes: as `recorded_episodes` returns them.
-        parts: by name, which episodes they hold, bool [episodes].
+        episodes: from `recorded_episodes`.
+        parts: masks of their episodes by name, bool [episodes].
 
     Returns:
         index game, run; for each part the columns transitions, episodes, truncated (share of its episodes, in %), mean
-        return (of those that are not incomplete; NaN where it has none) and score (that return normalised by human
-        play, in %; NaN where most of them were cut short). The last row holds sums, and the IQM over games of the
-        scores.
+        return (of complete ones; NaN without any) and score (that return, human-normalised, in %; NaN if most of them
+        were cut short). The last row holds sums, and the IQM of the scores over games.
     """
     columns = {}
     for name, mask in parts.items():
@@ -458,7 +457,7 @@ def compare_parts(episodes: pd.DataFrame, parts: Mapping[str, pd.Series]) -> pd.
 
 
 def iqm_over_games(episodes: pd.DataFrame) -> float:
-    """IQM over games of the human-normalised mean return; NaN where no game has one."""
+    """IQM over games of the human-normalised mean return; NaN if no game has one."""
     whole = episodes[~episodes["incomplete"]]
     scores = [_mean_or_nan(game, played) for game, played in whole.groupby("game")]
     known = [score for score in scores if np.isfinite(score)]
@@ -466,7 +465,7 @@ def iqm_over_games(episodes: pd.DataFrame) -> float:
 
 
 def _mean_or_nan(game: str, episodes: pd.DataFrame) -> float:
-    """As `human_normalized_mean`; NaN for a game without reference scores."""
+    """`human_normalized_mean`; NaN for a game without reference scores."""
     try:
         return human_normalized_mean(game, episodes)
     except UnknownGame:

@@ -35,12 +35,12 @@ COLUMNS = ("state", "step", "steps/s", "loss", "score", "time left")
 
 
 class Outcome(NamedTuple):
-    """How a run of a grid ended.
+    """The outcome of a run of a grid.
 
     Attributes:
         notebook, values: the run.
         state: ``finished`` or ``failed``.
-        retries: how often it was tried again.
+        retries: number of retries.
         error: "" or the last error, with the traceback of the cell that failed.
     """
 
@@ -54,12 +54,12 @@ class Outcome(NamedTuple):
 def run_grid(
     cells: Sequence[tuple[str, Parameters]], *, workers: int = 0, scheduler: str = "", retries: int = 2
 ) -> list[Outcome]:
-    """Execute runs in parallel; a failed one is tried again, and does not stop the others.
+    """Execute runs in parallel; a failed one is retried, and does not stop the others.
 
     Args:
-        cells: notebooks and their checked parameters, each of another run.
-        workers: processes of a local Dask cluster; 0: one for each accelerator, or else for each core. Each has an
-            accelerator, or an equal share of the cores, to itself.
+        cells: notebooks and their checked parameters, with distinct run names.
+        workers: processes of a local Dask cluster; 0: one per accelerator, or else one per core. Each has exclusive use
+            of an accelerator, or of an equal share of the cores.
         scheduler: address of a running Dask scheduler to use instead, whose workers (one thread and one accelerator
             each) see the same files.
         retries: retries per run.
@@ -83,13 +83,13 @@ def run_grid(
 
 
 def _follow(client, cells: list[tuple[str, Parameters]], retries: int, progress: "GridTable") -> dict[str, Outcome]:
-    """Submit runs, again where they fail, until all have ended; returns their outcomes by name of the run."""
+    """Submit runs, retrying failed ones, until all have ended; returns outcomes by name of the run."""
     outcomes: dict[str, Outcome] = {}
     tried = dict.fromkeys((values.run for _, values in cells), 0)
 
     def submit(cell: tuple[str, Parameters]):
         notebook, values = cell
-        # A new key: the same call again does something new. Dask itself moves runs of workers that died.
+        # A new key, as a retry must not reuse the first result. Dask itself moves runs of workers that died.
         key = f"{values.run}-{time.time_ns()}"
         return client.submit(_execute, notebook, values.model_dump(), key=key, priority=-cells.index(cell))
 
@@ -115,7 +115,7 @@ def _follow(client, cells: list[tuple[str, Parameters]], retries: int, progress:
 
 
 def _execute(notebook: str, values: dict) -> None:
-    """On a worker: one run, quietly."""
+    """Execute one run on a worker, quietly."""
     from distributed import get_worker
 
     lane = getattr(get_worker(), "scaled_ql_lane", None)
@@ -143,7 +143,7 @@ def _local_cluster(workers: int, most: int) -> Iterator:
     def take_lane(dask_worker) -> None:
         dask_worker.scaled_ql_lane = lanes[int(dask_worker.name)]
 
-    # Dask looks at itself a hundred times a second, which on small machines is felt.
+    # Dask monitors itself a hundred times a second, which slows down small machines.
     calm = {"distributed.worker.profile.enabled": False, "distributed.admin.tick.interval": "1s"}
     quiet = {"silence_logs": "ERROR", "dashboard_address": None}
     with contextlib.ExitStack() as stack:
@@ -152,28 +152,28 @@ def _local_cluster(workers: int, most: int) -> Iterator:
             options = {"threads_per_worker": 1, "host": "127.0.0.1", "memory_limit": 0} | quiet
             cluster = stack.enter_context(LocalCluster(n_workers=workers, **options))
         except (RuntimeError, OSError) as error:
-            remedy = main_guard_hint() or "Run again, with fewer workers where memory or processes are short."
+            remedy = main_guard_hint() or "Run again, with fewer workers if memory or processes are short."
             raise runs.RunError(f"the workers did not start ({error}). {remedy}") from error
         client = stack.enter_context(Client(cluster, set_as_default=False))
-        client.register_worker_callbacks(take_lane)  # of workers that Dask restarts as well
+        client.register_worker_callbacks(take_lane)  # also for workers that Dask restarts
         yield cluster
 
 
 class GridTable:
-    """A table of the runs: in a terminal and in JupyterLab it is updated in place, elsewhere a line ends each run."""
+    """A table of the runs, updated in place in a terminal and in JupyterLab; elsewhere a line per ended run."""
 
     def __init__(self, cells: Sequence[tuple[str, Parameters]], outcomes: dict[str, Outcome]):
         self._cells, self._done, self._told = cells, outcomes, set()
         self._console = Console()
 
     def live(self) -> contextlib.AbstractContextManager:
-        """What `update` draws on."""
+        """The display that `update` draws on."""
         if self._console.is_terminal or self._console.is_jupyter:
             return Live(self.table({}, {}), console=self._console, auto_refresh=False)
         return contextlib.nullcontext()
 
     def update(self, live: Live | None, tried: dict[str, int], outcomes: dict[str, Outcome]) -> None:
-        """Show where all runs are."""
+        """Show the state of all runs."""
         if live is not None:
             live.update(self.table(tried, outcomes), refresh=True)
             return
@@ -187,7 +187,7 @@ class GridTable:
                 print(f"[{count}/{len(self._cells)}] {said}", flush=True)
 
     def table(self, tried: dict[str, int], outcomes: dict[str, Outcome]) -> Table:
-        """The runs under way, those that ended badly, and the last that ended well, one a row; counts of the others."""
+        """A row per running, failed and recently finished run; counts of the others."""
         recent = [name for name, outcome in outcomes.items() if outcome.state == "finished"][-FINISHED_SHOWN:]
         outcomes = self._done | outcomes
         rows, waiting, finished = [], 0, 0
@@ -212,9 +212,9 @@ class GridTable:
 
 
 def last_score(folder: Path) -> str:
-    """The IQM over games of a finished run's human-normalised scores, in percent; "" where there is none.
+    """IQM over games of a finished run's human-normalised scores, in percent; "" without scores.
 
-    A game of mostly truncated episodes has none.
+    A game whose episodes were mostly truncated has no score.
     """
     games = runs.read_json(folder / "summary.json").get("games", {})
     scores = [row.get("human-normalised %") for row in games.values()]
@@ -223,7 +223,7 @@ def last_score(folder: Path) -> str:
 
 
 def describe(folder: Path) -> dict[str, str]:
-    """Where an unfinished run is, from the files of its folder: state, step, steps/s, loss, time left."""
+    """State of an unfinished run, from the files of its folder: state, step, steps/s, loss, time left."""
     status = runs.read_json(folder / "status.json")
     row = {"state": status.get("state", "waiting")}
     if not status.get("total"):

@@ -1,8 +1,8 @@
 """Losses: one transition in, a scalar out; callers `jax.vmap` over the batch.
 
 Throughout, A is 18 (the full joystick) and `mask` is bool [A]: true for the actions of the transition's game.
-An action outside the mask takes part in nothing: no target, no log-sum-exp, no greedy choice. `allowed` is a mask too:
-of the actions that may be backed up, all of the game's in Q-learning, the likely ones in BCQ.
+An action outside the mask enters no target, no log-sum-exp and no greedy choice. `allowed` masks the actions that may
+be backed up: all of the game's in Q-learning, the likely ones in BCQ.
 Subscripts carry time: `_t` at the state, `_tn` at the state n steps later.
 """
 
@@ -18,21 +18,21 @@ MASKED = -1e9  # a value below any Q, finite so that gradients of what it masks 
 
 
 def support(v_min: float = V_MIN, v_max: float = V_MAX, num_atoms: int = NUM_ATOMS) -> jax.Array:
-    """The returns z_1..z_N that a categorical value distribution weighs, [N] (appendix B.2: 51 on [-20, 20])."""
+    """Support z_1..z_N of a categorical value distribution, [N] (appendix B.2: 51 atoms on [-20, 20])."""
     return jnp.linspace(v_min, v_max, num_atoms)
 
 
 def unit_normal_logits(atoms: jax.Array) -> jax.Array:
     """Logits -z^2 / 2 of a normal distribution around 0 with standard deviation 1, on the atoms: [N] -> [N].
 
-    A start for heads (`networks.make_q_network`), ours. Zero logits are a uniform distribution over the whole support,
-    which short training hardly leaves: in it one reward moves the expected return by little.
+    An initial bias for heads (`networks.make_q_network`), not from the paper. Zero logits are a uniform distribution
+    over the whole support, which short training hardly leaves: one reward moves its expected return by little.
     """
     return -jnp.square(atoms) / 2
 
 
 def entropy(logits: jax.Array) -> jax.Array:
-    """Of the distribution softmax(logits) [N], a scalar in nats: log N where it is uniform."""
+    """Entropy of the distribution softmax(logits) [N], a scalar in nats: log N if uniform."""
     chex.assert_rank(logits, 1)
     return -jax.nn.softmax(logits) @ jax.nn.log_softmax(logits)
 
@@ -53,8 +53,8 @@ def project_categorical(target_atoms: jax.Array, probabilities: jax.Array, atoms
     Equation 7 of Bellemare et al. (2017). Mass beyond the support's ends goes to the end atoms.
 
     Args:
-        target_atoms: [M], where the mass lies: r + discount * z.
-        probabilities: [M], how much lies there.
+        target_atoms: [M], positions of the mass: r + discount * z.
+        probabilities: [M], mass at each position.
         atoms: [N], evenly spaced, ascending.
 
     Returns:
@@ -87,8 +87,8 @@ def c51_loss(
         reward: scalar, n-step return up to the bootstrap.
         discount: scalar, discount^n, or 0 after termination.
         target_logits_tn: [A, N], target network at s_{t+n}.
-        selector_q_tn: [A], the Q values whose best action is backed up: the target network's own, or the
-            online network's for double Q-learning (van Hasselt et al., 2016).
+        selector_q_tn: [A], Q values that select the action backed up: the target network's, or the online network's for
+            double Q-learning (van Hasselt et al., 2016).
         allowed: bool [A].
         atoms: [N].
 
@@ -184,14 +184,14 @@ def likely_actions(behaviour_logits: jax.Array, mask: jax.Array, tau: float = 0.
     """The actions that discrete BCQ allows, bool [A]: pi(a|s) >= tau max_a' pi(a'|s) (appendix A.2).
 
     Args:
-        behaviour_logits: [A], of the cloned behaviour policy.
+        behaviour_logits: [A], logits of the cloned behaviour policy.
         mask: bool [A].
         tau: 0 allows every action of the game, 1 only the likeliest.
     """
     chex.assert_rank([behaviour_logits, mask], 1)
     chex.assert_type([behaviour_logits, mask], [float, bool])
     log_policy = jnp.where(mask, behaviour_logits, -jnp.inf)  # only compared: no gradient comes here
-    # tau = 0 must allow even what has no probability left; log(0) = -inf does.
+    # tau = 0 must allow even actions whose probability underflows; log(0) = -inf does.
     return mask & (log_policy - log_policy.max() >= jnp.log(jnp.float32(tau)))
 
 
@@ -236,7 +236,7 @@ def expert_action_logits(logits: jax.Array, atoms: jax.Array, kappa: float = 1.0
 def dr3_penalty(features_t: jax.Array, features_tn: jax.Array) -> jax.Array:
     """Explicit DR3 regulariser (Kumar et al., 2022, section 5): the dot product of successive representations [F].
 
-    Both carry gradients. The paper at hand replaces it by feature normalisation (section 4).
+    Both carry gradients. Scaled QL uses feature normalisation instead (section 4).
     """
     chex.assert_rank([features_t, features_tn], 1)
     chex.assert_type([features_t, features_tn], float)

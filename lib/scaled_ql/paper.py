@@ -1,4 +1,4 @@
-"""The paper's systems and ours, side by side: raw scores, printed numbers, and the tables that its figures show.
+"""The paper's systems compared with ours: raw scores, printed numbers, and the tables behind its figures.
 
 Scores are tidy: a row per system, run and game, columns system, run, game, agent_return and human_normalized (a
 fraction). The paper has one run of each system, so its intervals can only come from resampling games.
@@ -32,17 +32,17 @@ PRINTED: dict[tuple[str, str, str], float] = {
 }
 
 METHODS = {"cql": "Scaled QL", "bcq": "Discrete BCQ", "bc": "BC", "return_bc": "Return-conditioned BC"}
-# Two runs that differ only in these are one system; what the data is, `data_id` says, not where it lies.
+# Two runs that differ only in these are one system; `data_id`, not the path, identifies the data.
 NO_PART_OF_A_SYSTEM = INCIDENTAL | {"dataset", "view", "num_parameters", "paper_parameters"}
 
 
 class Comparison(NamedTuple):
-    """Systems of the paper and of ours that may be compared, since all have the same games.
+    """Systems of the paper and of ours that can be compared, as all have the same games.
 
     Attributes:
-        title: which games, for a caption.
-        games: in the paper's order.
-        scores: tidy; the paper's systems first.
+        title: description of the games, for a caption.
+        games: games in the paper's order.
+        scores: tidy scores, the paper's systems first.
     """
 
     title: str
@@ -51,7 +51,7 @@ class Comparison(NamedTuple):
 
     @property
     def own(self) -> list[str]:
-        """The systems that are not the paper's."""
+        """Our systems."""
         return [system for system in self.scores["system"].unique() if system.endswith(", here")]
 
 
@@ -74,14 +74,14 @@ def published(setting: Setting) -> pd.DataFrame:
 
 
 def systems(runs: pd.DataFrame, view: str) -> pd.DataFrame:
-    """The runs of a view with one more column, `system`: the same for runs of equal parameters but for the seed.
+    """Runs of a view with a further column, `system`: equal for runs that differ only in their seed.
 
-    Its name has method and encoder; where several have the same, also whatever else tells them apart.
+    Its name has method and encoder and, if those are not unique, the other differences.
 
     Args:
         runs: `ablations.Gathered.runs`; index the run's name, a column for each parameter, data_id,
             num_parameters, paper_parameters.
-        view: runs of another are left out.
+        view: view of the runs.
     """
     if runs.empty:
         return pd.DataFrame(columns=[*runs.columns, "system"])
@@ -120,9 +120,9 @@ def own_scores(runs: pd.DataFrame, scores: pd.DataFrame, view: str) -> pd.DataFr
 
 
 def describe(runs: pd.DataFrame, scores: pd.DataFrame, view: str) -> pd.DataFrame:
-    """What our systems of a view are: index system; the runs, their seeds, size, training, data and games.
+    """Describe our systems of a view: index system; the runs, their seeds, size, training, data and games.
 
-    Sizes are as the paper counts them, encoder and first dense layer, and in all.
+    Sizes are counted as in the paper, encoder and first dense layer, and in all.
 
     Args:
         runs: see `systems`.
@@ -153,14 +153,14 @@ def describe(runs: pd.DataFrame, scores: pd.DataFrame, view: str) -> pd.DataFram
 
 
 def compare(theirs: pd.DataFrame, own: pd.DataFrame) -> list[Comparison]:
-    """The paper's systems with ours, once for each set of games: scores in different games are never put together.
+    """Group the paper's systems with ours by set of games: scores in different games are never mixed.
 
     Args:
-        theirs: of `published`.
-        own: of `own_scores`; may be empty.
+        theirs: from `published`.
+        own: from `own_scores`; may be empty.
 
     Returns:
-        first that of all 40 games, also where none of our systems has them; then the others, the largest first.
+        first the comparison in all 40 games, even if none of our systems has them; then the others, largest first.
     """
     games = own.groupby("system")["game"].agg(frozenset)
     whole = frozenset(TRAINING_GAMES)
@@ -209,12 +209,12 @@ def aggregates(scores: pd.DataFrame, replicates: int = 50_000, seed: int = 0) ->
 
 
 def with_printed(table: pd.DataFrame, setting: Setting) -> pd.DataFrame:
-    """Aggregates in all 40 games with what the paper prints in a column of its own, and its behaviour policy last.
+    """Aggregates in all 40 games with the paper's printed values in a separate column, and its behaviour policy last.
 
-    Of the behaviour policy no score of a single game is published: its `value` is what the paper prints.
+    No scores of single games are published for the behaviour policy: its `value` is the printed one.
 
     Args:
-        table: of `aggregates`.
+        table: from `aggregates`.
         setting: the paper's data.
     """
     keys = zip(table["system"], table["statistic"])
@@ -240,9 +240,9 @@ def profiles(
     """The fraction of games (and runs) in which each system's value is above each threshold, with 95% intervals.
 
     Args:
-        scores: tidy.
-        thresholds: of the value.
-        value: its column.
+        scores: tidy scores.
+        thresholds: thresholds of the value.
+        value: column of the value.
         replicates: see `metrics.interval`; pointwise, over games.
         seed: see `metrics.interval`.
 
@@ -266,15 +266,15 @@ def profiles(
 
 
 def improvement(scores: pd.DataFrame, system: str, other: str = DT) -> pd.DataFrame:
-    """How much higher a system's human-normalised score is than another's, game by game.
+    """Differences of two systems' human-normalised scores, game by game.
 
-    A difference (0.5: by half of what a human has over a random player), not a ratio: the other's score may be near
-    zero or negative.
+    A difference (0.5: half of a human's lead over a random player), not a ratio: the other's score may be near zero or
+    negative.
 
     Args:
-        scores: tidy, with both systems in the same games.
-        system: of `scores`; of several runs the mean.
-        other: of `scores`.
+        scores: tidy scores of both systems in the same games.
+        system: a system of `scores`; several runs are averaged.
+        other: a system of `scores`.
 
     Returns:
         columns system, run, game, improvement; a row per game.
@@ -292,7 +292,7 @@ def raw_scores(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def claims() -> pd.DataFrame:
-    """What the paper says of these figures in words, and what its own tables give: columns claim, paper, recomputed."""
+    """The paper's statements about these figures, recomputed from its own tables: columns claim, paper, recomputed."""
     scores = {setting: published(setting).groupby("system")["human_normalized"] for setting in SETTINGS}
     sub, near = ({name: scores[setting].get_group(name) for name in (SCALED_QL, DT)} for setting in SETTINGS)
     times = metrics.iqm(sub[SCALED_QL]) / metrics.iqm(sub[DT])

@@ -1,7 +1,7 @@
-"""What training costs: estimated, measured, and beside the device's own limits. `09_performance` shows it.
+"""The cost of training: estimated, measured, and compared with the device's limits, for `09_performance`.
 
-Every time is a median of runs on random data that were waited for, after some that were not counted. Compile times are
-those of `lower` and `compile` without a cache, unless JAX_COMPILATION_CACHE_DIR is set.
+Each time is the median of synchronised calls on random data after two warm-up calls. Compile times are those of `lower`
+and `compile` without a cache, unless JAX_COMPILATION_CACHE_DIR is set.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from scaled_ql.games import TRAINING_GAMES, action_names
 from scaled_ql.methods import Objective
 from scaled_ql.replay import Batch, Replay, sample_batches
 
-# Dense bfloat16 TFLOP/s of data sheets, for arithmetic about devices that are not here.
+# Dense bfloat16 TFLOP/s from data sheets, for estimates about other devices.
 DATA_SHEETS = {
     "NVIDIA A100": 312, "NVIDIA H100 SXM": 989, "NVIDIA H200": 989, "NVIDIA RTX 4090": 165, "TPU v4": 275,
     "TPU v5e": 197,
@@ -38,12 +38,12 @@ WORKLOADS = {
 
 
 def median_seconds(work: Callable[[], Any], seconds: float, least: int = 3) -> float:
-    """Median time of `work`, whose result is waited for; two calls first that do not count.
+    """Median time of synchronised calls of `work`, after two warm-up calls.
 
     Args:
-        work: returns arrays of a device, or anything else.
-        seconds: duration.
-        least: calls that count, however long they take.
+        work: function that returns arrays of a device, or anything else.
+        seconds: duration of the measurement.
+        least: minimum number of timed calls.
     """
     for _ in range(2):
         jax.block_until_ready(work())
@@ -56,7 +56,7 @@ def median_seconds(work: Callable[[], Any], seconds: float, least: int = 3) -> f
 
 
 class Ceilings(NamedTuple):
-    """What a device reaches with nothing else to do.
+    """Measured peak rates of a device.
 
     Attributes:
         flops: FLOP/s of square matrix products, by dtype.
@@ -73,9 +73,9 @@ def ceilings(dtypes: tuple[str, ...] = ("float32", "bfloat16"), size: int = 0, s
     """Measure the first device's limits.
 
     Args:
-        dtypes: of the matrix products.
-        size: of their sides; 0: 2,048 on a CPU, 8,192 elsewhere.
-        seconds: per measurement.
+        dtypes: dtypes of the matrix products.
+        size: side of the matrices; 0: 2,048 on a CPU, 8,192 elsewhere.
+        seconds: duration of each measurement.
     """
     side = size or (2_048 if jax.default_backend() == "cpu" else 8_192)
     product = jax.jit(jnp.matmul)
@@ -94,14 +94,14 @@ def ceilings(dtypes: tuple[str, ...] = ("float32", "bfloat16"), size: int = 0, s
 
 
 class Forward(NamedTuple):
-    """What one observation through a network costs, of its convolutions and matrix products alone.
+    """Cost of one observation in a network's convolutions and matrix products.
 
     Attributes:
         flops: 2 for each multiply-add. Normalisations and rectifiers cost memory traffic, not arithmetic.
-        images: bytes of what the products read and write that belongs to the observation, each once: as if all that is
-            between them were done on the way.
+        images: bytes of the observation's activations that the products read and write, each once: as if everything
+            between them were fused.
         kernels: bytes of their parameters.
-        parameters: numbers of the whole network.
+        parameters: number of parameters of the whole network.
     """
 
     flops: float
@@ -112,7 +112,7 @@ class Forward(NamedTuple):
 
 @functools.cache
 def forward_cost(encoder: str, num_games: int, **architecture: Any) -> Forward:
-    """Reckon a network's forward pass.
+    """Estimate the cost of a network's forward pass.
 
     Args:
         encoder, num_games: as in `networks.make_q_network`.
@@ -124,7 +124,7 @@ def forward_cost(encoder: str, num_games: int, **architecture: Any) -> Forward:
         inputs = jax.ShapeDtypeStruct((size, 84, 84, 4), jnp.uint8), jax.ShapeDtypeStruct((size,), jnp.int32)
         return _products(jax.make_jaxpr(lambda net, *inputs: net(*inputs))(network, *inputs).jaxpr)
 
-    flops, images = cost(2) - cost(1)  # what another observation costs; the kernels are there once
+    flops, images = cost(2) - cost(1)  # the cost of one more observation; kernels are read once
     return Forward(flops, images, cost(1)[1] - images, networks.count_parameters(network))
 
 
@@ -152,7 +152,7 @@ def step_flops(encoder: str, batch_size: int, num_games: int, **architecture: An
 
 
 def step_bytes(encoder: str, batch_size: int, num_games: int, **architecture: Any) -> float:
-    """Bytes that a training step reads and writes at least: its four passes, as `step_flops` counts them, and Adam's.
+    """Minimum bytes that a training step reads and writes: its four passes, as in `step_flops`, and Adam's.
 
     Adam reads gradient, parameters and two moments, and writes the latter three, all in float32.
     """
@@ -203,14 +203,14 @@ def measure_step(
     Args:
         encoder, num_games, architecture: as in `networks.make_q_network`.
         batch_size: transitions.
-        limits: of this device.
-        seconds: of measurement.
+        limits: limits of this device.
+        seconds: duration of the measurement.
 
     Returns:
-        `ms`, `transitions/s`; `GFLOP` estimated (`step_flops`) and `GFLOP, compiled`, as the compiler counts; `share of
-        peak`: estimated FLOPs a second, of those of a matrix product in the same dtype; `floor, ms`: the least time, if
-        products ran at that peak; `moved, GB` estimated (`step_bytes`) and `moved, GB, compiled`; `floor of memory,
-        ms`: the least time to move that estimate, at the speed of a copy; `memory, GB` estimated
+        `ms`, `transitions/s`; `GFLOP` estimated (`step_flops`) and `GFLOP, compiled`, the compiler's count; `share of
+        peak`: estimated FLOP/s relative to a matrix product's in the same dtype; `floor, ms`: minimum time, with
+        products at that peak; `moved, GB` estimated (`step_bytes`) and `moved, GB, compiled`; `floor of memory, ms`:
+        minimum time to move that estimate, at the speed of a copy; `memory, GB` estimated
         (`training.memory_needed`) and `memory, GB, compiled`; `compile, s`.
     """
     dtype = architecture.get("dtype", "float32")
@@ -246,7 +246,7 @@ def measure_step(
 
 
 def _repeat(update: Callable, state: training.TrainState, batch: Batch) -> Callable[[], jax.Array]:
-    """A function that does one step more with the same batch, and returns its loss; `state` is donated."""
+    """A function that does one more step with the same batch, and returns its loss; `state` is donated."""
     key = jax.random.key(0)
 
     def work() -> jax.Array:
@@ -260,7 +260,7 @@ def _repeat(update: Callable, state: training.TrainState, batch: Batch) -> Calla
 def measure_steps(
     encoders: list[str], dtypes: list[str], batch_sizes: list[int], limits: Ceilings, **options: Any
 ) -> tuple[pd.DataFrame, list[str]]:
-    """`measure_step` of every combination; those that do not fit are sentences of the second result."""
+    """`measure_step` of every combination; the second result describes those that do not fit."""
     rows, refused = [], []
     for encoder, dtype, size in itertools.product(encoders, dtypes, batch_sizes):
         try:
@@ -292,11 +292,11 @@ def compare_dtypes(encoder: str, batch_size: int, steps: int, num_games: int = 4
 def measure_heads(
     encoder: str, batch_size: int, num_games: tuple[int, ...], *, seconds: float = 5.0, rounds: int = 3, **architecture
 ) -> pd.DataFrame:
-    """The same step with heads for more and more games, each measured `rounds` times in turn, for speed drifts.
+    """The same step with heads for more and more games, each measured `rounds` times in turn, as speed drifts.
 
     Returns:
-        a row per number of games: `ms`; as compiled `working memory, GB` (what a step needs besides what it is given)
-        and `memory, GB` (with parameters, target, Adam's moments and batch); and all three in units of the first row.
+        a row per number of games: `ms`; as compiled `working memory, GB` (besides the step's arguments) and `memory,
+        GB` (with parameters, target, Adam's moments and batch); and all three relative to the first row.
     """
     programs, rows = {}, {}
     for games in num_games:
@@ -324,10 +324,10 @@ def measure_pipeline(
     data: Replay, encoder: str, games_per_batch: int, transitions_per_game: int, *, seconds: float = 10.0,
     processes: int = 0, **architecture: Any,
 ) -> pd.DataFrame:  # fmt: skip
-    """Batches alone, steps alone, and steps on fresh batches, as `04_scaled_training` runs them, in turn.
+    """Measure batches alone, steps alone, and steps on fresh batches, as in `04_scaled_training`, in turn.
 
     Returns:
-        rows batches alone, step alone, together: `ms` a batch; `added`: by the pipeline, of the step alone.
+        rows batches alone, step alone, together: `ms` a batch; `added`: the pipeline's share of the step alone.
     """
     shape = {"games_per_batch": games_per_batch, "transitions_per_game": transitions_per_game, "n_step": 3}
     step = make_step(encoder, len(data.games), **architecture)
@@ -356,7 +356,7 @@ def measure_pipeline(
         alone = together(iter([one] * 4), 4)
         count = max(int(seconds / 6 / alone), 3)
         steps, both, reading = [], [], []
-        for _ in range(3):  # in turn, for these machines' speed drifts
+        for _ in range(3):  # in turn, as the machine's speed drifts
             steps.append(together(iter([one] * count), count))
             placed = devices.place_batches(batches, mesh)
             together(placed, 3)
@@ -376,9 +376,9 @@ def measure_pipeline(
 
 
 def measure_evaluation(game: str, encoder: str, episodes: int = 64, max_steps: int = 200, **architecture: Any) -> dict:
-    """Agent steps per second of `evaluation.evaluate`, of an untrained network and of random moves (its limit).
+    """Agent steps per second of `evaluation.evaluate`, for an untrained network and for random moves (the limit).
 
-    Both are of a long and a short evaluation's difference: making the environments is no part of it.
+    Both are differences of a long and a short evaluation, which exclude the making of environments.
     """
     network = networks.make_q_network(encoder, 1, "c51", **architecture)
     graph, state = training.init_state(network, training.make_optimizer())
@@ -400,15 +400,15 @@ def measure_evaluation(game: str, encoder: str, episodes: int = 64, max_steps: i
     return {"game": game, "encoder": encoder} | rates
 
 
-# What that means for whole runs.
+# Whole runs.
 
 
 def hours(devices_flops: dict[str, float], share: float | dict[str, float]) -> pd.DataFrame:
-    """Hours for the paper's runs (`WORKLOADS`) by arithmetic.
+    """Estimated hours of the paper's runs (`WORKLOADS`).
 
     Args:
-        devices_flops: FLOP/s at the peak of each device.
-        share: of the peak that the step reaches, one for all or by device.
+        devices_flops: peak FLOP/s by device.
+        share: share of the peak that the step reaches, one for all or by device.
     """
     rows = {}
     for device, peak in devices_flops.items():  # architectures by their defaults, the paper's

@@ -26,8 +26,8 @@ PLAYERS = {
 
 
 def set_style() -> None:
-    """Call once per notebook."""
-    import seaborn as sns  # takes longer to import than all else here
+    """Set the style of all figures; called once per notebook."""
+    import seaborn as sns  # slow to import
 
     sns.set_theme(style="whitegrid", context="notebook", palette="colorblind")
     plt.rcParams |= {
@@ -58,11 +58,11 @@ def _grid(number: int, width: float = 4.2, height: float = 3.0) -> tuple[Figure,
 
 
 def returns_over_time(episodes: pd.DataFrame) -> Figure:
-    """Raw return of each episode against when it was recorded, with a running mean over a tenth of a run's episodes.
+    """Raw return of each episode over collection time, with a running mean over a tenth of a run's episodes.
 
     Args:
-        episodes: columns game, start, episode_return; where there is a column run, each run has a line of its own;
-            where there is a column incomplete, those episodes are crosses and in no mean.
+        episodes: columns game, start, episode_return; with a column run, each run has a separate line; with a column
+            incomplete, those episodes are crosses and in no mean.
     """
     games = list(episodes["game"].unique())
     figure, axes = _grid(len(games))
@@ -119,7 +119,7 @@ def quality_over_time(quality: pd.DataFrame) -> Figure:
 
 
 def _limit_to_the_middle(axis: Axes, scores: pd.Series, middle: pd.Series) -> None:
-    """Cut off what is far above or below, so that one game does not flatten all others."""
+    """Cut off extreme scores, so that one game does not flatten all others."""
     low, high = min(scores.quantile(0.05), middle.min()), max(scores.quantile(0.9), 1.2 * middle.max())
     margin = 0.05 * (high - low)
     axis.set_ylim(low - margin, high + margin)
@@ -139,7 +139,7 @@ def action_histograms(actions: dict[str, np.ndarray], names: dict[str, list[str]
 
 
 def reward_density(rewards: dict[str, np.ndarray], bins: int = 20) -> Figure:
-    """Rewards per 1,000 transitions over collection time, gains and losses apart; rewards by game."""
+    """Rewards per 1,000 transitions over collection time, gains and losses separately; rewards by game."""
     figure, axes = _grid(len(rewards))
     for axis, (game, reward) in zip(axes, rewards.items()):
         edges = np.linspace(0, len(reward), bins + 1).astype(int)
@@ -153,10 +153,10 @@ def reward_density(rewards: dict[str, np.ndarray], bins: int = 20) -> Figure:
 
 
 def episode_lengths(episodes: pd.DataFrame) -> Figure:
-    """Histogram of episode lengths per game, stacked by how the recording of an episode begins and ends.
+    """Histogram of episode lengths per game, stacked by how an episode begins and ends in the recording.
 
     Args:
-        episodes: columns game, length, and where known truncated and continued.
+        episodes: columns game, length and, if known, truncated and continued.
     """
     games = list(episodes["game"].unique())
     figure, axes = _grid(len(games))
@@ -199,7 +199,7 @@ def learning_curves(metrics: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
 
     Args:
         metrics: rows of `training.train`.
-        titles: names of metrics and their titles; see `methods.Method.metrics`. Those that no row has are left out.
+        titles: names of metrics and their titles; see `methods.Method.metrics`. Absent metrics are skipped.
     """
     main = next(iter(titles))
     games = [name.removeprefix(f"{main}/") for name in metrics if name.startswith(f"{main}/")]
@@ -229,7 +229,7 @@ def transitions(batch: Any, games: list[str], action_names: Mapping[str, Sequenc
     Args:
         batch: a `replay.Batch`.
         games: names by number.
-        action_names: of each game.
+        action_names: action names of each game.
     """
     figure, axes = plt.subplots(2, len(batch.game), figsize=(2.1 * len(batch.game), 5), squeeze=False)
     for row, (above, below) in enumerate(axes.T):
@@ -268,7 +268,7 @@ def scores(table: pd.DataFrame, episodes: pd.DataFrame) -> Figure:
 
     Args:
         table: index game; columns random, dataset, agent and, where known, human.
-        episodes: the agent's, columns game, episode_return.
+        episodes: the agent's episodes, columns game, episode_return.
     """
     figure, axes = _grid(len(table), width=3.6)
     for axis, (game, row) in zip(axes, table.iterrows()):
@@ -285,7 +285,7 @@ def scores(table: pd.DataFrame, episodes: pd.DataFrame) -> Figure:
 def score_curve(curve: pd.DataFrame, dataset: pd.Series) -> Figure:
     """The agent's mean raw return against gradient steps, a panel per game, with the data's mean as a dashed line.
 
-    Points of mostly truncated episodes are hollow.
+    Points whose episodes were mostly truncated are hollow.
 
     Args:
         curve: from `evaluation.score_curve`.
@@ -308,8 +308,8 @@ def reward_control(table: pd.DataFrame, method: str, control: str) -> Figure:
 
     Args:
         table: from `reward_control.scores`; may be empty.
-        method: of the agent.
-        control: its control's `rewards`.
+        method: method of the agent.
+        control: `rewards` of its control.
     """
     games = sorted(table["game"].unique())
     figure, axes = _grid(max(len(games), 1), width=4.8)
@@ -335,7 +335,7 @@ def reward_control(table: pd.DataFrame, method: str, control: str) -> Figure:
     return figure
 
 
-# A family of systems has a hue, its larger member the darker shade; a system has its colour in every figure.
+# One hue per family of systems, darker for the larger member; a system has the same colour in every figure.
 SYSTEMS = {
     "DT (200M)": "#0072b2", "DT (40M)": "#7cc4ee", "BC (200M)": "#a8417c", "BC (80M)": "#dd9cc2",
     "MT Impala-DQN": "#999999", "Scaled QL (80M)": "#d55e00", "Behaviour policy": "#000000",
@@ -345,7 +345,7 @@ OTHER_SYSTEMS = ("#009e73", "#e6b000", "#5d3a9b", "#7f4f24", "#4d5b66")
 
 
 def system_colors(systems: Iterable[str]) -> dict[str, str]:
-    """A colour per system: those of `SYSTEMS`, and one each for others, by name."""
+    """A colour per system: those of `SYSTEMS`, and distinct ones for others, by name."""
     others = sorted({*systems} - SYSTEMS.keys())
     return SYSTEMS | dict(zip(others, OTHER_SYSTEMS * (len(others) // len(OTHER_SYSTEMS) + 1)))
 
@@ -353,11 +353,11 @@ def system_colors(systems: Iterable[str]) -> dict[str, str]:
 def system_bars(table: pd.DataFrame, colors: Mapping[str, str] = SYSTEMS) -> Figure:
     """Aggregate human-normalised scores: a panel each, a bar per system with its interval, hatched if not the paper's.
 
-    "Behaviour policy" is a dashed line; a diamond is what the paper prints.
+    "Behaviour policy" is a dashed line; a diamond is the paper's printed value.
 
     Args:
-        table: columns panel, system, value, low, high (fractions) and, where known, printed.
-        colors: of `system_colors`.
+        table: columns panel, system, value, low, high (fractions) and, if known, printed.
+        colors: from `system_colors`.
     """
     panels = list(table["panel"].unique())
     columns = min(len(panels), 2)
@@ -373,7 +373,7 @@ def system_bars(table: pd.DataFrame, colors: Mapping[str, str] = SYSTEMS) -> Fig
         hatch = ["" if system in SYSTEMS else "//" for system in bars["system"]]
         axis.barh(places, bars["value"], xerr=reach, hatch=hatch, error_kw={"lw": 1.2, "capsize": 3}, **fill)
         axis.scatter(bars["printed"], places, marker="D", s=26, color="white", edgecolor="black", zorder=3)
-        # With few games a whisker can be many times as long as all bars: such a one leaves the panel.
+        # With few games a whisker can be many times as long as all bars; it then leaves the panel.
         right = max(0.01, line["value"].max(), min(bars["high"].max(), 2.5 * bars["value"].max()))
         for place, value, high in zip(places, bars["value"], bars["high"]):
             where = (min(max(high, 0), right), place), (6, 0), "data", "offset points"
@@ -395,7 +395,7 @@ def system_bars(table: pd.DataFrame, colors: Mapping[str, str] = SYSTEMS) -> Fig
 
 
 def _explain_bars(figure: Figure, table: pd.DataFrame) -> None:
-    """A legend above the panels of the marks that are there."""
+    """Add a legend of the marks in use above the panels."""
     policy = table.loc[table["system"] == "Behaviour policy", "value"].map("{:.1%}".format).unique()
     marks = {
         "95% interval over games": Line2D([], [], color="black", marker="|", lw=1.2),
@@ -418,10 +418,10 @@ def performance_profile(
 
     Args:
         table: columns system, threshold, fraction, low, high.
-        colors: of `system_colors`; "A over B" has the colour of A.
-        xlabel: what the threshold is of.
-        ylabel: what the fraction is of.
-        mark: a threshold to mark, by default human play.
+        colors: from `system_colors`; "A over B" has the colour of A.
+        xlabel: label of the threshold.
+        ylabel: label of the fraction.
+        mark: threshold to mark, by default human play.
     """
     figure, axis = plt.subplots(figsize=(10.5, 4.6))
     for system, rows in table.groupby("system", sort=False):
@@ -444,7 +444,7 @@ def improvements(table: pd.DataFrame, colors: Mapping[str, str] = SYSTEMS) -> Fi
 
     Args:
         table: columns system ("A over B": a panel each), game, improvement (a fraction).
-        colors: of `system_colors`; a bar has the colour of the system that is better.
+        colors: from `system_colors`; a bar has the colour of the better system.
     """
     panels = list(table["system"].unique())
     columns = min(len(panels), 2)
@@ -476,7 +476,7 @@ def improvements(table: pd.DataFrame, colors: Mapping[str, str] = SYSTEMS) -> Fi
     return figure
 
 
-# A variant always has the same colour; the base, Scaled QL, that of agents everywhere.
+# A variant has the same colour in every figure; the base, Scaled QL, has the agent's.
 VARIANTS = {
     "Scaled QL": PLAYERS["agent"], "C51": PLAYERS["agent"], "with": PLAYERS["agent"], "CQL": PLAYERS["agent"],
     "without": "#999999", "MSE": "#009e73", "BCQ": "#e69f00", "cloning": "#cc79a7", "zero rewards": "black",
@@ -489,9 +489,8 @@ def ablation(compared: pd.DataFrame, label: str = "human-normalised IQM") -> Fig
     """Bars of variants with their 95% intervals, side by side for each value of the other parameter.
 
     Args:
-        compared: from `ablations.compare`; a variant without runs has a gap and the word missing, one without a score
-            the word none.
-        label: what the score is.
+        compared: from `ablations.compare`; a variant without runs is labelled missing, one without a score none.
+        label: name of the score.
     """
     axis_name = next((name for name in compared.columns[1:2] if name != "runs"), None)
     groups = list(compared[axis_name].unique()) if axis_name else [""]
@@ -519,12 +518,12 @@ def ablation(compared: pd.DataFrame, label: str = "human-normalised IQM") -> Fig
 def scaling(compared: pd.DataFrame, label: str = "human-normalised IQM") -> Figure:
     """Score against parameters as the paper counts them, a line per family of encoders and variant (Figure 6).
 
-    Intervals are 95%. A run of IMPALA has the recipe of all others; the paper's IMPALA points are another system, the
+    Intervals are 95%. IMPALA runs use the same recipe as all others; the paper's IMPALA points are another system, the
     CQL of Lee et al. (2022).
 
     Args:
         compared: from `ablations.compare`, across encoders.
-        label: what the score is.
+        label: name of the score.
     """
     known = compared.dropna(subset=["score", "paper_parameters"])
     figure, axis = plt.subplots(figsize=(8.5, 3.8))
@@ -597,7 +596,7 @@ def losses_by_dtype(table: pd.DataFrame) -> Figure:
     return figure
 
 
-# Of the walkthrough: what was predicted, what it should be, what came of it; and the two signs of a gradient.
+# The walkthrough's colours: prediction, target and result; and the two signs of a gradient.
 PREDICTED, TARGET, LATER = PLAYERS["dataset"], PLAYERS["agent"], PLAYERS["human"]
 DOWN, UP = "#b2182b", "#2166ac"
 
@@ -605,13 +604,13 @@ DOWN, UP = "#b2182b", "#2166ac"
 def transition(
     observation: np.ndarray, next_observation: np.ndarray, rewards: np.ndarray, discount: float, action: str
 ) -> Figure:
-    """One n-step transition: its two stacks of frames, and each step's reward with the weight it has in the return.
+    """One n-step transition: its two stacks of frames, and each step's reward with its weight in the return.
 
     Args:
         observation: uint8 [84, 84, S] at step t, oldest frame first.
         next_observation: uint8 [84, 84, S] at step t + n.
         rewards: [n], clipped, from step t on.
-        discount: per step.
+        discount: discount per step.
         action: name of the data's action at step t.
     """
     stack, n = observation.shape[-1], len(rewards)
@@ -650,11 +649,11 @@ def frames(pictures: Mapping[str, np.ndarray]) -> Figure:
 
 
 def network(layers: pd.DataFrame, heads: Sequence[str]) -> Figure:
-    """The network from left to right as in the paper's Figure 3: what each part makes, and how many numbers it learns.
+    """The network from left to right as in the paper's Figure 3, with each part's output and number of parameters.
 
     Args:
         layers: from `networks.layers`: columns layer, output, parameters; the last row is the heads.
-        heads: names of the games that have one.
+        heads: names of the heads' games.
     """
     trunk, head = layers.iloc[:-1], layers.iloc[-1]
     colors = {"observation": "#e8e8e8", "encoder": "#cfe3f3", "feature": "#fbe0c8"}
@@ -715,7 +714,7 @@ def _distribution(axis: Axes, atoms: np.ndarray, probabilities: np.ndarray, colo
 
 
 def _signed_bars(axis: Axes, atoms: np.ndarray, values: np.ndarray) -> None:
-    """Bars in the colour of what descent does to the logit: down where the gradient is positive, up where negative."""
+    """Bars coloured by the effect of descent on the logit: lowered where the gradient is positive, else raised."""
     width = 0.9 * (atoms[-1] - atoms[0]) / (len(atoms) - 1)
     for sign, color, label in ((1, DOWN, "descent lowers the logit"), (-1, UP, "descent raises it")):
         axis.bar(atoms, np.where(sign * values > 0, values, 0), width, color=color, lw=0, label=label)
@@ -724,13 +723,13 @@ def _signed_bars(axis: Axes, atoms: np.ndarray, values: np.ndarray) -> None:
 
 
 def projection(moved: np.ndarray, probabilities: np.ndarray, atoms: np.ndarray, projected: np.ndarray) -> Figure:
-    """A target distribution where the Bellman update puts it, and on the support's atoms.
+    """A target distribution after the Bellman update, and after its projection onto the support's atoms.
 
     Args:
         moved: [N], returns r + discount * z; may lie between atoms and beyond them.
         probabilities: [N], their mass.
         atoms: [N], the support.
-        projected: [N], the mass that the atoms have after the projection.
+        projected: [N], mass of the atoms after the projection.
     """
     figure, (wide, close) = plt.subplots(1, 2, figsize=(12.4, 3.4), width_ratios=(1.6, 1))
     middle, spacing = float(moved @ probabilities), (atoms[-1] - atoms[0]) / (len(atoms) - 1)
@@ -759,10 +758,10 @@ def by_action(names: Sequence[str], values: Mapping[str, np.ndarray], taken: str
     """Bars per action, side by side for each series, the data's action marked.
 
     Args:
-        names: of the game's actions.
+        names: names of the game's actions.
         values: [A] by name.
         taken: the data's action.
-        ylabel: what the values are.
+        ylabel: name of the values.
     """
     figure, axis = plt.subplots(figsize=(8.5, 3.2))
     _bars_by_action(axis, names, values, taken)
@@ -784,11 +783,11 @@ def _bars_by_action(axis: Axes, names: Sequence[str], values: Mapping[str, np.nd
 
 
 def gradient_by_action(atoms: np.ndarray, names: Sequence[str], gradients: Mapping[str, np.ndarray]) -> Figure:
-    """Gradients of the logits, a row per action and a column per atom; each panel has a scale of its own.
+    """Gradients of the logits, a row per action and a column per atom; each panel has a separate scale.
 
     Args:
         atoms: [N].
-        names: of the game's actions.
+        names: names of the game's actions.
         gradients: [A, N] by name.
     """
     figure, axes = plt.subplots(1, len(gradients), figsize=(12.4, 2.6), squeeze=False)
@@ -810,7 +809,7 @@ def features(plain: np.ndarray, plain_next: np.ndarray, normalized: np.ndarray, 
     """Norms of representations, and their dot products with those of the next states, before and after normalisation.
 
     Args:
-        plain: [B, F] of the states, as the last dense layer leaves them.
+        plain: [B, F] of the states, from the last dense layer.
         plain_next: [B, F] of the states n steps later.
         normalized: [B, F] of the states, divided by their norms.
         normalized_next: [B, F] of the states n steps later.
@@ -855,11 +854,11 @@ def values_and_returns(values: Mapping[str, np.ndarray], returns: np.ndarray) ->
 
 
 def pulls(atoms: np.ndarray, names: Sequence[str], settings: Mapping[str, Any]) -> Figure:
-    """What one transition pulls at under different settings: a row each of target, gradient, and push on each action.
+    """A transition's pull under different settings: a row each of target, gradient, and push on each action.
 
     Args:
         atoms: [N].
-        names: of the game's actions.
+        names: names of the game's actions.
         settings: `walkthrough.Pull` by title.
     """
     size = (12.4, 2.9 * len(settings) + 0.4)

@@ -1,4 +1,4 @@
-"""What a program has to know before it starts processes: the machine's accelerators, and its own main guard."""
+"""Checks before a program starts processes: the machine's accelerators, and the script's main guard."""
 
 import os
 import sys
@@ -6,19 +6,19 @@ from pathlib import Path
 
 
 def main_guard_hint() -> str:
-    """What to tell a user whose processes ended as they began, if the program is a script without a main guard.
+    """Explain processes that ended at their start, if the program is a script without a main guard.
 
-    Such a process imports the script first; without a guard it begins the script's work again, and Python ends it.
+    Such a process first imports the script; without a guard it begins the script's work again, and Python ends it.
 
     Returns:
-        a sentence with the remedy; "" where the script has a guard, or there is no script.
+        a sentence with the remedy; "" if the script has a guard, or there is no script.
     """
     file = getattr(sys.modules["__main__"], "__file__", None)
     if not file or not Path(file).is_file() or "__name__" in Path(file).read_text(encoding="utf-8", errors="replace"):
         return ""
     return (
-        f"{file} starts processes without a main guard: each of them runs the script again and ends. Put what the "
-        'script does below a line if __name__ == "__main__":.'
+        f"{file} starts processes without a main guard: each of them runs the script again and ends. Put its work "
+        'below a line if __name__ == "__main__":.'
     )
 
 

@@ -1,7 +1,7 @@
-"""What a kernel executes and shows, as a notebook: a run keeps its own, whatever program executes it.
+"""Recording of a kernel's cells and outputs as a notebook, so that a run keeps its own, whatever program executes it.
 
 A kernel knows neither its notebook's file nor its outputs: JupyterLab, VS Code and papermill keep them. So the outputs
-are taken where the kernel publishes them, and the text between the cells from the document they belong to.
+are captured where the kernel publishes them, and the text between cells is taken from their document.
 """
 
 import ast
@@ -17,7 +17,7 @@ from nbformat.v4 import new_code_cell, new_notebook, output_from_msg
 
 
 class Recorder:
-    """The cells that a kernel has executed since this was made, in the order of their (last) execution, with outputs.
+    """The cells that a kernel has executed since the recorder's creation, in order of (last) execution, with outputs.
 
     Attributes:
         cells: code cells of a notebook.
@@ -27,12 +27,12 @@ class Recorder:
         """Begin with the cell that is running.
 
         Args:
-            kernel: ipykernel's.
-            earlier: sources of the cells before it that count as well.
+            kernel: ipykernel's kernel.
+            earlier: sources of the earlier cells to include.
         """
         self._session = kernel.session
         self._publish: Callable = self._session.send
-        self._running: dict[str, NotebookNode] = {}  # by the message that asked for it
+        self._running: dict[str, NotebookNode] = {}  # by the message that requested it
         self._displays: dict[str, list[NotebookNode]] = {}
         self._clear: set[str] = set()  # messages whose cell is cleared by its next output
         self.cells = [new_code_cell(source) for source in earlier]
@@ -41,13 +41,13 @@ class Recorder:
         self._session.send = self._send
 
     def close(self) -> None:
-        """Record no more."""
+        """Stop recording."""
         self._session.send = self._publish
 
     def _send(
         self, stream: Any, message: Any, content: Any = None, parent: Any = None, *rest: Any, **named: Any
     ) -> Any:
-        """In place of the session's: it takes a message, or a type and its content."""
+        """Replacement of the session's `send`, which takes a message, or a type and its content."""
         if isinstance(message, dict):
             kind, said, request = message["header"]["msg_type"], message["content"], message["parent_header"]
         else:
@@ -93,22 +93,22 @@ class Recorder:
 
 
 def _overwritten(text: str) -> str:
-    """Text without what a terminal overwrites: a progress bar writes thousands of lines over one another."""
+    """Drop text that a terminal would overwrite: a progress bar writes thousands of lines over one another."""
     return re.sub(r"[^\r\n]*\r(?=[^\r\n])", "", text.replace("\r\n", "\n"))
 
 
 def document(notebook: str, original: Path, namespace: dict[str, Any]) -> Path:
-    """The file whose cells are being executed, where whoever executes them says it; else the original.
+    """The file whose cells are being executed, if the executing program names it; else the original.
 
     Args:
-        notebook: its name without ``.ipynb``.
+        notebook: name without ``.ipynb``.
         original: the committed notebook.
         namespace: the notebook's ``globals()``; VS Code leaves a name there, Jupyter's server in the environment.
     """
     for name in (namespace.get("__vsc_ipynb_file__"), os.environ.get("JPY_SESSION_NAME")):
         file = Path(name) if name else original
         try:
-            # Inherited, the name may be another notebook's: of one that started this process.
+            # An inherited name may be that of a notebook that started this process.
             if file != original and f'"{notebook}"' in file.read_text(encoding="utf-8").replace('\\"', '"'):
                 return file.absolute()
         except (OSError, ValueError):
@@ -117,12 +117,12 @@ def document(notebook: str, original: Path, namespace: dict[str, Any]) -> Path:
 
 
 def merge(content: NotebookNode, executed: list[NotebookNode], names: Callable[[str], set[str]]) -> NotebookNode:
-    """A document with cells as they were executed: in their places, or behind the one executed before them.
+    """Merge executed cells into a document: in their places, or after the cell executed before them.
 
     Args:
-        content: the document as it was saved, maybe before cells were changed, or papermill added one.
+        content: the saved document, perhaps from before cells were changed or papermill added one.
         executed: code cells with their outputs.
-        names: the parameters that a cell's source assigns, if it is a cell of parameters, else none.
+        names: parameters that a cell's source assigns; none if it is not a parameters cell.
 
     Returns:
         a notebook. Cells that were not executed have no outputs.
@@ -153,10 +153,10 @@ def _is_code(cell: NotebookNode) -> bool:
 
 
 def sign(file: Path) -> bool:
-    """Have Jupyter trust a notebook that this machine executed: untrusted, JupyterLab shows neither films nor widgets.
+    """Mark a notebook executed here as trusted by Jupyter: untrusted, JupyterLab shows neither films nor widgets.
 
     Returns:
-        whether it was signed. A home that cannot be written is no reason for a run to fail.
+        whether it was signed. An unwritable home does not make a run fail.
     """
     from nbformat.sign import NotebookNotary
 
@@ -166,13 +166,13 @@ def sign(file: Path) -> bool:
             notary.sign(nbformat.read(file, as_version=4))
         finally:
             notary.store.close()
-    except Exception:  # SQLite, traitlets and the system have errors of their own
+    except Exception:  # SQLite, traitlets and the system raise different errors
         return False
     return True
 
 
 def run_of(cells: list[dict[str, Any]]) -> str:
-    """The run that the cells of a notebook name, in the last plain assignment to `run`; "" where none does."""
+    """The run that a notebook's cells name, in the last plain assignment to `run`; "" if none does."""
     found = ""
     for cell in cells:
         try:
@@ -193,12 +193,12 @@ def refuse_foreign_save(model: dict[str, Any], path: str, contents_manager: Any,
     """Keep Jupyter's server from saving one run's notebook over another's.
 
     Args:
-        model: what is to be saved.
-        path: where, below the server's folder.
-        contents_manager: the server's.
+        model: content to save.
+        path: path below the server's folder.
+        contents_manager: contents manager of the server.
 
     Raises:
-        HTTPError: 403, with what to do instead.
+        HTTPError: 403, with the remedy.
     """
     file = Path(contents_manager.root_dir, path.lstrip("/"))
     if model["type"] != "notebook" or file.name != "run.ipynb" or not (file.parent / "parameters.yaml").exists():

@@ -1,8 +1,8 @@
-"""Was it learned from reward? A method compared with its controls: zero rewards, cloning, one action for ever.
+"""Was it learned from reward? A method compared with its controls: zero rewards, cloning, one constant action.
 
-A run is one of three arms, told apart by `method` and `rewards`: the agent, the same training with its rewards zeroed
-or shuffled, and behaviour cloning. They share data, steps and evaluation; where runs do not, or their
-episodes were cut short, there is no verdict.
+A run is in one of three arms, identified by `method` and `rewards`: the agent, the same training with its rewards
+zeroed or shuffled, and behaviour cloning. They share data, steps and evaluation; otherwise, or if their episodes were
+cut short, there is no verdict.
 """
 
 import numpy as np
@@ -20,15 +20,15 @@ DIFFERENCE_COLUMNS = ("game", "better than", "difference", "low", "high", "refus
 
 
 def scores(gathered: Gathered, base: Parameters) -> pd.DataFrame:
-    """The runs that are `base` in all but arm and seed, a row per run and game.
+    """Runs that differ from `base` only in arm and seed, a row per run and game.
 
     Args:
         gathered: from `ablations.gather`.
         base: parameters of the agent.
 
     Returns:
-        columns `SCORE_COLUMNS`; returns are raw means over episodes. `sampled_return` is that of a clone that draws its
-        actions from its policy, NaN of others; `dataset_return` is NaN where no whole game was recorded. `cut`: whether
+        columns `SCORE_COLUMNS`; returns are raw means over episodes. `sampled_return` is that of a clone that samples
+        actions from its policy, NaN for others; `dataset_return` is NaN if no whole game was recorded. `cut`: whether
         most episodes were truncated below the paper's limit.
 
     Raises:
@@ -41,7 +41,7 @@ def scores(gathered: Gathered, base: Parameters) -> pd.DataFrame:
 
 
 def evaluated_otherwise(gathered: Gathered, base: Parameters) -> pd.DataFrame:
-    """The runs that `scores` leaves out for their evaluation alone.
+    """Runs that `scores` leaves out only because of their evaluation.
 
     Returns:
         columns run, method, rewards, why: "eval_episodes 3, not 10".
@@ -52,12 +52,12 @@ def evaluated_otherwise(gathered: Gathered, base: Parameters) -> pd.DataFrame:
 
 
 def players(table: pd.DataFrame, method: str, control: str = "zero") -> pd.DataFrame:
-    """Mean raw returns, a row per game: what the agent has to beat, and the agent.
+    """Mean raw returns of the agent and of the players it has to beat, a row per game.
 
     Args:
         table: from `scores`.
-        method: of the agent.
-        control: its control's `rewards`.
+        method: method of the agent.
+        control: `rewards` of its control.
 
     Returns:
         index game; columns random, best constant action, data, cloning, cloning (sampled), control, agent; own actions
@@ -94,18 +94,18 @@ def _most_frequent(actions: pd.Series, number: int = 3) -> str:
 def differences(
     table: pd.DataFrame, method: str, control: str = "zero", otherwise: pd.DataFrame | None = None
 ) -> pd.DataFrame:
-    """By how much the agent plays better than each player it has to beat, with 95% intervals over training seeds.
+    """Differences of the agent's return from each player it has to beat, with 95% intervals over training seeds.
 
-    Welch's t interval where both have seeds, the one-sample t interval where the other is a number.
+    Welch's t interval if both have seeds, the one-sample t interval if the other is a number.
 
     Args:
-        table, method, control: as for `players`.
-        otherwise: from `evaluated_otherwise`; runs that an arm without two seeds might have been.
+        table, method, control: see `players`.
+        otherwise: from `evaluated_otherwise`; refused runs of an arm without two seeds.
 
     Returns:
-        columns game, better than, difference, low, high (raw returns; NaN with less than two seeds), verdict: ``yes``
+        columns game, better than, difference, low, high (raw returns; NaN with fewer than two seeds), verdict: ``yes``
         (the interval lies above 0), ``no`` (it lies below), ``inconclusive``, ``missing``, ``refused`` (runs of either
-        side are cut, or evaluated otherwise), and refused: these runs and why.
+        side are cut, or evaluated differently), and refused: these runs and the reasons.
     """
     rows = []
     for game, here in table.groupby("game"):
@@ -137,7 +137,7 @@ def differences(
 
 
 def _refused(arm: pd.DataFrame, foreign: pd.DataFrame | None) -> list[str]:
-    """Runs, in words, for which an arm has no score: they are cut, or stand in for ones that are missing."""
+    """Runs, in words, that leave an arm without a score: cut ones, or ones evaluated differently."""
     cut = arm[arm["cut"].astype(bool)]
     named = [f"{run} ({share:.0%} of its episodes truncated)" for run, share in zip(cut["run"], cut["truncated_share"])]
     if foreign is not None and len(arm) < 2:
@@ -146,9 +146,9 @@ def _refused(arm: pd.DataFrame, foreign: pd.DataFrame | None) -> list[str]:
 
 
 def interval(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """The t interval of mean(first) - mean(second), float [seeds] each; one value stands for a number that is known.
+    """t interval of mean(first) - mean(second), float [seeds] each; a single value counts as a known number.
 
-    Welch (1947): the two variances may differ, as those of an agent and of a control do.
+    Welch (1947): the two variances may differ, as an agent's and a control's do.
     """
     from scipy import stats
 

@@ -3,12 +3,12 @@
 ::
 
     outputs/<notebook>/<run>/
-      parameters.yaml   all of them, as checked
+      parameters.yaml   all parameters, as checked
       provenance.json   git commit, package versions, devices, command
       status.json       state (running, finished, failed, interrupted), progress, error
       run.ipynb, run.html  as executed, whatever executed it
-      summary.json      what a report needs; written when the run finishes
-      ...               what the notebook itself writes
+      summary.json      the report's inputs; written when the run finishes
+      ...               the notebook's own files
 """
 
 import contextlib
@@ -45,33 +45,33 @@ PACKAGES = (
     "scaled-ql", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "pandas",
     "ale-py", "gymnasium", "papermill",
 )  # fmt: skip
-# Reports on whatever runs there are: executed again each time.
+# Reports that gather other runs: executed again each time.
 GATHERING = ("05_ablations", "05_learning_from_reward", "08_paper_report")
 # For kernels' GLIBC_TUNABLES. On a CPU, XLA allocates the memory of each step again, and glibc has the system map and
 # clear it page by page: 84,000 faults and a third of the time of a narrow ResNet's step with heads for 40 games. With
-# pages of 2 MB there are 340. Only what a process starts with counts.
+# pages of 2 MB there are 340. It is read only when a process starts.
 LARGE_PAGES = "glibc.malloc.hugetlb=1"
-# What a run keeps about itself. A folder that holds nothing else holds no result, and reserves no name.
+# A run's own records. A folder that holds nothing else holds no result, and reserves no name.
 BOOKKEEPING = frozenset((
     "parameters.yaml", "provenance.json", "status.json", "run.ipynb", "run.html", ".run.ipynb", ".lock", ".runner.lock",
 ))  # fmt: skip
-SOCKET_PATH = 107  # bytes that the path of a socket may have
+SOCKET_PATH = 107  # maximum bytes in a socket's path
 SHUTDOWN_SECONDS = 60.0  # an interrupted kernel writes a checkpoint first
 LOCK_SECONDS = 20.0  # a kernel whose runner was killed takes a moment to notice
 
 
 class LeftToFirstProcess(BaseException):
-    """Not an error: of several processes that train together only the first continues to evaluate and to report."""
+    """Not an error: in distributed training only the first process continues to evaluate and to report."""
 
 
 class RunError(RuntimeError):
-    """A run that cannot start or did not finish; the message says what to do."""
+    """A run that cannot start or did not finish; the message has the remedy."""
 
 
 def workspace() -> Path:
     """The checkout: the folder that holds `notebooks/`, `params/` and `outputs/`.
 
-    It is found from this package's place in it (``pip install -e ./lib``), or else upwards from the current folder.
+    It is found from this package's location (``pip install -e ./lib``), or else upwards from the current folder.
 
     Raises:
         RunError: neither is inside a workspace.
@@ -86,12 +86,12 @@ def workspace() -> Path:
 
 
 def outputs_folder(values: Parameters) -> Path:
-    """The folder of all runs that a run belongs to."""
+    """The outputs folder that holds a run."""
     return Path(values.outputs).resolve() if values.outputs else workspace() / "outputs"
 
 
 def process_number(values: Parameters) -> int:
-    """Which of several processes of a `distributed` run this one is, as its environment says; 0 of any other run."""
+    """Number of this process in a `distributed` run, from its environment; 0 in any other run."""
     if getattr(values, "distributed", False):
         for name in ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JOB_COMPLETION_INDEX"):
             if name in os.environ:
@@ -105,19 +105,19 @@ def run_folder(notebook: str, values: Parameters) -> Path:
 
 
 def own_folder(notebook: str, values: Parameters) -> Path:
-    """Where this process keeps its notebook and its status: the run's folder, or within it for all but the first."""
+    """Folder of this process's notebook and status: the run's folder, or one within it for all but the first."""
     number = process_number(values)
     return run_folder(notebook, values) / f"processes/{number}" if number else run_folder(notebook, values)
 
 
 def open_dataset(values: Any) -> Replay:
-    """The replay that a run's `dataset` and `view` name.
+    """Open the replay that a run's `dataset` and `view` name.
 
     `dataset` is a URL, an absolute path, or a path below the outputs folder; `view` a file of `params/views/`
-    without ``.yaml``, or any path, and "" for all of the dataset.
+    without ``.yaml``, any path, or "" for the whole dataset.
 
     Raises:
-        ReplayError: not there, damaged, or a view that asks for what is not there.
+        ReplayError: absent or damaged, or a view of absent data.
     """
     path = values.dataset if "://" in values.dataset else str(outputs_folder(values) / values.dataset)
     return open_replay(path, _open_view(values.view))
@@ -138,10 +138,10 @@ def _open_view(name: str) -> View | None:
 
 
 def check_names(values: Parameters) -> None:
-    """Check the games and the view that a run names, which need nothing that another run makes.
+    """Check a run's games and view, which do not depend on other runs.
 
     Raises:
-        RunError: one is unknown; the message says which are near.
+        RunError: one is unknown; the message suggests near ones.
     """
     try:
         for game in getattr(values, "games", ()):
@@ -152,10 +152,10 @@ def check_names(values: Parameters) -> None:
 
 
 def check_inputs(values: Parameters) -> None:
-    """Check what a run names before a kernel is started for it: games, view, dataset.
+    """Check a run's inputs before its kernel is started: games, view, dataset.
 
     Raises:
-        RunError: one is unknown, or cannot be read.
+        RunError: an input is unknown, or cannot be read.
     """
     check_names(values)
     if hasattr(values, "dataset"):
@@ -169,12 +169,12 @@ def check_inputs(values: Parameters) -> None:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    """Write JSON atomically: a reader sees the old file or the new one."""
     _write_text(file, json.dumps(_plain(value), indent=1, default=str, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can say: NumPy's numbers as Python's, and null for what is not finite."""
+    """Convert to JSON values: NumPy's numbers to Python's, non-finite ones to null."""
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -192,7 +192,7 @@ def _write_text(file: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise RunError(
-            f"{file}: cannot be written ({error}). Make room or the folder writable, or set outputs to another folder."
+            f"{file}: cannot be written ({error}). Make room, make the folder writable, or set outputs to another one."
         ) from error
 
 
@@ -214,7 +214,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def provenance() -> dict[str, Any]:
-    """What is needed to repeat a run: commit, versions, devices, machine."""
+    """Information to reproduce a run: commit, versions, devices, machine."""
 
     def git(*arguments: str) -> str:
         try:
@@ -242,7 +242,7 @@ def provenance() -> dict[str, Any]:
 
 
 def last_line(file: Path) -> dict[str, Any]:
-    """The last complete line of a JSON-lines file; empty where there is none."""
+    """The last complete line of a JSON-lines file; empty if there is none."""
     if not file.exists():
         return {}
     with file.open("rb") as stream:
@@ -252,7 +252,7 @@ def last_line(file: Path) -> dict[str, Any]:
 
 
 def once(file: Path, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """The table in a CSV file, computed and written first where there is none: a resumed run does not do it twice."""
+    """Read a table from a CSV file; compute and write it first if absent, so that a resumed run does not repeat it."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{file.name}.{os.getpid()}.partial")  # several runs may need the same table
@@ -265,9 +265,9 @@ class Run:
     """A notebook's run in progress; see `start`.
 
     Attributes:
-        folder: everything the run writes goes there.
-        own: folder of what only this process writes; of a run of one process, the same.
-        parameters: as checked.
+        folder: folder of the run's files.
+        own: folder of this process's files; with one process, the same.
+        parameters: checked parameters.
     """
 
     def __init__(self, notebook: str, values: Parameters):
@@ -289,25 +289,25 @@ class Run:
         write_json(self.own / "status.json", status)
 
     def note(self, **facts: Any) -> None:
-        """Add to `provenance.json`: what the run turned out to be made from (dataset, ROMs, ...)."""
+        """Add facts known only during the run (dataset, ROMs, ...) to `provenance.json`."""
         file = self.own / "provenance.json"
         write_json(file, read_json(file) | facts)
 
     def progress(self, done: int, total: int) -> None:
-        """Note how far the run is; the runner shows it, and `status.json` keeps it."""
+        """Record the run's progress in `status.json`, which the runner shows."""
         self._status("running", done=done, total=total)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write `summary.json`, mark the run finished and let go of its folder."""
+        """Write `summary.json`, mark the run finished and release its folder."""
         write_json(self.folder / "summary.json", summary)
         self._status("finished")
         self._lock.release(force=True)
 
     def leave_to_first_process(self) -> None:
-        """Go on in the first process of a run only; the others are finished here.
+        """Continue only in the first process of a run; the others finish here.
 
         Raises:
-            LeftToFirstProcess: in all other processes; whoever runs the notebook knows it.
+            LeftToFirstProcess: in all other processes; the notebook's runner handles it.
         """
         if self.own != self.folder:
             self._status("finished")
@@ -337,7 +337,7 @@ class Run:
         _watching.callback(shell.events.unregister, "post_run_cell", after_cell)
 
     def _notebook_saver(self, kernel: Any, namespace: dict[str, Any]) -> Callable[[], None] | None:
-        """What writes `run.ipynb`, and `run.html` once the run is finished; None where a runner does it."""
+        """A function that writes `run.ipynb`, and `run.html` once the run is finished; None if a runner does it."""
         if _has_runner(self.own):
             return None
         known = set(type(self.parameters).model_fields)
@@ -367,7 +367,7 @@ class Run:
         return save
 
 
-_watching = contextlib.ExitStack()  # what to undo before this kernel follows another run
+_watching = contextlib.ExitStack()  # to close before this kernel follows another run
 
 
 def _has_runner(folder: Path) -> bool:
@@ -394,15 +394,15 @@ def make_folder(folder: Path) -> None:
             "another folder."
         ) from error
     except OSError as error:
-        raise RunError(f"{folder}: cannot be made ({error}). Set outputs to a folder that can be written.") from error
+        raise RunError(f"{folder}: cannot be made ({error}). Set outputs to a writable folder.") from error
 
 
 def _lock(file: Path, **options: Any) -> filelock.AcquireReturnProxy:
-    """Take a lock; the result is a context manager that gives it back.
+    """Acquire a lock; the result is a context manager that releases it.
 
     Raises:
-        filelock.Timeout: another process has it.
-        RunError: nothing can be locked there.
+        filelock.Timeout: another process holds it.
+        RunError: the file system does not support locks.
     """
     try:
         return filelock.FileLock(file, timeout=LOCK_SECONDS, fallback_to_soft=False, **options).acquire()
@@ -410,23 +410,23 @@ def _lock(file: Path, **options: Any) -> filelock.AcquireReturnProxy:
         raise
     except OSError as error:
         raise RunError(
-            f"{file.parent}: cannot be locked against a second process ({error}). Set outputs to a folder that can be "
-            "written, on a file system with locks."
+            f"{file.parent}: cannot be locked against a second process ({error}). Set outputs to a writable folder, on "
+            "a file system with locks."
         ) from error
 
 
 def start(notebook: str, namespace: dict[str, Any]) -> Run:
-    """Begin, or resume, the run that a notebook's parameters name: its first call.
+    """Begin, or resume, the run that a notebook's parameters name; every notebook calls this first.
 
-    Checks the parameters, takes the run's folder (a file lock keeps a second process out), writes
-    `parameters.yaml` and `provenance.json`.
+    Checks the parameters, locks the run's folder against a second process, and writes `parameters.yaml` and
+    `provenance.json`.
 
     Args:
-        notebook: its name without ``.ipynb``.
+        notebook: name without ``.ipynb``.
         namespace: the notebook's ``globals()``.
 
     Raises:
-        ParameterError: all mistakes in the parameters.
+        ParameterError: invalid parameters; the message lists all mistakes.
         RunError: the folder is in use, or holds a run with other parameters.
     """
     values = parameters.from_notebook(notebook, namespace)
@@ -442,20 +442,20 @@ def start(notebook: str, namespace: dict[str, Any]) -> Run:
 
 
 def holds_results(folder: Path) -> bool:
-    """Whether a run has recorded anything; one that failed before it did reserves neither name nor parameters."""
+    """Whether a run has recorded anything; one that failed earlier reserves neither name nor parameters."""
     return any(
         file.name not in BOOKKEEPING
         and not file.name.endswith(".partial")
-        and (file.is_symlink() or (file.is_file() and file.stat().st_size))  # what a link leads to is not looked at
+        and (file.is_symlink() or (file.is_file() and file.stat().st_size))  # links are not followed
         for file in folder.rglob("*")
     )
 
 
 def compare_parameters(notebook: str, values: Parameters) -> bool:
-    """Whether the run exists and has recorded something; its parameters must be the same then.
+    """Whether the run exists and has recorded something; its parameters must then be equal.
 
     Raises:
-        RunError: they differ, or those of the run cannot be read.
+        RunError: the parameters differ, or cannot be read.
     """
     file = own_folder(notebook, values) / "parameters.yaml"
     try:
@@ -467,9 +467,9 @@ def compare_parameters(notebook: str, values: Parameters) -> bool:
         ) from error
     stored, ours = parameters.load(file), values.model_dump()
     if not stored:
-        raise RunError(f"{file}: empty, the parameters of a run are expected. Restore it, or choose another run name.")
+        raise RunError(f"{file}: empty; expected the parameters of a run. Restore it, or choose another run name.")
     differences = [
-        f"{name}: {stored.get(name)!r} there, {ours.get(name)!r} now"
+        f"{name}: {stored.get(name)!r} stored, {ours.get(name)!r} now"
         for name in sorted(stored.keys() | ours.keys() - {"outputs"})
         if name != "outputs" and stored.get(name) != ours.get(name)
     ]
@@ -495,14 +495,13 @@ def finished(notebook: str, values: Parameters) -> bool:
 
 
 def execute(notebook: str, values: Parameters) -> Path:
-    """Run a notebook with papermill and render its report; a finished run is left as it is, a stopped one resumes.
+    """Run a notebook with papermill and render its report; a finished run is left unchanged, a stopped one resumes.
 
     Returns:
         the run's folder.
 
     Raises:
-        RunError: it names what is not there, the notebook failed (the message ends with its error), or its folder is in
-            use.
+        RunError: an input is absent, the notebook failed (the message ends with its error), or its folder is in use.
     """
     folder = own_folder(notebook, values)
     title = f"{notebook} / {folder.relative_to(outputs_folder(values) / notebook)}"
@@ -523,8 +522,8 @@ def execute(notebook: str, values: Parameters) -> Path:
                 publish(folder / "run.ipynb")
     except OSError as error:
         raise RunError(
-            f"{folder}: the run cannot be executed here ({error}). Make room or the folder writable, or set outputs to "
-            "another folder."
+            f"{folder}: the run cannot be executed here ({error}). Make room, make the folder writable, or set outputs "
+            "to another one."
         ) from error
     print(f"{title}: {time.perf_counter() - began:.0f} s: {run_folder(notebook, values) / 'run.html'}")
     return folder
@@ -538,7 +537,7 @@ def _papermill(notebook: str, values: Parameters, folder: Path) -> None:
     given = values.model_dump(exclude_defaults=True)
     os.environ.setdefault("GLIBC_TUNABLES", LARGE_PAGES)
     for attempt in range(3):
-        # Sockets in a folder of this user's own instead of TCP ports: private, and nothing collides.
+        # Sockets in a private folder instead of TCP ports, which could collide.
         with tempfile.TemporaryDirectory(prefix="scaled-ql-", dir=_socket_folder()) as own, _own_kernel(Path(own)):
             settings = {"transport": "ipc", "ip": f"{own}/kernel", "shutdown_wait_time": SHUTDOWN_SECONDS}
             local = Config(KernelManager=settings)
@@ -566,14 +565,14 @@ def _papermill(notebook: str, values: Parameters, folder: Path) -> None:
 
 
 def _socket_folder() -> str | None:
-    """Where a kernel's sockets go: None for the usual temporary folder, unless its path is too long for a socket."""
+    """Folder of a kernel's sockets: None, the usual temporary folder, unless its path is too long for a socket."""
     longest = f"{tempfile.gettempdir()}/scaled-ql-abcdefgh/kernel-5"
     return None if len(os.fsencode(longest)) <= SOCKET_PATH else "/tmp"
 
 
 @contextlib.contextmanager
 def _own_kernel(folder: Path) -> Iterator[None]:
-    """Have the name python3 mean this interpreter, whatever kernels of other environments JUPYTER_PATH names."""
+    """Bind the kernel name python3 to this interpreter, whatever JUPYTER_PATH names."""
     from ipykernel.kernelspec import write_kernel_spec
 
     write_kernel_spec(folder / "kernels" / "python3")
@@ -615,7 +614,7 @@ def _progress_bar(folder: Path, title: str) -> Iterator[None]:
 def publish(notebook: Path) -> None:
     """Sign and render the notebook of a finished run, and make it read-only.
 
-    Whoever opens it, changes `run` and executes it makes another run, whose notebook would be saved over this one.
+    Opened, executed with another `run` and saved, a writable one would be overwritten by that run's notebook.
     """
     recorder.sign(notebook)
     render(notebook)
@@ -623,7 +622,7 @@ def publish(notebook: Path) -> None:
 
 
 def render(notebook: Path) -> Path:
-    """Write a notebook's HTML beside it: one file that opens without a network, figures and videos inside."""
+    """Write a notebook's HTML next to it: one file that opens offline, with figures and videos inside."""
     import nbformat
 
     from scaled_ql.equations import ReportExporter

@@ -1,6 +1,6 @@
-"""The training step of a ResNet with C51 and CQL once more, plainly in PyTorch: what to compare ours with.
+"""The training step of a ResNet with C51 and CQL in plain PyTorch, as a baseline for ours.
 
-It is there for `09_performance` alone and needs the extra ``torch``. The network is that of `networks.make_q_network`
+Only `09_performance` uses it; it needs the extra ``torch``. The network is that of `networks.make_q_network`
 (pointwise embedding, feature normalisation, heads for all games) with PyTorch's own layers.
 """
 
@@ -86,15 +86,15 @@ def measure_torch_step(
 ) -> float:
     """Median seconds of a step in PyTorch's memory format channels_last, on the accelerator if PyTorch sees one.
 
-    There the networks are compiled, and bfloat16 is autocast. On a CPU PyTorch takes as many threads as it has cores.
+    On an accelerator the networks are compiled, and bfloat16 is autocast. On a CPU PyTorch uses a thread per core.
 
     Args:
         encoder: a ResNet of `networks.ENCODERS`.
-        batch: NumPy arrays, as our step takes it; its stacks are cut before the clock runs.
-        num_actions: of each game.
-        hidden_sizes: of the fully connected layers.
-        dtype: of the computation.
-        seconds: of measurement.
+        batch: batch of NumPy arrays, as for our step; its stacks are cut before the timing.
+        num_actions: sizes of the games' action sets.
+        hidden_sizes: sizes of the fully connected layers.
+        dtype: dtype of the computation.
+        seconds: duration of the measurement.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)

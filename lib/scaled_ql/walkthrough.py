@@ -1,4 +1,4 @@
-"""What one transition pulls at, and how that changes with the head, alpha and n: the walkthrough's exercise."""
+"""The pull of one transition, and its dependence on the head, alpha and n: the walkthrough's exercise."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,12 +18,12 @@ Forward = Callable[[np.ndarray, np.ndarray], jax.Array]  # observation [B, 84, 8
 
 
 class Pull(NamedTuple):
-    """One transition's target, and what descent on its loss does to the logits and the values at its state.
+    """One transition's target, and the effect of descent on its loss on the logits and values at its state.
 
     Attributes:
-        action: of the data.
+        action: the data's action.
         predicted: [N], the return distribution of that action.
-        target: [N], the distribution that it is to become; None where only the value has a target (``mse``).
+        target: [N], its target distribution; None if only the value has a target (``mse``).
         target_mean: expected return of the target.
         td_gradient: [A, N], of the TD error with respect to the logits.
         cql_gradient: [A, N], of alpha * CQL.
@@ -42,9 +42,9 @@ class Pull(NamedTuple):
 
 
 def push_on_q(logits: jax.Array, gradient: jax.Array, atoms: jax.Array) -> jax.Array:
-    """How fast Q [A] changes when logits [A, N] descend along a gradient [A, N] of theirs: - dQ/dlogits . gradient.
+    """Rate of change of Q [A] when logits [A, N] descend along their gradient [A, N]: - dQ/dlogits . gradient.
 
-    It is the change per unit of step size, to first order, as if the logits themselves were the parameters.
+    The rate is per unit of step size, to first order, as if the logits were the parameters.
     """
     return jax.jvp(lambda x: losses.expected_q(x, atoms), (logits,), (-gradient,))[1]
 
@@ -60,13 +60,13 @@ def pull(
     head: Head = "c51",
     alpha: float = 0.05,
 ) -> Pull:
-    """What one transition pulls at.
+    """Compute the `Pull` of one transition.
 
     Args:
-        logits_t, action_t, reward, discount, target_logits_tn, atoms: as of `losses.c51_loss`.
+        logits_t, action_t, reward, discount, target_logits_tn, atoms: see `losses.c51_loss`.
         mask: bool [A], the game's actions.
-        head: whose TD error. That of ``mse`` is of the distribution's mean here; a network with an MSE head has no
-            distribution, and outputs that value.
+        head: head that defines the TD error. For ``mse`` it is that of the distribution's mean; a network with an MSE
+            head has no distribution, and outputs that value.
         alpha: weight of the CQL regulariser.
     """
     transition = (logits_t, action_t, reward, discount, target_logits_tn)
@@ -111,7 +111,7 @@ def what_if(
     head: Head = "c51",
     alpha: float = 0.05,
 ) -> Pull:
-    """What a recorded transition pulls at under given settings; see `pull`.
+    """Compute the `Pull` of a recorded transition under given settings; see `pull`.
 
     Args:
         replay: an open store.
@@ -121,8 +121,8 @@ def what_if(
         target: the target network.
         atoms: [N], the support.
         n_step: steps summed before bootstrapping.
-        discount: per step.
-        head: whose TD error.
+        discount: discount per step.
+        head: head that defines the TD error.
         alpha: weight of the CQL regulariser.
     """
     batch = replay.batch(game, [index], n_step, discount)

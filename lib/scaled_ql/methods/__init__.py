@@ -1,9 +1,9 @@
-"""Methods: what a network is trained to do, and how it then plays. One file per idea; `defaults.METHODS` names them.
+"""Methods: training objectives and the policies they give. One file per idea; `defaults.METHODS` names them.
 
 ::
 
-    method = methods.make(p)  # of a notebook's parameters
-    method = methods.q_learning(td_loss=my_loss)  # with a loss of one's own
+    method = methods.make(p)  # from a notebook's parameters
+    method = methods.q_learning(td_loss=my_loss)  # with your own loss
 """
 
 from collections.abc import Callable
@@ -26,11 +26,11 @@ METHODS: dict[str, Callable[..., Method]] = {
 
 
 def make(p: Any, **changes: Any) -> Method:
-    """The method that a notebook's parameters describe.
+    """Make the method that a notebook's parameters describe.
 
     Args:
-        p: parameters of `04_scaled_training`, or of a notebook that has the same ones.
-        changes: arguments of the method in place of parameters, or beside them, such as `td_loss` of `q_learning`.
+        p: parameters of `04_scaled_training`, or of a notebook with the same ones.
+        changes: arguments of the method that replace or extend them, such as `td_loss` of `q_learning`.
     """
     given = dict(p) | {"atoms": losses.support(p.v_min, p.v_max, p.num_atoms)}
     names = set(defaults.METHODS[p.method][1]) - {"rewards"}

@@ -44,10 +44,10 @@ def bc(*, random_shift: int = 0) -> Method:
 
 
 def return_bc(*, atoms: jax.Array | None = None, kappa: float = KAPPA, random_shift: int = 0) -> Method:
-    """Cloning of actions and returns together, which then acts as if it expected a high return.
+    """Cloning of actions and returns together; the policy then acts as if it expected a high return.
 
     Args:
-        atoms: returns [N] that are told apart (default: `losses.support()`).
+        atoms: support [N] of the returns (default: `losses.support()`).
         kappa: inverse temperature of the expert's returns; see `losses.expert_action_logits`.
         random_shift: as in `q_learning.q_learning`.
 

@@ -1,4 +1,4 @@
-"""What every method is made of: the `Method` record, and the parts that objectives share."""
+"""The `Method` record, and the parts that objectives share."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -23,24 +23,24 @@ Preferences = Callable[[PyTree, jax.Array, jax.Array], jax.Array]
 
 
 class MethodError(TypeError):
-    """A loss or an objective that does not give what training needs; the message says what it gave."""
+    """A loss or an objective with an invalid result; the message describes the result."""
 
 
 class Method(NamedTuple):
-    """What tells a method apart from the others: one record, which training, evaluation and reports read.
+    """A method as one record, which training, evaluation and reports read.
 
     Attributes:
-        minimises: what a step minimises, in Markdown with LaTeX, with this method's weights.
+        minimises: the loss, in Markdown with LaTeX, with this method's weights.
         build: (encoder, number of games, seed, **architecture of `networks.make_q_network`) -> the network.
         objective: (graph, sizes of the games' action sets, reward scale float32 [games] or None) -> the objective:
-            (params, target_params, batch, key) -> (loss, metrics). What metrics must hold says `checked_objective`.
+            (params, target_params, batch, key) -> (loss, metrics); `checked_objective` specifies the metrics.
         preferences: (graph, sizes) -> jitted (params, uint8 [B, 84, 84, 4], game int32 [B]) -> float32 [B, 18], -inf
             outside the game's set: the largest is played. None: the trained network cannot play.
-        metrics: names of the metrics that are plotted and their titles; of the first there are sums per game, too.
-        batches: ``transitions``, or ``returns``: transitions whose reward is the discounted return from there on.
+        metrics: plotted metrics and their titles; the first has sums per game, too.
+        batches: ``transitions``, or ``returns``: transitions whose reward is the discounted return to go.
         scales_rewards: whether the objective divides rewards by `replay.reward_scales`.
-        before: by the name of a part of the network, the method that trains it first; it is frozen afterwards.
-        values: what `preferences` are, for a figure's axis.
+        before: for parts of the network, by name, the method that trains them first; they are frozen afterwards.
+        values: name of the `preferences`, for a figure's axis.
         samples: whether the policy softmax(preferences) is evaluated, too.
         distributions: (graph, sizes, reward scale) -> (params, target_params, batch) -> predicted and target
             distribution of the data's actions, each float32 [B, N]; None: there are none to compare.
@@ -59,7 +59,7 @@ class Method(NamedTuple):
     distributions: Callable[..., Callable] | None = None
 
     def stages(self, network: nnx.Module) -> list[tuple[str, "Method", nnx.Module]]:
-        """What is trained one after the other: (folder below the run's, method, network or part of it)."""
+        """Stages of training, in order: (folder below the run's, method, network or part of it)."""
         return [(name, method, getattr(network, name)) for name, method in self.before.items()] + [("", self, network)]
 
 
@@ -69,7 +69,7 @@ def build_network(encoder: str, num_games: int, seed: int = 0, *, head: Head, **
 
 
 def action_masks(num_actions: list[int]) -> jax.Array:
-    """bool [games, 18]: which actions each game has, from the sizes of their minimal sets."""
+    """Masks of each game's actions, bool [games, 18], from the sizes of their minimal sets."""
     return jnp.arange(NUM_ACTIONS) < jnp.array(num_actions)[:, None]
 
 
@@ -115,9 +115,9 @@ def masked_preferences(values: Callable, graph: nnx.GraphDef, num_actions: list[
 
 
 def without_rewards(objective: Objective, rewards: Rewards) -> Objective:
-    """The control of an experiment: an objective that minimises the same loss on rewards that say nothing.
+    """Make a control: an objective that minimises the same loss on uninformative rewards.
 
-    What it learns, it did not learn from rewards; frames, actions, discounts and terminations are untouched.
+    Anything it learns is not learned from rewards; frames, actions, discounts and terminations are unchanged.
 
     Args:
         objective: objective of a method.
@@ -138,31 +138,31 @@ def without_rewards(objective: Objective, rewards: Rewards) -> Objective:
 
 
 def checked_objective(objective: Objective) -> Objective:
-    """An objective whose results are checked while it is traced, before anything is compiled.
+    """Wrap an objective so that its results are checked while it is traced, before anything is compiled.
 
-    Metrics are float scalars, averaged over the steps of a row of the log, one of which is ``loss``; and two arrays
-    float [games], ``<name>_sum`` and ``<name>_count``: sums over the batch's transitions of each game, and how many
-    they are, from which the log has ``<name>/<game>``. `by_game` makes them.
+    Metrics are float scalars, one of them ``loss``, averaged over the steps of a row of the log; and two arrays
+    float [games], ``<name>_sum`` and ``<name>_count``: sums over the batch's transitions of each game, and their
+    numbers, which the log reports as ``<name>/<game>``. `by_game` makes them.
 
     Raises:
-        MethodError: when it is traced, the objective returns something else.
+        MethodError: the objective returns something else; raised when traced.
     """
 
     def checked(params: PyTree, target_params: PyTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         returned = objective(params, target_params, batch, key)
         if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], dict)):
-            raise MethodError(f"an objective returns (loss, metrics), this one {type(returned).__name__}.")
+            raise MethodError(f"an objective must return (loss, metrics), got {type(returned).__name__}.")
         loss, metrics = returned
         if np.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
-            raise MethodError(f"an objective's loss is a float scalar, this one's {describe_array(loss)}.")
+            raise MethodError(f"an objective's loss must be a float scalar, got {describe_array(loss)}.")
         if "loss" not in metrics:
-            raise MethodError(f"an objective's metrics have a scalar loss, this one's only {', '.join(metrics)}.")
+            raise MethodError(f"an objective's metrics must have a scalar loss, got only {', '.join(metrics)}.")
         games = {name for name, value in metrics.items() if np.ndim(value)}
         names = {name.removesuffix("_sum") for name in games if name.endswith("_sum")}
         if len(names) != 1 or games != {f"{name}{suffix}" for name in names for suffix in ("_sum", "_count")}:
             raise MethodError(
-                "an objective's metrics are scalars and one pair of sums per game, <name>_sum and <name>_count "
-                f"(`methods.common.by_game`), this one's arrays are {', '.join(sorted(games)) or 'none'}."
+                "an objective's metrics must be scalars and one pair of sums per game, <name>_sum and <name>_count "
+                f"(`methods.common.by_game`), got the arrays {', '.join(sorted(games)) or 'none'}."
             )
         return returned
 

@@ -52,14 +52,14 @@ def q_learning(
     Args:
         head: ``c51``, ``hl_gauss``, ``two_hot`` or ``mse``: form of the value and, without `td_loss`, its TD error.
         td_loss: a function of one transition: (outputs_t, action_t, reward, discount, target_outputs_tn, selector_q_tn,
-            allowed) -> float scalar, as `losses.c51_loss` describes them; where it has an argument `atoms`, it gets
-            the support. Outputs are logits [18, N], or values [18] where the head is ``mse``.
-        alpha: weight of the CQL regulariser; ``paper``: Table B.1's, 0.05, with ``mse`` 0.1.
+            allowed) -> float scalar, see `losses.c51_loss`; an argument `atoms`, if it has one, is the support.
+            Outputs are logits [18, N], or values [18] with the head ``mse``.
+        alpha: weight of the CQL regulariser; ``paper``: Table B.1's 0.05, or 0.1 with ``mse``.
         atoms: support [N] of a categorical head (default: `losses.support()`).
         double_q: the online network chooses the action that the target network values.
         scale_rewards: divide rewards by their standard deviation in each game; ``auto``: with ``mse`` (section 5.3).
         dr3: weight of `losses.dr3_penalty`.
-        random_shift: pixels by which observations are shifted at most (`losses.shift_image`).
+        random_shift: maximum shift of observations in pixels (`losses.shift_image`).
         likely: discrete BCQ's threshold; see `bcq`. The network is then a `BCQNetwork`.
 
     Returns:
@@ -69,7 +69,7 @@ def q_learning(
         `dr3_penalty`; and float32 [games] `td_loss_sum`, `td_loss_count`.
 
     Raises:
-        MethodError: `td_loss` does not take a transition, or (when traced) does not return a float scalar.
+        MethodError: `td_loss` does not accept a transition, or (when traced) does not return a float scalar.
     """
     alpha = (0.1 if head == "mse" else 0.05) if alpha == "paper" else alpha
     atoms = losses.support() if atoms is None else atoms
@@ -86,7 +86,7 @@ def q_learning(
         batch: Batch,
         augment: tuple = (None, None),
     ) -> tuple:
-        """A TD loss's arguments, the representations at both of their ends, and metrics."""
+        """A TD loss's arguments, the representations at both ends of the transitions, and metrics."""
         network, target = (nnx.merge(graph, nnx.State(tree)) for tree in trees)
         allowed, metrics = common.action_masks(num_actions)[batch.game], {}
         scale = jnp.ones(len(num_actions)) if reward_scale is None else jnp.asarray(reward_scale)
@@ -134,7 +134,7 @@ def q_learning(
 
     def distributions(graph: nnx.GraphDef, num_actions: list[int], reward_scale: np.ndarray | None = None) -> Callable:
         def of_one(*transition: jax.Array) -> tuple[jax.Array, jax.Array]:
-            # A cross-entropy's gradient is softmax(logits) - target; so it is of each categorical one in TD_LOSSES.
+            # A cross-entropy's gradient, as of each categorical loss in TD_LOSSES, is softmax(logits) - target.
             logits, action = transition[:2]
             predicted = jax.nn.softmax(logits[action])
             return predicted, predicted - jax.grad(loss)(*transition)[action]
@@ -161,7 +161,7 @@ def q_learning(
         preferences=partial(common.masked_preferences, values),
         metrics=METRICS,
         scales_rewards=scale_rewards == "yes" or (scale_rewards == "auto" and head == "mse"),
-        distributions=None if td_loss or head == "mse" else distributions,  # only a cross-entropy's can be told
+        distributions=None if td_loss or head == "mse" else distributions,  # known only for a cross-entropy
     )
 
 
@@ -171,13 +171,12 @@ cql = q_learning
 def bcq(*, tau: float = TAU, alpha: float | Literal["paper"] = "paper", **settings: Any) -> Method:
     """Discrete batch-constrained Q-learning (appendix A.2): backs up only actions that are likely in the data.
 
-    A behaviour policy is cloned first, by a network of the same architecture that shares nothing with the Q-network,
-    and gets no gradient afterwards; Fujimoto et al. (2019), whom the paper follows otherwise, train it along with the
-    Q-network and on the same features.
+    A behaviour policy is cloned first, by a separate network of the same architecture, and gets no gradient afterwards.
+    Fujimoto et al. (2019), whom the paper otherwise follows, train it jointly with the Q-network on shared features.
 
     Args:
-        tau: backed up and played are actions with pi(a|s) >= tau max pi (`losses.likely_actions`).
-        alpha: weight of the CQL regulariser; ``paper``: 0, for BCQ takes its place.
+        tau: threshold of the actions that are backed up and played, pi(a|s) >= tau max pi (`losses.likely_actions`).
+        alpha: weight of the CQL regulariser; ``paper``: 0, as BCQ replaces it.
         settings: further arguments of `q_learning`.
     """
     method = q_learning(alpha=0.0 if alpha == "paper" else alpha, likely=tau, **settings)
@@ -201,14 +200,14 @@ def _in_words(td_loss: str, alpha: float, dr3: float) -> str:
 
 
 def _with_atoms(td_loss: TDLoss, atoms: jax.Array) -> TDLoss:
-    """A loss of one transition alone, its support given."""
+    """Bind a loss to its support, so that it takes only a transition."""
     arguments = inspect.signature(td_loss).parameters
     bound = partial(td_loss, atoms=atoms) if "atoms" in arguments else td_loss
     try:
         inspect.signature(bound).bind(*TRANSITION)
     except TypeError as error:
         raise MethodError(
-            f"td_loss takes ({', '.join(TRANSITION)}) of one transition and returns a scalar, this one takes "
+            f"td_loss must take ({', '.join(TRANSITION)}) of one transition and return a scalar, this one takes "
             f"({', '.join(arguments)}): {error}."
         ) from None
     return bound
@@ -218,4 +217,4 @@ def _check_scalars(td: Any, size: int) -> None:
     shape, dtype = (getattr(td, name, None) for name in ("shape", "dtype"))
     if shape != (size,) or not jnp.issubdtype(dtype, jnp.floating):
         given = type(td).__name__ if shape is None else f"{dtype}{list(shape[1:])}"
-        raise MethodError(f"td_loss returns a float scalar for one transition, this one {given}.")
+        raise MethodError(f"td_loss must return a float scalar for one transition, got {given}.")

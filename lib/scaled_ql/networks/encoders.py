@@ -42,8 +42,8 @@ def max_pool(x: jax.Array) -> jax.Array:
 class GroupNorm(nnx.Module):
     """Group normalisation (Wu & He, 2018) over space and `group_size` channels, in float32 at least.
 
-    Space is summed first, channel by channel, and only [B, C] numbers are grouped: all that touches a whole image is
-    two sums and one multiply-add, forwards and backwards. Grouping the channels of the image, as
+    Space is summed first, channel by channel, and only [B, C] numbers are grouped: whole images take only two sums and
+    one multiply-add, forwards and backwards. Grouping the channels of the image, as
     `nnx.GroupNorm` does, took three times as long on a CPU.
     """
 
@@ -78,10 +78,10 @@ def squares_to_channels(x: jax.Array, side: int) -> jax.Array:
 
 
 def strided_convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: str) -> jax.Array:
-    """A convolution whose stride divides the image, [B, H, W, C] -> [B, H', W', F], by one without a stride.
+    """Compute a convolution whose stride divides the image, [B, H, W, C] -> [B, H', W', F], without a stride.
 
-    That is over squares of stride x stride pixels put in the channels, with zeros where the kernel ends within one:
-    the same products, on 16 channels instead of the 4 of a frame stack, which vector and matrix units fill better.
+    Squares of stride x stride pixels are put in the channels, with zeros where the kernel ends within one: the same
+    products, on 16 channels instead of a frame stack's 4, which fill vector and matrix units better.
 
     Args:
         x: [B, H, W, C].
@@ -183,7 +183,7 @@ class ResNet(nnx.Module):
 
 
 def run_blocks(blocks: nnx.Sequential, x: jax.Array, remat: bool) -> jax.Array:
-    """One block after another; with `remat` only what is between them is kept for the backward pass."""
+    """Run the blocks in order; with `remat` only the values between them are kept for the backward pass."""
     for block in blocks.layers:
         if remat:
             graph, variables = nnx.split(block)
@@ -248,7 +248,7 @@ class Nature(nnx.Module):
 
 
 class NarrowNature(nnx.Module):
-    """As `Nature` with a quarter of its channels, on images of half the size: for processors without accelerator."""
+    """`Nature` with a quarter of its channels, on images of half the size, for CPUs."""
 
     def __init__(self, *, channels: int, group_size: int, remat: bool, dtype: Dtype, rngs: nnx.Rngs):
         del group_size, remat
@@ -289,16 +289,16 @@ def make_encoder(
     dtype: Dtype = jnp.float32,
     rngs: nnx.Rngs,
 ) -> nnx.Module:
-    """An encoder by name.
+    """Make an encoder by name.
 
     Args:
         name: a key of `defaults.ENCODERS`.
         channels: frames in an observation.
         group_size: channels per group of the group normalisation (the paper's "group size of 4").
-        remat: compute each block again for the backward pass instead of keeping what is within: less memory, a third
-            more time.
-        dtype: of the computation; parameters are float32.
-        rngs: for the initial parameters.
+        remat: recompute each block in the backward pass instead of keeping its activations: less memory, a third more
+            time.
+        dtype: dtype of the computation; parameters are float32.
+        rngs: random keys of the initial parameters.
 
     Raises:
         ValueError: an unknown name.

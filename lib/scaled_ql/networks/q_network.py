@@ -59,8 +59,8 @@ def normalize_features(x: jax.Array, epsilon: float = 1e-12) -> jax.Array:
 class QNetwork(nnx.Module):
     """Encoder -> spatial embedding -> Dense, LayerNorm, ReLU -> Dense, ReLU ... -> feature normalisation -> heads.
 
-    Every game has a linear head of its own: 18 actions x atoms, of which a game's minimal set uses the first
-    rows; masking the others is the caller's (`losses`), which knows the games.
+    Every game has a separate linear head: 18 actions x atoms, of which a game's minimal set uses the first rows; the
+    caller (`losses`), which knows the games, masks the others.
     """
 
     def __init__(
@@ -107,9 +107,9 @@ class QNetwork(nnx.Module):
         """The representation before the heads, [B, last hidden size].
 
         Args:
-            observation: as in `__call__`.
-            game: as in `__call__`.
-            augment: of the images, float [B, 84, 84, 4] -> the same shape, after the mean was taken off.
+            observation: see `__call__`.
+            game: see `__call__`.
+            augment: augmentation of the images after the mean is subtracted, float [B, 84, 84, 4] -> the same shape.
         """
         x = observation.astype(self.dtype)
         if self.mean_frames is not None:
@@ -127,12 +127,12 @@ class QNetwork(nnx.Module):
 
         Args:
             observation: uint8 [B, 84, 84, 4], oldest frame first.
-            game: int32 [B], which head.
+            game: int32 [B], number of the head.
         """
         return self.heads(self.features(observation, game), game)
 
     def heads(self, features: jax.Array, game: jax.Array) -> jax.Array:
-        """Outputs as of `__call__` from a representation [B, last hidden size]."""
+        """Outputs of `__call__` from a representation [B, last hidden size]."""
         x = features.astype(self.dtype)
         kernel, bias = self.head_kernel[...].astype(self.dtype), self.head_bias[...]
         # All heads for all rows, then each row's own: far cheaper than gathering a kernel per row.
@@ -145,11 +145,11 @@ class QNetwork(nnx.Module):
 
 
 class BCQNetwork(nnx.Module):
-    """A Q-network and a behaviour policy of the same architecture, which share nothing (appendix A.2).
+    """A Q-network and a behaviour policy of the same architecture, with separate parameters (appendix A.2).
 
     Attributes:
         q: the Q-network.
-        behaviour: its outputs [B, 18] are logits of a policy that was trained before; `nnx.update` gives a network the
+        behaviour: previously trained policy, whose outputs [B, 18] are logits; `nnx.update` gives a network the
             parameters of a training state.
     """
 
@@ -175,18 +175,18 @@ def make_q_network(
     remat: bool = False,
     dtype: str = "float32",
 ) -> QNetwork:
-    """A Q-network with the paper's defaults (appendix B.1).
+    """Make a Q-network with the paper's defaults (appendix B.1).
 
     The paper does not give initial parameters. Here convolutions start as in He et al. (2015), fan out; dense layers
     and heads from a truncated normal of variance 1 / fan in; biases at 0.
 
     Args:
         encoder: a key of `networks.ENCODERS`.
-        num_games: heads.
+        num_games: number of heads.
         head: ``c51``, ``hl_gauss``, ``two_hot``: logits [B, 18, num_atoms]; ``mse``: values [B, 18].
-        seed: of the initial parameters.
-        num_atoms: of a categorical head.
-        hidden_sizes: of the fully connected layers.
+        seed: seed of the initial parameters.
+        num_atoms: atoms of a categorical head.
+        hidden_sizes: sizes of the fully connected layers.
         embedding: ``pointwise``, ``sum`` or ``none``; see `SpatialEmbedding`.
         normalize_features: divide the representation by its L2 norm.
         group_size: channels per group of the ResNets' group normalisation.
@@ -195,10 +195,10 @@ def make_q_network(
             per-pixel mean subtracted"; the paper does not say). Most of a game's screen never changes, and without
             it a short training run sees little else.
         head_bias: [num_atoms], the logits that every action's distribution starts from, such as
-            `losses.unit_normal_logits`; None: zeros, the uniform distribution. ``mse`` takes no notice of it.
-        layer_norm: after the first fully connected layer; online DQN has none (Mnih et al., 2015).
-        remat: compute the encoder's blocks again for the backward pass; see `make_encoder`.
-        dtype: of the computation, ``float32`` or ``bfloat16``; parameters and outputs are float32.
+            `losses.unit_normal_logits`; None: zeros, the uniform distribution. Ignored by ``mse``.
+        layer_norm: layer normalisation after the first fully connected layer; online DQN has none (Mnih et al., 2015).
+        remat: recompute the encoder's blocks in the backward pass; see `make_encoder`.
+        dtype: dtype of the computation, ``float32`` or ``bfloat16``; parameters and outputs are float32.
 
     Raises:
         ValueError: an unknown encoder, head or embedding.
@@ -221,15 +221,15 @@ def make_q_network(
     )
     if head == "mse":
         head_bias = None
-    # One compiled program draws all parameters: several times faster than layer by layer. What differs between runs is
-    # an argument, so that one program serves them all.
+    # One compiled program draws all parameters: several times faster than layer by layer. Differences between
+    # runs are arguments, so that one program serves all.
     draw = nnx.jit(lambda key, **arrays: create(**arrays, rngs=nnx.Rngs(key)))
     arrays = {"mean_frames": mean_frames, "head_bias": head_bias}
     return draw(jax.random.key(seed), **jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), arrays))
 
 
 def count_parameters(*modules: Any) -> int:
-    """Numbers of trained parameters in modules, or in trees of arrays, together; `mean_frames` are a constant."""
+    """Total number of trained parameters in modules or trees of arrays; `mean_frames` are a constant."""
     trees = [nnx.state(module, nnx.Param) if isinstance(module, nnx.Module) else module for module in modules]
     leaves = jax.tree_util.tree_leaves_with_path(trees)
     return sum(leaf.size for path, leaf in leaves if "mean_frames" not in jax.tree_util.keystr(path))
@@ -239,12 +239,12 @@ def layers(network: QNetwork, stack_size: int = 4) -> pd.DataFrame:
     """The parts of a network in their order, from the observation to the heads.
 
     Args:
-        network: whose parts.
+        network: network to list.
         stack_size: frames in an observation.
 
     Returns:
-        columns layer, output (its shape for one observation, in words; of the heads that of one game's), parameters
-        (trained ones; of the heads those of all games).
+        columns layer, output (shape for one observation, in words; for the heads that of one game's), parameters
+        (trained; for the heads those of all games).
     """
     image = jax.ShapeDtypeStruct((1, 84, 84, stack_size), network.dtype)
     pixels = "pixels" if network.mean_frames is None else "pixels less their mean"
