@@ -251,7 +251,7 @@ class Transfer(Parameters):
     batch_size: Count = 32
     checkpoint_every: Count = 10_000
 
-    dataset: str = ""
+    dataset: str = "01_data_collection/default/replay"
     view: str = ""
     alpha: Annotated[Any, pydantic.PlainValidator(_alpha)] = "paper"
     num_steps: Count = 300_000

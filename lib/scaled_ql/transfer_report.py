@@ -142,7 +142,7 @@ def dqn_normalized(scores: pd.DataFrame) -> float:
 
 def verdict(compared: pd.DataFrame, target: str) -> str:
     """A sentence: which arms are better than a network from scratch, which worse, and which cannot be told."""
-    judged = compared.dropna(subset=["gain low"])
+    judged = compared.dropna(subset=["gain low"]) if len(compared) else compared
     if judged.empty:
         return f"**{target}**: no verdict; it takes two seeds of a network from scratch and of another arm."
     told = {
