@@ -73,9 +73,9 @@ def test_gains_have_welchs_interval(outputs):
     assert row["seeds"] == 3
     assert np.isnan(compared.loc["scratch", "gain over scratch"])
     said = transfer_report.verdict(compared, "Pong, offline")
-    assert said.startswith("**Pong, offline**: Better than scratch: scaled ql, fine-tuned (+17.0,")
-    assert "worse: scaled ql, zero rewards, fine-tuned (-5.9" in said
-    assert "inconclusive: scaled ql, frozen" in said
+    assert said.startswith("**Pong, offline**: better than scratch: Scaled QL, fine-tuned (+17.0,")
+    assert "worse: Scaled QL, zero rewards, fine-tuned (-5.9" in said
+    assert "inconclusive: Scaled QL, frozen" in said
 
 
 def test_dqn_normalised_scores_are_of_the_default_variant(outputs):
@@ -144,7 +144,31 @@ def test_curves_have_a_point_per_evaluation(outputs):
     assert set(curves["arm"]) == set(scores_of(outputs)["arm"])
 
 
+def test_every_target_has_a_table_and_settings_that_differ_are_sets(outputs):
+    for seed in range(2):
+        write(outputs, f"mode{seed}", 1.0, game="Freeway", mode=1, setting="online", seed=seed, data="online")
+        write(
+            outputs,
+            f"mode_scratch{seed}",
+            0.5,
+            None,
+            game="Freeway",
+            mode=1,
+            setting="online",
+            seed=seed,
+            data="online",
+        )
+    tables = transfer_report.by_target(outputs)
+    assert list(tables) == ["Alien, offline", "Freeway, mode 1, online", "Pong, offline", "Pong, offline, set 2"]
+    assert sorted(len(table) for table in tables.values()) == [1, 1, 4, 12]
+    compared = {name: transfer_report.compare(table) for name, table in tables.items()}
+    gains = transfer_report.mean_gain(compared)
+    assert gains.loc[("online", "Scaled QL, fine-tuned")].tolist() == [100.0, 1]
+    assert gains.loc[("offline", "Scaled QL, fine-tuned")].tolist() == pytest.approx([100 * 17 / 13, 1])
+
+
 def test_nothing_yet(tmp_path):
+    assert transfer_report.by_target(tmp_path) == {} and transfer_report.mean_gain({}).empty
     scores = transfer_report.siblings(transfer_report.gather(tmp_path), BASE)
     assert scores.empty and transfer_report.curves(tmp_path, scores).empty
     assert "no verdict" in transfer_report.verdict(transfer_report.compare(scores), "Pong")

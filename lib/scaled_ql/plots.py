@@ -385,7 +385,8 @@ def arm_curves(curves: pd.DataFrame, title: str, xlabel: str) -> Figure:
 def _arm_colors(names: Sequence[str]) -> dict[str, str]:
     """Scratch is grey; others cycle."""
     others = [name for name in names if name != "scratch"]
-    return {"scratch": "#777777"} | dict(zip(others, ("#d55e00", "#0072b2", *OTHER_SYSTEMS) * len(others)))
+    colors = dict(zip(others, ("#d55e00", "#0072b2", *OTHER_SYSTEMS) * len(others)))
+    return {name: colors.get(name, "#777777") for name in names}
 
 
 # A family of systems has a hue, its larger member the darker shade; a system has its colour in every figure.

@@ -4,17 +4,18 @@ Runs are siblings if they differ in nothing but where their network came from, w
 the learning rate, and the seed. Equal in all of these but the seed, they are one *arm*.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from scaled_ql import ablations, evaluation, metrics
+from scaled_ql import ablations, evaluation, metrics, parameters
 from scaled_ql.ablations import Gathered
 from scaled_ql.games import UnknownGame
 from scaled_ql.paper import METHODS
-from scaled_ql.parameters import Parameters
+from scaled_ql.parameters import INCIDENTAL, Parameters
 from scaled_ql.reward_control import interval
 
 NOTEBOOK = "06_transfer"
@@ -140,11 +141,16 @@ def dqn_normalized(scores: pd.DataFrame) -> float:
         return float("nan")
 
 
-def verdict(compared: pd.DataFrame, target: str) -> str:
-    """A sentence: which arms are better than a network from scratch, which worse, and which cannot be told."""
+def verdict(compared: pd.DataFrame, name: str) -> str:
+    """A sentence: which arms are better than a network from scratch, which worse, and which cannot be told.
+
+    Args:
+        compared: from `compare`.
+        name: target.
+    """
     judged = compared.dropna(subset=["gain low"]) if len(compared) else compared
     if judged.empty:
-        return f"**{target}**: no verdict; it takes two seeds of a network from scratch and of another arm."
+        return f"**{name}**: no verdict; it takes two seeds of a network from scratch and of another arm."
     told = {
         "better than scratch": judged["gain low"] > 0,
         "worse": judged["gain high"] < 0,
@@ -157,7 +163,7 @@ def verdict(compared: pd.DataFrame, target: str) -> str:
         )
         for words, chosen in told.items() if chosen.any()
     ]  # fmt: skip
-    return f"**{target}**: {'. '.join(parts).capitalize()}."
+    return f"**{name}**: {'; '.join(parts)}."
 
 
 def curves(folder: Path, scores: pd.DataFrame) -> pd.DataFrame:
@@ -176,6 +182,44 @@ def curves(folder: Path, scores: pd.DataFrame) -> pd.DataFrame:
         parts.append(curve[["step", "agent_return", "truncated"]].assign(arm=row.arm, run=row.run))
     columns = ["arm", "run", "step", "agent_return", "truncated"]
     return pd.concat(parts)[columns] if parts else pd.DataFrame(columns=columns)
+
+
+def by_target(folder: Path) -> dict[str, pd.DataFrame]:
+    """Scores of all finished runs of `06_transfer` below an outputs folder, a table of `siblings` per target.
+
+    Returns:
+        by `target`, in alphabetical order; where runs on one target differ in settings that siblings share, they are
+        several sets, the second named ``..., set 2``.
+    """
+    gathered = gather(folder)
+    shared = [name for name in parameters.Transfer.model_fields if name not in {*INCIDENTAL, *FREE}]
+    found: dict[str, pd.DataFrame] = {}
+    if gathered.runs.empty:
+        return found
+    for _, alike in gathered.runs.groupby(gathered.runs[shared].astype(str).agg(tuple, axis=1), sort=True):
+        file = folder / NOTEBOOK / str(alike.index[0]) / "parameters.yaml"
+        base = parameters.check(NOTEBOOK, parameters.load(file), str(file))
+        number = sum(name == target(base) or name.startswith(f"{target(base)}, set ") for name in found)
+        found[f"{target(base)}, set {number + 1}" if number else target(base)] = siblings(gathered, base)
+    return dict(sorted(found.items()))
+
+
+def mean_gain(compared: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Each arm's gain over scratch in percent, averaged over the targets that have it, offline and online apart.
+
+    Args:
+        compared: tables of `compare`, by target.
+
+    Returns:
+        index setting and arm; columns mean gain %, targets (how many).
+    """
+    rows = [
+        {"setting": "offline" if ", offline" in name else "online", "arm": arm, "gain %": gain}
+        for name, table in compared.items()
+        for arm, gain in table["gain %"].dropna().items()
+    ]
+    table = pd.DataFrame(rows, columns=["setting", "arm", "gain %"]).groupby(["setting", "arm"])["gain %"]
+    return table.agg(["mean", "count"]).rename(columns={"mean": "mean gain %", "count": "targets"})
 
 
 def target(p: Parameters) -> str:
