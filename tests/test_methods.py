@@ -1013,12 +1013,12 @@ ONES, ZERO = jnp.ones(2), jnp.float32(0)
 @pytest.mark.parametrize(
     "returned, words",
     [
-        (ZERO, r"returns \(loss, metrics\)"),
+        (ZERO, r"must return \(loss, metrics\)"),
         ((ONES, {}), r"loss must be a float scalar, got float32\[2\]"),
         ((ZERO, {"nll": ZERO}), r"have a scalar loss, got only nll"),
         ((ZERO, {"loss": ZERO}), r"one pair of sums per game, .* got the arrays none"),
         ((ZERO, {"loss": ZERO, "td_sum": ONES}), r"got the arrays td_sum"),
-        ((ZERO, {"loss": ZERO, "a": ONES, "td_sum": ONES, "td_count": ONES}), r"arrays are a, td_count, td_sum"),
+        ((ZERO, {"loss": ZERO, "a": ONES, "td_sum": ONES, "td_count": ONES}), r"got the arrays a, td_count, td_sum"),
     ],
 )
 def test_a_wrong_objective_is_refused_in_one_sentence_before_anything_is_compiled(returned, words):
