@@ -55,7 +55,6 @@ def test_intervals_are_rliables() -> None:
         ours = [metrics.interval(scores, aggregate, over=over) for aggregate in AGGREGATES]
         assert [interval[0] for interval in ours] == pytest.approx(low, abs=within)
         assert [interval[1] for interval in ours] == pytest.approx(high, abs=within)
-    assert metrics.improvement_interval(SCORES, OTHERS) == pytest.approx((0.38, 0.6133333), abs=0.01)
     low, high = metrics.interval(SCORES, lambda scores: metrics.profile(scores, np.array([0.0, 1.0])))
     assert low == pytest.approx([20 / 30, 10 / 30], abs=1 / 60) and high == pytest.approx(
         [25 / 30, 15 / 30], abs=1 / 60

@@ -159,18 +159,6 @@ def interval(
     return _percentiles(np.concatenate(values), confidence)
 
 
-def improvement_interval(
-    scores: np.ndarray, others: np.ndarray, replicates: int = 50_000, confidence: float = 0.95, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """`interval` of `probability_of_improvement`, resampling the runs of both methods."""
-    pair = _runs_and_tasks(scores), _runs_and_tasks(others)
-    part = max(1, TOGETHER // (pair[0].size * len(pair[1])))
-    samples = [
-        _resampled(one, replicates, rng, "runs", part) for one, rng in zip(pair, np.random.default_rng(seed).spawn(2))
-    ]
-    return _percentiles(np.concatenate([probability_of_improvement(*both) for both in zip(*samples)]), confidence)
-
-
 def difference_interval(
     scores: np.ndarray,
     others: np.ndarray,

@@ -5,7 +5,7 @@ fraction). The paper has one run of each system, so its intervals can only come 
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Literal, NamedTuple
 
@@ -182,13 +182,19 @@ def _runs_and_games(rows: pd.DataFrame, value: str = "human_normalized") -> np.n
     return rows.pivot(index="run", columns="game", values=value).to_numpy(np.float64)
 
 
-def aggregates(scores: pd.DataFrame, replicates: int = 50_000, seed: int = 0) -> pd.DataFrame:
-    """Median and IQM of each system, with 95% bootstrap intervals over games.
+def aggregates(
+    scores: pd.DataFrame,
+    replicates: int = 50_000,
+    seed: int = 0,
+    statistics: Mapping[str, metrics.Statistic] = STATISTICS,
+) -> pd.DataFrame:
+    """Median and IQM of each system, or other statistics, with 95% bootstrap intervals over games.
 
     Args:
         scores: tidy, all systems in the same games.
         replicates: see `metrics.interval`.
         seed: see `metrics.interval`.
+        statistics: by name.
 
     Returns:
         columns system, statistic, value, low, high (fractions), games, runs.
@@ -201,7 +207,7 @@ def aggregates(scores: pd.DataFrame, replicates: int = 50_000, seed: int = 0) ->
     rows = []
     for system, table in scores.groupby("system", sort=False):
         values = _runs_and_games(table)
-        for name, statistic in STATISTICS.items():
+        for name, statistic in statistics.items():
             low, high = metrics.interval(values, statistic, replicates, seed=seed, over="tasks")
             row = {"system": system, "statistic": name, "value": statistic(values), "low": low, "high": high}
             rows.append(row | {"games": values.shape[1], "runs": values.shape[0]})

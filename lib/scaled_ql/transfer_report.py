@@ -50,7 +50,7 @@ def siblings(gathered: Gathered, base: Parameters) -> pd.DataFrame:
     """
     chosen = ablations.select(gathered, base, {}, FREE)
     if chosen.empty:
-        return pd.DataFrame(columns=list(SCORE_COLUMNS))
+        return nothing()
     table = gathered.scores[gathered.scores["run"].isin(chosen.index)].rename(columns={"truncated": "truncated_share"})
     about = chosen[["learning_rate", "seed", "mode", "difficulty"]].assign(arm=arm_names(chosen))
     about["pretrained_on_target"] = [
@@ -62,6 +62,11 @@ def siblings(gathered: Gathered, base: Parameters) -> pd.DataFrame:
     return table.assign(order=order).sort_values(["order", "arm", "learning_rate", "seed"], ignore_index=True)[
         list(SCORE_COLUMNS)
     ]
+
+
+def nothing() -> pd.DataFrame:
+    """The table of `siblings` where there are none."""
+    return pd.DataFrame(columns=list(SCORE_COLUMNS))
 
 
 def arm_names(chosen: pd.DataFrame) -> list[str]:
