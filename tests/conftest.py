@@ -23,7 +23,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # the many small ones, too
 
 
-LONG = ("test_notebooks.py", "test_devices.py", "test_online.py", "test_networks.py")  # minutes; to be started first
+# Minutes; to be started first.
+LONG = ("test_notebooks.py", "test_resuming.py", "test_devices.py", "test_online.py", "test_networks.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
