@@ -24,7 +24,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # Minutes; to be started first.
-LONG = ("test_notebooks.py", "test_resuming.py", "test_devices.py", "test_online.py", "test_networks.py")
+LONG = (
+    "test_notebooks.py", "test_resuming.py", "test_devices.py", "test_transfer_runs.py", "test_online.py",
+    "test_networks.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -176,6 +176,21 @@ def test_threads_and_processes_show_the_same(game, max_steps):
         processes.close()
 
 
+def test_a_variants_screens_are_coloured_and_of_that_variant():
+    options = {"screens": True, "difficulty": 0}
+    first, second = (make_vector_environment("Freeway", 1, mode=mode, **options) for mode in (0, 1))
+    try:
+        screens = [environment.reset(seed=0)[0] for environment in (first, second)]
+        for _ in range(8):
+            screens = [environment.step(np.zeros(1, int))[0] for environment in (first, second)]
+        assert all(screen.shape == (1, 1, 210, 160, 3) and screen.dtype == np.uint8 for screen in screens)
+        assert all((screen[..., 0] != screen[..., 2]).any() for screen in screens)
+        assert (screens[0] != screens[1]).any()
+    finally:
+        first.close()
+        second.close()
+
+
 def variants(game):
     environment = ale_py.AtariEnv(rom_name(game))
     return environment.ale.getAvailableModes(), environment.ale.getAvailableDifficulties()

@@ -97,6 +97,36 @@ def test_values_that_do_not_fit_together(values: dict, words: str) -> None:
         check("04_scaled_training", values)
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"freeze": True, "initial": "scratch"}, "freeze: nothing is transferred to a network from scratch"),
+        ({"dataset": ""}, "dataset: missing; offline fine-tuning needs a replay"),
+        ({"setting": "online", "dataset": "a/b/replay"}, "dataset: without effect in setting 'online'"),
+        ({"setting": "online", "num_steps": 5, "alpha": 0.1}, "alpha, num_steps: without effect in setting 'online'"),
+        ({"num_transitions": 5, "update_period": 1}, "num_transitions, update_period: without effect in setting"),
+        ({"parts": "head"}, "parts: Input should be"),
+        ({"v_min": 3.0, "v_max": 3.0}, "must be below"),
+        ({"eval_every": 1_500}, r"eval_every \(1500\) must be a multiple of log_every"),
+    ],
+)
+def test_transfer_takes_one_setting_at_a_time(values: dict, words: str) -> None:
+    with pytest.raises(ParameterError, match=words):
+        check("06_transfer", values)
+
+
+def test_transfers_defaults_are_the_papers() -> None:
+    """Appendix B.4; online Dopamine's C51 for what it does not say."""
+    p = check("06_transfer", {})
+    assert (p.learning_rate, p.batch_size, p.num_steps, p.n_step, p.alpha) == (5e-5, 32, 300_000, 3, "paper")
+    assert p.updates == 300_000
+    online = check("06_transfer", {"setting": "online", "eval_every": 1_500})
+    assert (online.num_transitions, online.min_history, online.update_period) == (750_000, 20_000, 4)
+    assert (online.updates, online.epsilon_decay, online.final_epsilon) == (182_500, 250_000, 0.01)
+    assert online.variant == {"mode": None, "difficulty": None}
+    assert check("06_transfer", {"mode": 0, "difficulty": 1}).variant == {"mode": 0, "difficulty": 1}
+
+
 def test_any_number_of_steps_works() -> None:
     check("04_scaled_training", {"num_steps": 600})
     check("04_scaled_training", {"num_steps": 10_501, "checkpoint_every": 1_500, "log_every": 400})

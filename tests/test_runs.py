@@ -168,6 +168,10 @@ def test_a_failing_notebook_says_why_and_can_be_read(recording: Path, tmp_path: 
         ("04_scaled_training", {"dataset": "RECORDING", "view": "pong_one_percent"}, "the view asks for Pong; it has"),
         ("04_scaled_training", {"dataset": "RECORDING", "view": "/nowhere.yaml"}, "/nowhere.yaml: cannot be read"),
         ("03_data_exploration", {"dataset": "RECORDING", "game": "Pong"}, "game 'Pong' is not in"),
+        ("06_transfer", {"game": "Breakout", "mode": "5"}, "Breakout has no mode 5. Its modes are 0, 4, 8"),
+        ("06_transfer", {"game": "Brekout"}, "Did you mean Breakout, Qbert"),
+        ("06_transfer", {"initial": "04_scaled_training/tiny"}, "initial = '04_scaled_training/tiny': no such run"),
+        ("06_transfer", {"initial": "scratch"}, "built_like = '04_scaled_training/default': no such run"),
     ],
 )
 def test_what_a_run_names_is_checked_before_a_kernel_starts(
@@ -180,6 +184,24 @@ def test_what_a_run_names_is_checked_before_a_kernel_starts(
     assert done.exit_code == 1
     assert done.output.startswith("error: run default: ") and said in done.output and done.output.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_to_transfer_from_is_finished_and_has_checkpoints(tmp_path: Path) -> None:
+    values = parameters.check("06_transfer", {"outputs": str(tmp_path), "initial": "04_scaled_training/a"})
+    (tmp_path / "04_scaled_training" / "b" / "checkpoints" / "20").mkdir(parents=True)
+    with pytest.raises(runs.RunError, match=r"no such run below .*; with checkpoints there are 04_scaled_training/b"):
+        runs.trained_run(values, "initial")
+    folder = tmp_path / "04_scaled_training" / "a"
+    folder.mkdir()
+    for state in ("running", "failed", "interrupted"):
+        (folder / "status.json").write_text(json.dumps({"state": state}))
+        with pytest.raises(runs.RunError, match=f"that run is {state}. Wait until it is finished"):
+            runs.trained_run(values, "initial")
+    (folder / "status.json").write_text('{"state": "finished"}')
+    with pytest.raises(runs.RunError, match=r"has no checkpoints\. Choose a run that trained a network"):
+        runs.trained_run(values, "initial")
+    (folder / "checkpoints" / "20").mkdir(parents=True)
+    assert runs.trained_run(values, "initial") == folder
 
 
 def test_a_batch_is_checked_before_its_first_step(tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ class Gathered(NamedTuple):
 
     Attributes:
         runs: index name of the run; all parameters, `data_id`, `num_parameters` (in all), `paper_parameters` (as the
-            paper counts, encoder and first dense layer; NaN of a run that did not record it).
+            paper counts, encoder and first dense layer; NaN of a run that did not record it), `pretrained` (of
+            `06_transfer`: what the initial network's checkpoint says of it, else None).
         scores: columns run, game, agent_return (raw), human_normalized (a fraction, NaN where not known or cut),
             episodes, truncated (share of them), cut (whether most were truncated before the protocol's limit), actions
             (by name, their shares of the agent's own choices; empty where there is no table of its episodes), and
@@ -51,10 +52,16 @@ class Gathered(NamedTuple):
     left_out: pd.DataFrame
 
 
-def gather(folder: Path) -> Gathered:
-    """Read all runs of `04_scaled_training` below an outputs folder, which may have none."""
+def gather(folder: Path, notebook: str = NOTEBOOK, asking: str = "") -> Gathered:
+    """Read all runs of a notebook that trains, `04_scaled_training` or `06_transfer`, below an outputs folder.
+
+    Args:
+        folder: outputs folder.
+        notebook: its name without ``.ipynb``.
+        asking: the run that gathers; it counts as finished once it has a summary.
+    """
     found, scores, left_out = {}, [], []
-    for place in sorted((folder / NOTEBOOK).glob("*/parameters.yaml")):
+    for place in sorted((folder / notebook).glob("*/parameters.yaml")):
         name = place.parent.name
         try:
             status = runs.read_json(place.parent / "status.json")
@@ -63,12 +70,12 @@ def gather(folder: Path) -> Gathered:
             continue
         if status.get("state") == "failed" and not runs.holds_results(place.parent):
             continue  # it reserves nothing, and is no run
-        if status.get("state") != "finished":
+        if status.get("state") != "finished" and not (name == asking and (place.parent / "summary.json").exists()):
             error = f": {status['error']}" if "error" in status else ""
             left_out.append({"run": name, "why": f"{status.get('state', 'not started')}{error}"})
             continue
         try:
-            values = parameters.check(NOTEBOOK, parameters.load(place), f"{name}/{place.name}").model_dump()
+            values = parameters.check(notebook, parameters.load(place), f"{name}/{place.name}").model_dump()
         except ParameterError as error:
             left_out.append({"run": name, "why": f"made by another version: {error}"})
             continue
@@ -77,7 +84,7 @@ def gather(folder: Path) -> Gathered:
             left_out.append({"run": name, "why": "trained with a loss that its parameters do not name"})
             continue
         sizes = {"num_parameters": summary["parameters"], "paper_parameters": summary.get("paper_parameters", np.nan)}
-        found[name] = values | {"data_id": summary["dataset"]} | sizes
+        found[name] = values | {"data_id": summary["dataset"]} | sizes | {"pretrained": summary.get("pretrained")}
         for game, row in summary["games"].items():
             score = row | {"run": name, "game": game, "episodes": row["agent_episodes"]}
             truncated = row.get("truncated_percent", 0) / 100

@@ -40,3 +40,4 @@ METHODS = {
 Head = Literal["c51", "hl_gauss", "two_hot", "mse"]
 Embedding = Literal["pointwise", "sum", "none"]
 Rewards = Literal["real", "zero", "shuffled"]
+Parts = Literal["encoder", "encoder + embedding", "all but the head"]  # that are transferred

@@ -197,9 +197,9 @@ class ProcessVectorEnv(gymnasium.vector.AsyncVectorEnv):
         UnknownAction: from `send` and `step`.
     """
 
-    def __init__(self, game: str, num_environments: int, **options: Any):
+    def __init__(self, game: str, num_environments: int, *, screens: bool = False, **options: Any):
         self._game = game
-        make = partial(_make_stacked, game, options)
+        make = partial(_make_screens if screens else _make_stacked, game, options)
         super().__init__([make] * num_environments, context="forkserver")  # a fork of a program with threads may hang
 
     def _check_spaces(self) -> None:
@@ -267,6 +267,13 @@ class ProcessVectorEnv(gymnasium.vector.AsyncVectorEnv):
 def _make_stacked(game: str, options: dict[str, Any]) -> gymnasium.Env:
     environment = make_environment(game, **options)
     return gymnasium.wrappers.FrameStackObservation(environment, STACK_SIZE, padding_type="zero")
+
+
+def _make_screens(game: str, options: dict[str, Any]) -> gymnasium.Env:
+    environment = make_environment(game, **options)
+    screen, space = environment.unwrapped.ale.getScreenRGB, environment.unwrapped.observation_space
+    shown = gymnasium.spaces.Box(0, 255, (1, *space.shape), np.uint8)
+    return gymnasium.wrappers.TransformObservation(environment, lambda _: screen()[None], shown)
 
 
 class ThreadVectorEnv(ale_py.vector_env.AtariVectorEnv):
@@ -376,7 +383,7 @@ def make_vector_environment(
         num_threads: of the default variant; 0: one per core.
         mode: as in `make_environment`.
         difficulty: as in `make_environment`.
-        screens: of the default variant; observations are coloured screens, uint8 [N, 1, 210, 160, 3], the same play.
+        screens: observations are coloured screens, uint8 [N, 1, 210, 160, 3], the same play.
 
     Raises:
         EnvironmentDied: they do not answer; so from whatever waits for them.
@@ -387,7 +394,7 @@ def make_vector_environment(
     if mode is not None or difficulty is not None:
         check_variant(game, mode, difficulty)
         options = {"sticky_actions": sticky_actions, "max_steps": max_steps, "mode": mode, "difficulty": difficulty}
-        return ProcessVectorEnv(game, num_environments, **options)
+        return ProcessVectorEnv(game, num_environments, screens=screens, **options)
     return ThreadVectorEnv(
         game,
         num_environments,

@@ -169,6 +169,29 @@ def evaluate(
     return pd.DataFrame(rows, columns=[*columns, *(f"action_{name}" for name in action_names(game))])
 
 
+def mean_random_frame(game: str, seed: int, num_frames: int = 1_000, **variant: Any) -> np.ndarray:
+    """Mean frame of random play: what `replay.mean_frames` is where nothing was recorded.
+
+    Args:
+        game: name as in the paper.
+        seed: seed of the play.
+        num_frames: frames in all, every fourth of eight episodes or more side by side.
+        variant: `mode` and `difficulty`; see `make_vector_environment`.
+
+    Returns:
+        float32 [84, 84], from 0 to 255.
+    """
+    environments, rng = make_vector_environment(game, 8, **variant), np.random.default_rng(seed)
+    environments.reset(seed=int(rng.integers(2**30)))
+    total, steps = np.zeros((84, 84)), -(-num_frames // 8)
+    for _ in range(steps):
+        for _ in range(4):
+            stacks = environments.step(rng.integers(environments.single_action_space.n, size=8))[0]
+        total += stacks[:, -1].mean(0, dtype=np.float64)
+    environments.close()
+    return (total / steps).astype(np.float32)
+
+
 def mean_interval(returns: np.ndarray, seed: int = 0, confidence: float = 0.95) -> tuple[float, float]:
     """Bootstrap interval of the mean over episodes: how well one agent was measured, not how well training repeats."""
     returns = np.asarray(returns, np.float64)
@@ -213,6 +236,8 @@ def record_film(
     seed: int,
     sticky_actions: float = 0.0,
     max_steps: int = MAX_STEPS,
+    mode: int | None = None,
+    difficulty: int | None = None,
     num_steps: int = 900,
     frames_per_second: int = 30,
     label: str = "Q(s, a)",
@@ -225,7 +250,7 @@ def record_film(
         episodes: from `evaluate`, with `keep_actions`.
         number: which row.
         file: to write.
-        seed, sticky_actions, max_steps: as in the evaluation.
+        seed, sticky_actions, max_steps, mode, difficulty: as in the evaluation.
         num_steps: agent steps shown at most, 15 of which are a second of the game; idle stretches are skipped
             (`eventful`).
         frames_per_second: of the video: 30 is twice the game's speed.
@@ -240,7 +265,7 @@ def record_film(
         [ord(letter) - ord("a") for letter in row[1:]] for row in before[before["environment"] == slot]["actions"]
     ]
     first = int(np.random.default_rng(seed).integers(2**30)) + slot
-    options = {"sticky_actions": sticky_actions, "max_steps": max_steps}
+    options = {"sticky_actions": sticky_actions, "max_steps": max_steps, "mode": mode, "difficulty": difficulty}
     rewards, still, last = [], [], None
     for stack, reward in _play_again(game, first, actions, options):
         still.append(last is not None and np.array_equal(stack[-1], last))

@@ -14,7 +14,7 @@ import pydantic
 from pydantic import Field
 
 from scaled_ql import defaults, documents
-from scaled_ql.defaults import Embedding, Head, Rewards
+from scaled_ql.defaults import Embedding, Head, Parts, Rewards
 from scaled_ql.environments import MAX_STEPS
 
 Encoder = Literal[tuple(defaults.ENCODERS)]
@@ -143,8 +143,8 @@ class DataExploration(Parameters):
 # Parameters of training runs that change nothing about what a run learns or how it is measured, and the seed.
 INCIDENTAL = frozenset((
     "run", "outputs", "seed", "replay_storage", "sampling_processes", "log_every", "checkpoint_every",
-    "keep_checkpoint_every", "eval_every", "video_steps", "num_devices", "distributed", "shard_parameters",
-    "accumulate", "remat",
+    "keep_checkpoint_every", "eval_every", "video_steps", "probe_moments", "num_devices", "distributed",
+    "shard_parameters", "accumulate", "remat",
 ))  # fmt: skip
 # What a method must take where it is set; alpha, tau and kappa may stand in a file that several methods share.
 CHECKED = ("head", "double_q", "scale_rewards", "dr3", "rewards")
@@ -226,6 +226,97 @@ class ScaledTraining(Parameters):
         return self
 
 
+class Transfer(Parameters):
+    """`06_transfer`; offline as in appendix B.4, online with what it gives and Dopamine's C51 for the rest."""
+
+    initial: str = "04_scaled_training/default"
+    built_like: str = "04_scaled_training/default"
+    parts: Parts = "encoder + embedding"
+    freeze: bool = False
+    setting: Literal["offline", "online"] = "offline"
+    game: str = "Alien"
+    mode: Annotated[int, Field(ge=-1)] = -1
+    difficulty: Annotated[int, Field(ge=-1)] = -1
+    seed: Seed = 0
+
+    v_min: float = defaults.V_MIN
+    v_max: float = defaults.V_MAX
+    narrow_start: bool = False
+    n_step: Count = 3
+    discount: Share = 0.99
+    learning_rate: Annotated[float, Field(gt=0)] = 5.0e-5
+    decay_learning_rate: bool = False
+    adam_epsilon: Annotated[float, Field(gt=0)] = defaults.ADAM_EPSILON
+    target_update_period: Count = defaults.TARGET_UPDATE_PERIOD
+    batch_size: Count = 32
+    checkpoint_every: Count = 10_000
+
+    dataset: str = "01_data_collection/default/replay"
+    view: str = ""
+    alpha: Annotated[Any, pydantic.PlainValidator(_alpha)] = "paper"
+    num_steps: Count = 300_000
+    log_every: Count = 1_000
+
+    num_transitions: Count = 750_000
+    sticky_actions: Share = 0.25
+    max_steps: Count = MAX_STEPS
+    environments: Count = 16
+    num_threads: Annotated[int, Field(ge=0)] = 0
+    min_history: Count = 20_000
+    update_period: Count = 4
+    final_epsilon: Share = 0.01
+    epsilon_decay: Count = 250_000
+    capacity: Count = 1_000_000
+    compressed: bool = False
+
+    eval_episodes: Count = 10
+    eval_min_steps: Annotated[int, Field(ge=0)] = 0
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    eval_epsilon: Share = 0.001
+    eval_sticky_actions: Share = 0.0
+    eval_max_steps: Count = MAX_STEPS
+    eval_seed: Seed = 0
+    video_steps: Annotated[int, Field(ge=0)] = 900
+    probe_moments: Annotated[int, Field(ge=0)] = 2_000
+
+    @property
+    def variant(self) -> dict[str, int | None]:
+        """Mode and difficulty as the environments take them: None is the default."""
+        return {name: value if (value := getattr(self, name)) >= 0 else None for name in ("mode", "difficulty")}
+
+    @property
+    def updates(self) -> int:
+        """Gradient steps in all: online, one for every `update_period` transitions after the first `min_history`."""
+        online = max(1, (self.num_transitions - self.min_history) // self.update_period)
+        return self.num_steps if self.setting == "offline" else online
+
+    @pydantic.model_validator(mode="after")
+    def _settings_fit(self) -> "Transfer":
+        if self.v_min >= self.v_max:
+            raise ValueError(f"v_min ({self.v_min}) must be below v_max ({self.v_max})")
+        if self.freeze and self.initial == "scratch":
+            raise ValueError("freeze: nothing is transferred to a network from scratch; set initial, or leave out")
+        if self.setting == "offline" and not self.dataset:
+            raise ValueError("dataset: missing; offline fine-tuning needs a replay with the game")
+        if self.setting == "offline" and self.eval_every % self.log_every:
+            raise ValueError(f"eval_every ({self.eval_every}) must be a multiple of log_every ({self.log_every})")
+        idle = ONLY[{"offline": "online", "online": "offline"}[self.setting]]
+        idle = [name for name in idle if getattr(self, name) != type(self).model_fields[name].default]
+        if idle:
+            raise ValueError(f"{', '.join(idle)}: without effect in setting {self.setting!r}; leave out")
+        return self
+
+
+# Parameters of `06_transfer` that concern one setting alone.
+ONLY = {
+    "offline": ("dataset", "view", "alpha", "num_steps", "log_every"),
+    "online": (
+        "num_transitions", "sticky_actions", "max_steps", "environments", "num_threads", "min_history",
+        "update_period", "final_epsilon", "epsilon_decay", "capacity", "compressed",
+    ),
+}  # fmt: skip
+
+
 class PaperReport(Parameters):
     """`08_paper_report`."""
 
@@ -293,6 +384,7 @@ NOTEBOOKS: dict[str, type[Parameters]] = {
     "04_scaled_training": ScaledTraining,
     "05_ablations": Ablations,
     "05_learning_from_reward": LearningFromReward,
+    "06_transfer": Transfer,
     "08_paper_report": PaperReport,
     "09_performance": Performance,
 }

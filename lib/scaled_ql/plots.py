@@ -335,6 +335,60 @@ def reward_control(table: pd.DataFrame, method: str, control: str) -> Figure:
     return figure
 
 
+def arms(table: pd.DataFrame, title: str) -> Figure:
+    """Mean raw returns of the arms of a comparison: a row each, a dot per training seed, a bar for their mean.
+
+    Args:
+        table: columns arm, agent_return, random_return, dataset_return (missing where there is no dataset).
+        title: target.
+    """
+    names = list(dict.fromkeys(table["arm"]))
+    figure, axis = plt.subplots(figsize=(7.5, 1.1 + 0.45 * len(names)))
+    colors = _arm_colors(names)
+    for number, name in enumerate(names):
+        returns = table.loc[table["arm"] == name, "agent_return"]
+        axis.scatter(returns, np.full(len(returns), number), color=colors[name], s=28, alpha=0.8, zorder=3)
+        axis.plot([returns.mean()] * 2, [number - 0.3, number + 0.3], color=colors[name], lw=2)
+    for column, label, style in (("dataset_return", "data", "-"), ("random_return", "random play", ":")):
+        if table[column].notna().any():
+            axis.axvline(table[column].mean(), color="black", lw=1, ls=style, label=label)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.set(title=title, xlabel="mean episode return (raw)")
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8, loc="best")
+    return figure
+
+
+def arm_curves(curves: pd.DataFrame, title: str, xlabel: str) -> Figure:
+    """Mean raw return against training steps: a thin line per run, a thick one for each arm's mean over seeds.
+
+    Args:
+        curves: from `transfer_report.curves`.
+        title: target.
+        xlabel: unit of `step`.
+    """
+    names = list(dict.fromkeys(curves["arm"]))
+    figure, axis = plt.subplots(figsize=(7.5, 3.6))
+    for name, color in _arm_colors(names).items():
+        here = curves[curves["arm"] == name]
+        for _, run in here.groupby("run"):
+            axis.plot(run["step"], run["agent_return"], color=color, lw=0.7, alpha=0.45)
+        mean = here.groupby("step")["agent_return"].mean()
+        axis.plot(mean.index, mean, color=color, lw=2, marker="o", ms=4, label=name)
+    axis.set(title=title, xlabel=xlabel, ylabel="episode return (raw)")
+    if names:
+        axis.legend(fontsize=8, loc="best")
+    return figure
+
+
+def _arm_colors(names: Sequence[str]) -> dict[str, str]:
+    """Scratch is grey; others cycle."""
+    others = [name for name in names if name != "scratch"]
+    colors = dict(zip(others, ("#d55e00", "#0072b2", *OTHER_SYSTEMS) * len(others)))
+    return {name: colors.get(name, "#777777") for name in names}
+
+
 # A family of systems has a hue, its larger member the darker shade; a system has its colour in every figure.
 SYSTEMS = {
     "DT (200M)": "#0072b2", "DT (40M)": "#7cc4ee", "BC (200M)": "#a8417c", "BC (80M)": "#dd9cc2",

@@ -36,7 +36,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from scaled_ql import documents, parameters
-from scaled_ql.games import UnknownGame, rom_name
+from scaled_ql.games import UnknownGame, UnknownVariant, check_variant, rom_name
 from scaled_ql.parameters import Parameters
 from scaled_ql.replay import Replay, ReplayError, View, open_replay
 from scaled_ql.replay.views import load_view
@@ -110,8 +110,8 @@ def own_folder(notebook: str, values: Parameters) -> Path:
     return run_folder(notebook, values) / f"processes/{number}" if number else run_folder(notebook, values)
 
 
-def open_dataset(values: Any) -> Replay:
-    """The replay that a run's `dataset` and `view` name.
+def open_dataset(values: Any, games: list[str] | None = None) -> Replay:
+    """The replay that a run's `dataset` and `view` name, or of it some games only.
 
     `dataset` is a URL, an absolute path, or a path below the outputs folder; `view` a file of `params/views/`
     without ``.yaml``, or any path, and "" for all of the dataset.
@@ -120,7 +120,8 @@ def open_dataset(values: Any) -> Replay:
         ReplayError: not there, damaged, or a view that asks for what is not there.
     """
     path = values.dataset if "://" in values.dataset else str(outputs_folder(values) / values.dataset)
-    return open_replay(path, _open_view(values.view))
+    view = _open_view(values.view)
+    return open_replay(path, (view or View()).model_copy(update={"games": games}) if games else view)
 
 
 def _open_view(name: str) -> View | None:
@@ -138,7 +139,7 @@ def _open_view(name: str) -> View | None:
 
 
 def check_names(values: Parameters) -> None:
-    """Check the games and the view that a run names, which need nothing that another run makes.
+    """Check the games, the variant and the view that a run names, which need nothing that another run makes.
 
     Raises:
         RunError: one is unknown; the message says which are near.
@@ -146,19 +147,23 @@ def check_names(values: Parameters) -> None:
     try:
         for game in getattr(values, "games", ()):
             rom_name(game)
+        if hasattr(values, "variant"):
+            check_variant(values.game, **values.variant)
         _open_view(getattr(values, "view", ""))
-    except (UnknownGame, ReplayError) as error:
+    except (UnknownGame, UnknownVariant, ReplayError) as error:
         raise RunError(f"run {values.run}: {error}") from error
 
 
 def check_inputs(values: Parameters) -> None:
-    """Check what a run names before a kernel is started for it: games, view, dataset.
+    """Check what a run names before a kernel is started for it: games, view, dataset, the run it is initialised from.
 
     Raises:
-        RunError: one is unknown, or cannot be read.
+        RunError: one is unknown, cannot be read, or is not finished.
     """
     check_names(values)
-    if hasattr(values, "dataset"):
+    if hasattr(values, "initial"):
+        trained_run(values, "built_like" if values.initial == "scratch" else "initial")
+    if hasattr(values, "dataset") and getattr(values, "setting", "") != "online":
         try:
             dataset = open_dataset(values)
         except (ReplayError, OSError) as error:
@@ -166,6 +171,28 @@ def check_inputs(values: Parameters) -> None:
         game = getattr(values, "game", "")
         if game and game not in dataset.games:
             raise RunError(f"run {values.run}: game {game!r} is not in {values.dataset}: {', '.join(dataset.games)}.")
+
+
+def trained_run(values: Parameters, parameter: str) -> Path:
+    """The folder of the finished run with checkpoints that a parameter names.
+
+    Raises:
+        RunError: there is no such run, it is not finished, or it has no checkpoint.
+    """
+    name = getattr(values, parameter)
+    home = outputs_folder(values)
+    folder, says = home / name, f"run {values.run}: {parameter} = {name!r}"
+    if not name or not folder.is_dir():
+        known = [str(place.parent.relative_to(home)) for place in sorted(home.glob("*/*/checkpoints"))]
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]
+        there = f"with checkpoints there are {', '.join(near)}" if near else "no run there has checkpoints"
+        raise RunError(f"{says}: no such run below {home}; {there}.")
+    state = read_json(folder / "status.json").get("state", "not started")
+    if state != "finished":
+        raise RunError(f"{says}: that run is {state}. Wait until it is finished, or execute it again to resume it.")
+    if not any(place.name.isdigit() for place in folder.glob("checkpoints/*")):
+        raise RunError(f"{says}: {folder} has no checkpoints. Choose a run that trained a network.")
+    return folder
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -517,6 +517,11 @@ ABOUT = (
 )  # fmt: skip
 
 
+def about_run(p: Any, games: list[str], dataset: str) -> dict[str, Any]:
+    """`Checkpoints.about` of a run with the parameters of `04_scaled_training`, its games in the order of the heads."""
+    return {name: getattr(p, name) for name in ABOUT} | {"games": games, "dataset": dataset}
+
+
 def start_devices(p: Any) -> Mesh:
     """Join the other processes, if any, and make the mesh that a notebook's parameters ask for.
 
@@ -597,8 +602,7 @@ class Trainer:
         shardings = devices.state_shardings(state, self.mesh, split=p.shard_parameters)
         options = {"target_update_period": p.target_update_period, "accumulate": p.accumulate, "seed": p.seed}
         train_step = make_train_step(objective, optimizer, shardings=shardings, **options)
-        about = {name: getattr(p, name) for name in ABOUT}
-        about |= {"games": self.data.games, "dataset": self.data.identity()}
+        about = about_run(p, self.data.games, self.data.identity())
         checkpoints = Checkpoints(self.folder / part / "checkpoints", about, p.keep_checkpoint_every)
         kept = {"checkpoints": checkpoints, "log_file": self.own / part / "metrics.jsonl"}
         periods = {"log_every": p.log_every, "checkpoint_every": p.checkpoint_every}

@@ -12,20 +12,21 @@ spatial embedding belongs. Per-game mean frames are constants of the old network
 """
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas as pd
 from flax import nnx
 
-from scaled_ql import training
+from scaled_ql import parameters, training
+from scaled_ql.defaults import Parts
 from scaled_ql.networks import QNetwork
 from scaled_ql.networks.encoders import GroupNorm
 from scaled_ql.training import CheckpointError, PyTree, TrainState
 
-Parts = Literal["encoder", "encoder + embedding", "all but the head"]
 MODULES: dict[Parts, tuple[str, ...]] = {  # of a `QNetwork`
     "encoder": ("encoder",),
     "encoder + embedding": ("encoder", "embedding"),
@@ -56,6 +57,16 @@ class Source(NamedTuple):
     def architecture(self) -> dict[str, Any]:
         """Keyword arguments of `networks.make_q_network` that build such a network, but for its games and its head."""
         return {name: self.about[name] for name in ARCHITECTURE}
+
+    def in_words(self, game: str) -> str:
+        """What it learned, from what, and whether the target game was part of that; a sentence or two."""
+        about, games = self.about, self.about["games"]
+        rewards = "" if about.get("rewards", "real") == "real" else f" with {about['rewards']} rewards"
+        seen = f" **{game} is one of them**: this is no transfer to an unseen game." if game in games else ""
+        return (
+            f"{about['encoder']} trained by {about['method']}{rewards} on {', '.join(games)} for "
+            f"{int(self.folder.name):,} steps, seed {about['seed']}.{seen}"
+        )
 
     def names(self, parts: Parts) -> tuple[str, ...]:
         """The names of parameters to freeze, for `training.make_optimizer`; an embedding may have none.
@@ -97,6 +108,28 @@ def load(run: str | Path) -> Source:
     return Source(where, about, params)
 
 
+def training_parameters(p: parameters.Transfer, source: Source) -> parameters.ScaledTraining:
+    """The parameters of `04_scaled_training` that describe what a run of `06_transfer` trains: the source's network.
+
+    Args:
+        p: parameters of `06_transfer`; what both notebooks have is taken from here, online with `alpha` 0.
+        source: of the new network's architecture.
+
+    Raises:
+        CheckpointError: the checkpoint was written by a version that did not say all of it.
+    """
+    names = type(p).model_fields.keys() & parameters.ScaledTraining.model_fields.keys()
+    values = {name: getattr(p, name) for name in names}
+    form = (*ARCHITECTURE, "subtract_mean_frames", "dtype")
+    if missing := [name for name in form if name not in source.about]:
+        raise CheckpointError(f"{source.folder}: does not say {', '.join(missing)}. Train the run again.")
+    values |= {name: source.about[name] for name in form}
+    values |= {"games_per_batch": 1, "transitions_per_game": p.batch_size}
+    if p.setting == "online":
+        values |= {"alpha": 0.0, "num_steps": p.updates, "eval_every": 0}
+    return parameters.ScaledTraining.model_validate(values)
+
+
 def graft(params: PyTree, source: Source, parts: Parts) -> PyTree:
     """Parameters of a new network with parts of an old one in place of its own.
 
@@ -130,6 +163,28 @@ def _shape(leaf: Any) -> str:
     return "absent" if leaf is None else f"{np.dtype(leaf.dtype).name} {list(leaf.shape)}"
 
 
+def overview(params: PyTree, source: Source | None, parts: Parts, frozen: tuple[str, ...]) -> pd.DataFrame:
+    """The parts of a new network, a row each.
+
+    Args:
+        params: of the new network.
+        source, parts: as for `graft`; None of a network from scratch.
+        frozen: as of `training.make_optimizer`.
+
+    Returns:
+        index part; columns parameters (how many numbers), from (``transferred`` or ``fresh``), trained (bool).
+    """
+    taken = _modules(parts) if source else ()
+    rows: dict[str, dict[str, Any]] = {}
+    for path, leaf in training.flat_params(params).items():
+        part = path.split("/")[0]
+        row = rows.setdefault(part, {"parameters": 0})
+        row["parameters"] += leaf.size
+        row["from"] = "transferred" if training.is_part(path, taken) else "fresh"
+        row["trained"] = part != "mean_frames" and not training.is_part(path, frozen)
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("part")
+
+
 def graft_state(state: TrainState, source: Source, parts: Parts) -> TrainState:
     """The state of a run that has not begun, with parts of an old network in its own and its target network.
 
@@ -140,14 +195,16 @@ def graft_state(state: TrainState, source: Source, parts: Parts) -> TrainState:
 
 
 def init_state(
-    network: QNetwork, optimizer: optax.GradientTransformation, source: Source, parts: Parts
+    network: QNetwork, optimizer: optax.GradientTransformation, source: Source | None, parts: Parts
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """`training.init_state`, with parts of an old network in the new one.
+    """`training.init_state`, with parts of an old network in the new one; without a source, from scratch.
 
     Raises:
         ValueError: no such parts.
         TransferError: as `graft`; or the networks' modules compute something else with the same arrays.
     """
+    if source is None:
+        return training.init_state(network, optimizer)
     own = {module.group_size for _, module in nnx.iter_modules(network) if isinstance(module, GroupNorm)}
     if own - {source.about["group_size"]}:
         raise TransferError(

@@ -111,16 +111,21 @@ class QNetwork(nnx.Module):
             game: as in `__call__`.
             augment: of the images, float [B, 84, 84, 4] -> the same shape, after the mean was taken off.
         """
-        x = observation.astype(self.dtype)
-        if self.mean_frames is not None:
-            x -= jax.lax.stop_gradient(self.mean_frames[...])[game][..., None].astype(self.dtype)
-        x /= 255
-        x = augment(x) if augment else x
-        x = self.embedding(self.encoder(x))
+        x = self.embedded(observation, game, augment)
         for number, layer in enumerate(self.hidden):
             x = layer(x)
             x = nnx.relu(self.layer_norm(x) if number == 0 and self.layer_norm else x)
         return normalize_features(x) if self.normalize else x
+
+    def embedded(
+        self, observation: jax.Array, game: jax.Array, augment: Callable[[jax.Array], jax.Array] | None = None
+    ) -> jax.Array:
+        """What encoder and spatial embedding make of observations, [B, features]; arguments as of `features`."""
+        x = observation.astype(self.dtype)
+        if self.mean_frames is not None:
+            x -= jax.lax.stop_gradient(self.mean_frames[...])[game][..., None].astype(self.dtype)
+        x /= 255
+        return self.embedding(self.encoder(augment(x) if augment else x))
 
     def __call__(self, observation: jax.Array, game: jax.Array) -> jax.Array:
         """Logits float32 [B, 18, atoms], or values float32 [B, 18] where the head is ``mse``.

@@ -1,0 +1,96 @@
+"""Steps for devices that are not here lower for CUDA and TPU; and the paper's network takes one."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from scaled_ql import defaults, methods, networks, parameters, training, transfer
+from scaled_ql.online import agents
+from scaled_ql.replay.batch import Batch
+
+
+def make_batch(size: int, games: int, n_step: int = 3) -> Batch:
+    rng = np.random.default_rng(0)
+    return Batch(
+        frames=rng.integers(0, 256, (size, 4 + n_step, 84, 84), np.uint8),
+        next_stack=np.tile(np.arange(n_step, n_step + 4, dtype=np.int32), (size, 1)),
+        action=rng.integers(3, size=size).astype(np.int32),
+        reward=rng.normal(size=size).astype(np.float32),
+        discount=np.full(size, 0.97, np.float32),
+        game=(np.arange(size) % games).astype(np.int32),
+    )
+
+
+def lowers(encoder: str, **values: object) -> None:
+    """Trace a step of two games abstractly and lower it for both platforms."""
+    p = parameters.check("04_scaled_training", {"encoder": encoder, "hidden_sizes": [32, 32], **values})
+    method = methods.make(p)
+    architecture = {"hidden_sizes": (32, 32), "num_atoms": p.num_atoms, "dtype": p.dtype, "remat": p.remat}
+    build = partial(method.build, encoder, 2, **architecture)
+    optimizer = training.make_optimizer(frozen=tuple(method.before))
+    graph, _ = nnx.split(nnx.eval_shape(build), nnx.Param)
+    state = jax.eval_shape(lambda: training.init_state(build(), optimizer)[1])
+    update = training.make_update(method.objective(graph, [4, 6]), optimizer, accumulate=p.accumulate)
+    traced = jax.jit(update, donate_argnums=0).trace(state, make_batch(4, 2), jax.random.key(0))
+    traced.lower(lowering_platforms=("cuda", "tpu"))
+
+
+@pytest.mark.parametrize("encoder", defaults.ENCODERS)
+def test_every_encoders_step_lowers_for_accelerators(encoder: str) -> None:
+    lowers(encoder, dtype="bfloat16", remat=encoder.startswith(("resnet", "impala")))
+
+
+@pytest.mark.parametrize("method", defaults.METHODS)
+def test_every_methods_step_lowers_for_accelerators(method: str) -> None:
+    lowers("nature_narrow", method=method, random_shift=4)
+    lowers("nature_narrow", method=method, accumulate=2)
+
+
+@pytest.mark.parametrize("head", ["hl_gauss", "two_hot", "mse"])
+def test_every_heads_step_lowers_for_accelerators(head: str) -> None:
+    lowers("nature_narrow", head=head, dr3=0.1, double_q=True)
+
+
+@pytest.mark.slow
+def test_resnet_101_is_transferred_and_takes_a_step_offline_and_online(tmp_path) -> None:
+    """The paper's network: grafted, its memory estimated, one step each; some GB of memory."""
+    p = parameters.check("04_scaled_training", {})
+    method, trained = methods.make(p), training.make_optimizer()
+    checkpoints = training.Checkpoints(
+        tmp_path / "run" / "checkpoints", training.about_run(p, ["Breakout"], "of a test")
+    )
+    checkpoints.save(training.init_state(method.build(p.encoder, 1, 1), trained)[1])
+    checkpoints.close()
+    source, batch = transfer.load(tmp_path / "run"), make_batch(2, 1)
+    frozen = source.names("encoder + embedding")
+    needed = {}
+    for names in ((), frozen):
+        network, optimizer = (
+            method.build(num_games=1, seed=2, **source.architecture),
+            training.make_optimizer(frozen=names),
+        )
+        graph, state = transfer.init_state(network, optimizer, source, "encoder + embedding")
+        objective = method.objective(graph, [4])
+        needed[names] = training.memory_needed(objective, state, batch, frozen=names)
+        if names:
+            state, metrics = training.make_train_step(objective, optimizer)(state, batch)
+            assert np.isfinite(float(metrics["loss"]))
+            after = training.flat_params(state.params)
+            assert all(
+                np.array_equal(after[path], source.params[path]) for path in after if training.is_part(path, frozen)
+            )
+    encoder = sum(x.nbytes for path, x in source.params.items() if training.is_part(path, frozen))
+    assert encoder > 150e6, "ResNet-101 and its embedding, float32"
+    assert needed[()]["state"] - needed[frozen]["state"] == 2 * encoder, "Adam's two moments"
+    assert needed[()]["gradients"] - needed[frozen]["gradients"] == encoder
+    assert needed[frozen]["activations"] < needed[()]["activations"]
+    optimizer = training.make_optimizer()
+    learner = agents.multi_task_learner(lambda _: network, [4], optimizer, seed=0)
+    learner = learner._replace(state=transfer.init_state(network, optimizer, source, "encoder")[1])
+    state, metrics = learner.update(learner.state, jax.tree.map(jnp.asarray, batch))
+    assert np.isfinite(float(metrics["loss"])) and int(state.step) == 1
+    assert networks.count_parameters(network.encoder) == pytest.approx(42.5e6, rel=0.05)

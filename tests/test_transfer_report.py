@@ -1,0 +1,174 @@
+"""Runs on one target, side by side: arms, gains over scratch, what may not be compared."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+from scaled_ql import parameters, transfer_report
+from scaled_ql.ablations import GatherError
+from scaled_ql.games import reference_score
+
+BASE = parameters.check("06_transfer", {"run": "base", "game": "Pong"})
+PRETRAINED = {"method": "cql", "rewards": "real", "encoder": "nature", "hidden_sizes": [8], "games": ["Breakout"]}
+PRETRAINED |= {"dataset": "abc", "steps": 20, "seed": 3}
+
+
+def write(outputs, name, agent, pretrained=PRETRAINED, *, data="abc", truncated=0.0, curve=(), **changes):
+    """A finished run's folder with an agent's return in its game."""
+    folder = outputs / "06_transfer" / name
+    folder.mkdir(parents=True)
+    changes = ({"initial": "scratch"} if pretrained is None else {}) | changes
+    values = parameters.check("06_transfer", BASE.model_dump() | changes | {"run": name})
+    (folder / "parameters.yaml").write_text(yaml.safe_dump(values.model_dump()))
+    (folder / "status.json").write_text(json.dumps({"state": "finished"}))
+    row = {"random_return": -20.7, "dataset_return": -18.0, "agent_return": agent, "agent_episodes": 8}
+    summary = {"games": {values.game: row | {"truncated_percent": truncated}}, "dataset": data, "steps": 5}
+    (folder / "summary.json").write_text(json.dumps(summary | {"parameters": 1, "pretrained": pretrained}))
+    for step, mean in [*enumerate(curve), (5, agent)]:
+        (folder / "evaluation" / f"step-{step}").mkdir(parents=True)
+        played = f"episode_return,truncated,action_NOOP\n{mean},False,1\n"
+        (folder / "evaluation" / f"step-{step}" / f"{values.game}.csv").write_text(played)
+
+
+@pytest.fixture
+def outputs(tmp_path):
+    for seed in range(3):
+        write(tmp_path, f"scratch{seed}", -15.0 + 2 * seed, None, seed=seed, curve=(-21, -20))
+        write(tmp_path, f"tuned{seed}", 3.0 + seed, seed=seed, curve=(-21, -10), initial=f"04_scaled_training/s{seed}")
+        write(tmp_path, f"frozen{seed}", -14.0 + 3 * seed**2, seed=seed, freeze=True)
+        control = PRETRAINED | {"rewards": "zero"}
+        write(tmp_path, f"control{seed}", -19.0 + 0.1 * seed, control, seed=seed)
+    write(tmp_path, "longer", 21.0, num_steps=7)
+    write(tmp_path, "elsewhere", 21.0, game="Alien")
+    return tmp_path
+
+
+def scores_of(outputs):
+    return transfer_report.siblings(transfer_report.gather(outputs), BASE)
+
+
+def test_arms_are_told_apart_and_other_targets_stay_out(outputs):
+    scores = scores_of(outputs)
+    names = ["scratch", "Scaled QL, fine-tuned", "Scaled QL, frozen", "Scaled QL, zero rewards, fine-tuned"]
+    assert list(dict.fromkeys(scores["arm"])) == names
+    assert all(seeds == [0, 1, 2] for seeds in scores.groupby("arm")["seed"].agg(list))
+    assert not {"longer", "elsewhere"} & set(scores["run"])
+    assert set(scores.columns) == set(transfer_report.SCORE_COLUMNS)
+    assert not scores["pretrained_on_target"].any()
+
+
+def test_gains_have_welchs_interval(outputs):
+    compared = transfer_report.compare(scores_of(outputs))
+    scratch, tuned = np.array([-15.0, -13, -11]), np.array([3.0, 4, 5])
+    row = compared.loc["Scaled QL, fine-tuned"]
+    welch = stats.ttest_ind(tuned, scratch, equal_var=False).confidence_interval()
+    own = stats.t.interval(0.95, 2, tuned.mean(), stats.sem(tuned))
+    assert row["gain over scratch"] == 17.0
+    assert [row["gain low"], row["gain high"]] == pytest.approx([welch.low, welch.high])
+    assert [row["low"], row["high"]] == pytest.approx(own)
+    assert row["gain %"] == pytest.approx(100 * 17 / 13)
+    assert row["seeds"] == 3
+    assert np.isnan(compared.loc["scratch", "gain over scratch"])
+    said = transfer_report.verdict(compared, "Pong, offline")
+    assert said.startswith("**Pong, offline**: better than scratch: Scaled QL, fine-tuned (+17.0,")
+    assert "worse: Scaled QL, zero rewards, fine-tuned (-5.9" in said
+    assert "inconclusive: Scaled QL, frozen" in said
+
+
+def test_dqn_normalised_scores_are_of_the_default_variant(outputs):
+    compared = transfer_report.compare(scores_of(outputs))
+    random, dqn = (reference_score("Pong", player) for player in ("random", "dqn_50m"))
+    expected = 100 * (4 - random) / (dqn - random)
+    assert compared.loc["Scaled QL, fine-tuned", "DQN-normalised %"] == pytest.approx(expected)
+    for seed in range(2):
+        write(outputs, f"variant{seed}", 1.0, seed=seed, difficulty=1)
+    base = BASE.model_copy(update={"difficulty": 1})
+    (row,) = transfer_report.compare(
+        transfer_report.siblings(transfer_report.gather(outputs), base)
+    ).to_dict("records")  # fmt: skip
+    assert np.isnan(row["DQN-normalised %"]) and row["mean return"] == 1.0
+
+
+def test_one_learning_rate_per_arm_the_best(outputs):
+    for seed in range(3):
+        write(outputs, f"fast{seed}", -5.0, None, seed=seed, learning_rate=1e-3)
+        write(outputs, f"fast_tuned{seed}", -20.0, seed=seed, learning_rate=1e-3)
+    compared = transfer_report.compare(scores_of(outputs))
+    assert compared.loc["scratch", ["mean return", "learning rate"]].tolist() == [-5.0, "0.001"]
+    assert compared.loc["Scaled QL, fine-tuned", ["mean return", "learning rate"]].tolist() == [4.0, "5e-05"]
+    assert compared.loc["Scaled QL, fine-tuned", "gain over scratch"] == 9.0
+
+
+def test_pre_trainings_and_parts_that_differ_are_named(outputs):
+    write(outputs, "larger", 1.0, PRETRAINED | {"games": ["Breakout", "Freeway"]}, initial="04_scaled_training/larger")
+    write(outputs, "less", 1.0, parts="encoder")
+    names = set(scores_of(outputs)["arm"])
+    assert "Scaled QL, games Breakout Freeway, encoder + embedding, fine-tuned" in names
+    assert "Scaled QL, games Breakout, encoder, fine-tuned" in names
+
+
+def test_what_cannot_be_compared(outputs):
+    write(outputs, "cut", 9.0, parts="encoder", truncated=90.0, seed=0)
+    with pytest.raises(GatherError, match="have equal parameters and seeds"):
+        write(outputs, "twice", 9.0, seed=0, initial="04_scaled_training/s0")
+        scores_of(outputs)
+    for run in ("twice",):
+        (outputs / "06_transfer" / run / "status.json").write_text('{"state": "running"}')
+    assert "twice" not in set(scores_of(outputs)["run"])
+    asking = transfer_report.gather(outputs, "twice").runs
+    assert "twice" in asking.index, "a run that compares itself counts"
+    write(outputs, "other", 9.0, data="def", seed=7)
+    with pytest.raises(GatherError, match="different contents of the dataset"):
+        scores_of(outputs)
+
+
+def test_no_verdict_where_episodes_were_cut_short(tmp_path):
+    for seed in range(2):
+        how = {"seed": seed, "eval_max_steps": 100}
+        write(tmp_path, f"scratch{seed}", -15.0 + seed, None, **how)
+        write(tmp_path, f"tuned{seed}", 3.0 + seed, truncated=90.0, **how)
+    base = BASE.model_copy(update={"eval_max_steps": 100})
+    compared = transfer_report.compare(transfer_report.siblings(transfer_report.gather(tmp_path), base))
+    assert np.isnan(compared.loc["Scaled QL, fine-tuned", "gain over scratch"])
+    assert np.isnan(compared.loc["Scaled QL, fine-tuned", "DQN-normalised %"])
+    assert "no verdict" in transfer_report.verdict(compared, "Pong")
+
+
+def test_curves_have_a_point_per_evaluation(outputs):
+    curves = transfer_report.curves(outputs, scores_of(outputs))
+    here = curves[curves["run"] == "tuned1"].sort_values("step")
+    assert here[["step", "agent_return"]].to_numpy().tolist() == [[0, -21], [1, -10], [5, 4]]
+    assert set(curves["arm"]) == set(scores_of(outputs)["arm"])
+
+
+def test_every_target_has_a_table_and_settings_that_differ_are_sets(outputs):
+    for seed in range(2):
+        write(outputs, f"mode{seed}", 1.0, game="Freeway", mode=1, setting="online", seed=seed, data="online")
+        write(
+            outputs,
+            f"mode_scratch{seed}",
+            0.5,
+            None,
+            game="Freeway",
+            mode=1,
+            setting="online",
+            seed=seed,
+            data="online",
+        )
+    tables = transfer_report.by_target(outputs)
+    assert list(tables) == ["Alien, offline", "Freeway, mode 1, online", "Pong, offline", "Pong, offline, set 2"]
+    assert sorted(len(table) for table in tables.values()) == [1, 1, 4, 12]
+    compared = {name: transfer_report.compare(table) for name, table in tables.items()}
+    gains = transfer_report.mean_gain(compared)
+    assert gains.loc[("online", "Scaled QL, fine-tuned")].tolist() == [100.0, 1]
+    assert gains.loc[("offline", "Scaled QL, fine-tuned")].tolist() == pytest.approx([100 * 17 / 13, 1])
+
+
+def test_nothing_yet(tmp_path):
+    assert transfer_report.by_target(tmp_path) == {} and transfer_report.mean_gain({}).empty
+    scores = transfer_report.siblings(transfer_report.gather(tmp_path), BASE)
+    assert scores.empty and transfer_report.curves(tmp_path, scores).empty
+    assert "no verdict" in transfer_report.verdict(transfer_report.compare(scores), "Pong")
