@@ -1,5 +1,7 @@
 """What several test files share: the workspace's paths and one small real recording."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,23 @@ from scaled_ql import collect
 WORKSPACE = Path(__file__).resolve().parents[1]
 
 
-LONG = ("test_notebooks.py", "test_devices.py", "test_online.py", "test_networks.py")  # minutes; to be started first
+def pytest_configure(config: pytest.Config) -> None:
+    """What one process compiles, all others of the session find: those that run tests, and those that tests start.
+
+    Before JAX is imported, which reads its settings then. A folder that is given, as a process of xdist is, stays.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="scaled-ql-tests-", ignore_cleanup_errors=True)
+        config.add_cleanup(folder.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # the many small ones, too
+
+
+# Minutes; to be started first.
+LONG = (
+    "test_notebooks.py", "test_resuming.py", "test_devices.py", "test_transfer_runs.py", "test_online.py",
+    "test_networks.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,31 +1,21 @@
-"""The notebooks: committed clean, and executed by papermill on real ALE with tiny parameters, killed, resumed."""
+"""The notebooks: committed clean, and executed by papermill on real ALE with tiny parameters."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
-import sys
-import threading
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
-import jax
 import nbformat
 import numpy as np
-import orbax.checkpoint as ocp
-import pandas as pd
 import papermill
 import pytest
 import yaml
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from running import TINY, arguments, metrics, run
 
-from scaled_ql import evaluation, parameters, runs
+from scaled_ql import parameters, runs
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
-TINY = {name: f"params/{name}/tiny.yaml" for name in parameters.NOTEBOOKS}
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
@@ -50,20 +40,9 @@ def test_committed_clean_and_readable(file: Path) -> None:
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny batch, run by the command once for all tests."""
     folder = tmp_path_factory.mktemp("outputs")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))  # one compilation for all runs
     done = run("params/batches/tiny.yaml", folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
-
-
-def arguments(target: str, folder: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "scaled_ql.command", "run", target, *more, "--outputs", str(folder)]
-
-
-def run(target: str, folder: Path, *more: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        arguments(target, folder, *more), cwd=runs.workspace(), capture_output=True, text=True, timeout=850
-    )
 
 
 @pytest.mark.parametrize("notebook", parameters.NOTEBOOKS)
@@ -153,94 +132,6 @@ def test_two_runs_side_by_side_do_not_meet(outputs: Path) -> None:
         assert process.returncode == 0, output
 
 
-def restored(folder: Path) -> dict:
-    """The state of step 400."""
-    return ocp.StandardCheckpointer().restore((folder / "checkpoints" / "400" / "state").absolute())
-
-
-def final_state(folder: Path) -> list[np.ndarray]:
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(restored(folder))]
-
-
-def assert_same_arrays(left: Iterable[np.ndarray], right: Iterable[np.ndarray]) -> None:
-    for one, other in zip(left, right, strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
-def metrics(folder: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.endswith("per_second")} for row in rows]
-
-
-def rows_of(log: Path) -> int:
-    return log.read_bytes().count(b"\n") if log.exists() else 0
-
-
-def kernel_of(folder: Path) -> int:
-    return json.loads((folder / "status.json").read_text())["pid"]
-
-
-def stop(command: list[str], folder: Path, log: Path, way: str) -> None:
-    """Run until a row is added to the log, then end it in one of three ways."""
-    before = rows_of(log)
-    process = subprocess.Popen(
-        command, cwd=runs.workspace(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        # What a shell starts in the background ignores Ctrl-C, and so would these tests' children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    while rows_of(log) <= before:  # only a step beyond what the last kernel reached shows that this one trains
-        assert process.poll() is None, "it ended before it could be stopped"
-        time.sleep(0.01)
-    if way == "kill the kernel":
-        assert runs.LARGE_PAGES.encode() in Path(f"/proc/{kernel_of(folder)}/environ").read_bytes()
-    number = signal.SIGINT if way == "interrupt" else signal.SIGKILL
-    os.kill(kernel_of(folder) if way == "kill the kernel" else process.pid, number)
-    _, stderr = process.communicate(timeout=120)
-    assert json.loads((folder / "status.json").read_text())["state"] != "finished"
-    if way == "interrupt":
-        assert process.returncode == 130
-        assert "resumes from here" in stderr
-
-
-def test_a_run_stopped_in_three_ways_resumes_bit_identically(outputs: Path) -> None:
-    """SIGKILL of the runner, Ctrl-C, SIGKILL of the kernel, each in the middle of training; then to its end."""
-    target = "04_scaled_training"
-    more = ["-p", "num_steps", "400", "-p", "eval_max_steps", "5", "-p", "video_steps", "2"]
-    done = run(target, outputs, TINY[target], "-p", "run", "undisturbed", *more)
-    assert done.returncode == 0, done.stderr
-    undisturbed, stopped = outputs / target / "undisturbed", outputs / target / "stopped"
-    command = arguments(target, outputs, TINY[target], "-p", "run", "stopped", *more)
-    for way in ("kill the runner", "interrupt", "kill the kernel"):
-        stop(command, stopped, stopped / "metrics.jsonl", way)
-    done = run(target, outputs, TINY[target], "-p", "run", "stopped", *more)
-    assert done.returncode == 0, done.stderr
-    assert metrics(stopped) == metrics(undisturbed)
-    assert_same_arrays(final_state(stopped), final_state(undisturbed))
-
-
-def test_bcq_stopped_in_both_phases_resumes_bit_identically(outputs: Path) -> None:
-    """The behaviour policy comes first, in a folder of its own; the Q-network has it as it then is."""
-    target = "04_scaled_training"
-    more = ["-p", "method", "bcq", "-p", "num_steps", "400", "-p", "eval_max_steps", "5", "-p", "video_steps", "2"]
-    done = run(target, outputs, TINY[target], "-p", "run", "bcq", *more)
-    assert done.returncode == 0, done.stderr
-    undisturbed, stopped = outputs / target / "bcq", outputs / target / "bcq-stopped"
-    command = arguments(target, outputs, TINY[target], "-p", "run", "bcq-stopped", *more)
-    stop(command, stopped, stopped / "behaviour" / "metrics.jsonl", "kill the kernel")
-    assert not (stopped / "metrics.jsonl").exists()
-    stop(command, stopped, stopped / "metrics.jsonl", "interrupt")
-    done = run(target, outputs, TINY[target], "-p", "run", "bcq-stopped", *more)
-    assert done.returncode == 0, done.stderr
-    for folder in ("", "behaviour"):
-        assert metrics(stopped / folder) == metrics(undisturbed / folder)
-        assert_same_arrays(final_state(stopped / folder), final_state(undisturbed / folder))
-    both, policy = restored(undisturbed), restored(undisturbed / "behaviour")["params"]
-    for tree in ("params", "target_params"):
-        assert_same_arrays(jax.tree.leaves(both[tree]["behaviour"]), jax.tree.leaves(policy))
-    first, last = (metrics(undisturbed / "behaviour")[row]["nll"] for row in (0, -1))
-    assert last < first, "the policy was trained"
-
-
 LOSS = """
 def huber(outputs_t, action_t, reward, discount, target_outputs_tn, selector_q_tn, allowed, atoms):
     \"\"\"Huber's loss of the expected value.\"\"\"
@@ -278,60 +169,3 @@ def test_a_loss_of_ones_own_in_a_cell_is_trained_logged_checkpointed_plotted_and
         for cell in cells
         for output in cell.get("outputs", ())
     )
-
-
-def test_the_score_of_an_iteration_is_measured_once(outputs: Path) -> None:
-    target, more = "04_scaled_training", ["-p", "run", "iterations", "-p", "eval_every", "10"]
-    done = run(target, outputs, TINY[target], *more)
-    assert done.returncode == 0, done.stderr
-    folder = outputs / target / "iterations"
-    curve = evaluation.score_curve(folder / "evaluation")
-    assert list(curve["step"]) == [10, 20] * 2 and list(curve["game"]) == ["Breakout"] * 2 + ["Pong"] * 2
-    summary = json.loads((folder / "summary.json").read_text())["games"]
-    assert list(curve["agent_return"][1::2]) == [summary[game]["agent_return"] for game in ("Breakout", "Pong")]
-    # Stopped after step 10 and before 20: what was measured by then is marked, what was not is deleted.
-    marked = pd.read_csv(folder / "evaluation" / "step-10" / "Pong.csv").assign(episode_return=77.0)
-    marked.to_csv(folder / "evaluation" / "step-10" / "Pong.csv", index=False)
-    for name in ("checkpoints/20", "evaluation/step-20"):
-        shutil.rmtree(folder / name)
-    for name in ("status.json", "summary.json", "run.html"):
-        (folder / name).unlink()
-    done = run(target, outputs, TINY[target], *more)
-    assert done.returncode == 0, done.stderr
-    again = evaluation.score_curve(folder / "evaluation")
-    assert list(again["agent_return"]) == [*curve["agent_return"][:2], 77, curve["agent_return"][3]]
-
-
-def test_the_training_cell_goes_on_after_an_interrupt(recording: Path, tmp_path: Path) -> None:
-    """As in JupyterLab: the cell is interrupted, and executed again in the same kernel."""
-    values = parameters.load(runs.workspace() / TINY["04_scaled_training"])
-    values |= {"dataset": str(recording), "outputs": str(tmp_path), "num_steps": 400, "log_every": 1, "run": "again"}
-    book = nbformat.read(runs.workspace() / "notebooks" / "04_scaled_training.ipynb", as_version=4)
-    code = [cell for cell in book.cells if cell.cell_type == "code"]
-    (training,) = (number for number, cell in enumerate(code) if "trainer.steps(" in cell.source)
-    given = nbformat.v4.new_code_cell("\n".join(f"{name} = {value!r}" for name, value in values.items()))
-    book.cells = [code[0], given, *code[1 : training + 1]]
-    client = NotebookClient(book, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
-    log = tmp_path / "04_scaled_training" / "again" / "metrics.jsonl"
-    with client.setup_kernel():
-        for number, cell in enumerate(book.cells[:-1]):
-            client.execute_cell(cell, number)
-
-        def interrupt() -> None:
-            while rows_of(log) < 3:
-                time.sleep(0.01)
-            os.kill(kernel_of(log.parent), signal.SIGINT)
-
-        thread = threading.Thread(target=interrupt)
-        thread.start()
-        with pytest.raises(CellExecutionError, match="KeyboardInterrupt"):
-            client.execute_cell(book.cells[-1], len(book.cells) - 1)
-        thread.join()
-        assert json.loads((log.parent / "status.json").read_text())["state"] == "interrupted"
-        done = rows_of(log)
-        # A cell of its own: nbclient cannot update the display of a cell whose outputs it has cleared. JupyterLab can.
-        book.cells.append(nbformat.v4.new_code_cell(book.cells[-1].source))
-        client.execute_cell(book.cells[-1], len(book.cells) - 1)
-    assert 3 <= done < 400, "it was interrupted in the middle"
-    assert [row["step"] for row in metrics(log.parent)] == list(range(1, 401))
-    assert len(final_state(log.parent)) > 0

@@ -35,7 +35,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from scaled_ql import documents, parameters, recorder
+from scaled_ql import documents, parameters
 from scaled_ql.games import UnknownGame, UnknownVariant, check_variant, rom_name
 from scaled_ql.parameters import Parameters
 from scaled_ql.replay import Replay, ReplayError, View, open_replay
@@ -367,6 +367,8 @@ class Run:
         """A function that writes `run.ipynb`, and `run.html` once the run is finished; None if a runner does it."""
         if _has_runner(self.own):
             return None
+        from scaled_ql import recorder  # with nbformat, which takes longer to import than all of the package
+
         known = set(type(self.parameters).model_fields)
         before = namespace["In"][1:-1][::-1]
         earlier = list(itertools.takewhile(lambda source: parameters.assigned(source, known), before))[::-1]
@@ -560,6 +562,8 @@ def _papermill(notebook: str, values: Parameters, folder: Path) -> None:
     import papermill
     from traitlets.config import Config
 
+    from scaled_ql import recorder
+
     source, partial = workspace() / "notebooks" / f"{notebook}.ipynb", folder / ".run.ipynb"
     given = values.model_dump(exclude_defaults=True)
     os.environ.setdefault("GLIBC_TUNABLES", LARGE_PAGES)
@@ -643,6 +647,8 @@ def publish(notebook: Path) -> None:
 
     Opened, executed with another `run` and saved, a writable one would be overwritten by that run's notebook.
     """
+    from scaled_ql import recorder
+
     recorder.sign(notebook)
     render(notebook)
     notebook.chmod(0o444)

@@ -1,0 +1,25 @@
+"""Running notebooks in tests: the command in a process of its own, the tiny parameters, what a training logged."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from scaled_ql import parameters, runs
+
+TINY = {name: f"params/{name}/tiny.yaml" for name in parameters.NOTEBOOKS}
+
+
+def arguments(target: str, folder: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "scaled_ql.command", "run", target, *more, "--outputs", str(folder)]
+
+
+def run(target: str, folder: Path, *more: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        arguments(target, folder, *more), cwd=runs.workspace(), capture_output=True, text=True, timeout=850
+    )
+
+
+def metrics(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.endswith("per_second")} for row in rows]
