@@ -7,7 +7,9 @@ from pathlib import Path
 
 from scaled_ql import parameters, runs
 
+# By notebook; what tiny.yaml of params/batches runs besides is tiny_online.yaml of 06_transfer.
 TINY = {name: f"params/{name}/tiny.yaml" for name in parameters.NOTEBOOKS}
+TINY["06_transfer"] = "params/06_transfer/tiny_offline.yaml"
 
 
 def arguments(target: str, folder: Path, *more: str) -> list[str]:

@@ -45,9 +45,10 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("notebook", parameters.NOTEBOOKS)
-def test_every_notebook_runs_and_leaves_its_report(outputs: Path, notebook: str) -> None:
-    folder = outputs / notebook / "tiny"
+@pytest.mark.parametrize("file", [*TINY.values(), "params/06_transfer/tiny_online.yaml"])
+def test_every_notebook_runs_and_leaves_its_report(outputs: Path, file: str) -> None:
+    notebook, run = Path(file).parts[1], Path(file).stem
+    folder = outputs / notebook / run
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
     html = (folder / "run.html").read_text()
     assert len(html) < 10_000_000
@@ -55,7 +56,7 @@ def test_every_notebook_runs_and_leaves_its_report(outputs: Path, notebook: str)
     for word in ('src="http', 'href="http', "@import", "url(http"):
         assert word not in html
     assert html.count(str(outputs)) == 1, "a path of this machine, beside the parameter that asked for it"
-    films = 2 if notebook == "04_scaled_training" else 0
+    films = {"04_scaled_training": 2, "06_transfer": 1}.get(notebook, 0)
     assert html.count("data:video/mp4;base64") == html.count('poster="data:image/jpeg;base64') == films
 
 
@@ -80,7 +81,7 @@ def test_a_narrow_start_is_one_and_belongs_to_the_checkpoint(outputs: Path) -> N
 
 def test_finished_runs_are_recognised(outputs: Path, tmp_path: Path) -> None:
     steps = [
-        {"notebook": name, "parameters": "tiny.yaml"} for name in parameters.NOTEBOOKS if name not in runs.GATHERING
+        {"notebook": name, "parameters": Path(file).name} for name, file in TINY.items() if name not in runs.GATHERING
     ]
     batch = tmp_path / "batch.yaml"
     batch.write_text(yaml.safe_dump({"steps": steps}))
