@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaled_ql import evaluation, losses, methods, networks, training
+from scaled_ql import collect, evaluation, losses, methods, networks, replay, training
 from scaled_ql.environments import make_environment
 from scaled_ql.games import action_names
 
@@ -269,3 +269,16 @@ def test_a_film_skips_what_is_still_and_what_is_far_from_a_reward() -> None:
     assert evaluation.eventful(rewards, still, 9).tolist() == [0, 1, 2, 58, 59, 60, 61, 98, 99]
     still[10:40] = True  # frames 10 to 39 are frame 9 again
     assert evaluation.eventful(rewards, still, 100).tolist() == [*range(24), *range(40, 100)]
+
+
+def test_the_mean_frame_of_random_play_is_that_of_a_random_players_recording(tmp_path: Path) -> None:
+    collect.record_game(tmp_path / "replay", "SpaceInvaders", 2_000, seed=3)  # no script plays it: at random
+    recorded = replay.mean_frames(replay.open_replay(tmp_path / "replay"), seed=0)[0]
+    played = evaluation.mean_random_frame("SpaceInvaders", seed=1, num_frames=600, sticky_actions=0.25)
+    assert played.shape == (84, 84) and played.dtype == np.float32
+    assert np.abs(played - recorded).mean() < 3 < np.abs(played - played.mean()).mean()
+    np.testing.assert_array_equal(
+        played, evaluation.mean_random_frame("SpaceInvaders", seed=1, num_frames=600, sticky_actions=0.25)
+    )
+    variants = [evaluation.mean_random_frame("Freeway", seed=1, num_frames=24, mode=mode) for mode in (0, 1)]
+    assert np.abs(variants[0] - variants[1]).max() > 5

@@ -169,23 +169,23 @@ def evaluate(
     return pd.DataFrame(rows, columns=[*columns, *(f"action_{name}" for name in action_names(game))])
 
 
-def mean_random_frame(game: str, seed: int, num_frames: int = 1_000, **variant: Any) -> np.ndarray:
+def mean_random_frame(game: str, seed: int, num_frames: int = 1_000, **rules: Any) -> np.ndarray:
     """Mean frame of random play: what `replay.mean_frames` is where nothing was recorded.
 
     Args:
         game: name as in the paper.
         seed: seed of the play.
-        num_frames: frames in all, every fourth of eight episodes or more side by side.
-        variant: `mode` and `difficulty`; see `make_vector_environment`.
+        num_frames: frames in all, every sixteenth of eight episodes or more side by side.
+        rules: sticky actions and variant; see `make_vector_environment`.
 
     Returns:
         float32 [84, 84], from 0 to 255.
     """
-    environments, rng = make_vector_environment(game, 8, **variant), np.random.default_rng(seed)
+    environments, rng = make_vector_environment(game, 8, **rules), np.random.default_rng(seed)
     environments.reset(seed=int(rng.integers(2**30)))
     total, steps = np.zeros((84, 84)), -(-num_frames // 8)
     for _ in range(steps):
-        for _ in range(4):
+        for _ in range(16):
             stacks = environments.step(rng.integers(environments.single_action_space.n, size=8))[0]
         total += stacks[:, -1].mean(0, dtype=np.float64)
     environments.close()
