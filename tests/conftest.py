@@ -21,6 +21,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(folder.cleanup)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # the many small ones, too
+    # Tiny programs run once take longer to optimise than to run: half of the time, and the same bits.
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 
 # Minutes; to be started first.

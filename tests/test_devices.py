@@ -23,7 +23,7 @@ SCRIPT = Path(__file__).parent / "parallel.py"
 
 def start(folder, steps, *words, count=1, **environment):
     """A process that trains, with `count` virtual devices."""
-    flags = f"--xla_force_host_platform_device_count={count}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), str(folder), str(steps), *words],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | environment,
