@@ -272,13 +272,11 @@ def test_a_film_skips_what_is_still_and_what_is_far_from_a_reward() -> None:
 
 
 def test_the_mean_frame_of_random_play_is_that_of_a_random_players_recording(tmp_path: Path) -> None:
-    collect.record_game(tmp_path / "replay", "SpaceInvaders", 2_000, seed=3)  # no script plays it: at random
+    collect.record_game(tmp_path / "replay", "SpaceInvaders", 1_500, seed=3)  # no script plays it: at random
     recorded = replay.mean_frames(replay.open_replay(tmp_path / "replay"), seed=0)[0]
-    played = evaluation.mean_random_frame("SpaceInvaders", seed=1, num_frames=600, sticky_actions=0.25)
+    played, again = (
+        evaluation.mean_random_frame("SpaceInvaders", seed=1, num_frames=400, sticky_actions=0.25) for _ in range(2)
+    )
     assert played.shape == (84, 84) and played.dtype == np.float32
     assert np.abs(played - recorded).mean() < 3 < np.abs(played - played.mean()).mean()
-    np.testing.assert_array_equal(
-        played, evaluation.mean_random_frame("SpaceInvaders", seed=1, num_frames=600, sticky_actions=0.25)
-    )
-    variants = [evaluation.mean_random_frame("Freeway", seed=1, num_frames=24, mode=mode) for mode in (0, 1)]
-    assert np.abs(variants[0] - variants[1]).max() > 5
+    np.testing.assert_array_equal(played, again)

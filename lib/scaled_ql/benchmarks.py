@@ -49,9 +49,12 @@ def repeat_store(source: Replay, destination: str | Path, games: list[str], copi
         the folder.
     """
     rows, per_shard = fmt.FRAME_SHARD, fmt.SCALAR_SHARD // fmt.FRAME_SHARD
+    lenders = {game: source.games[number % len(source.games)] for number, game in enumerate(games)}
     first: dict[str, Path] = {}
-    for number, game in enumerate(games):
-        lender = source.games[number % len(source.games)]
+    lent: list[dict] = []
+    for game, lender in sorted(lenders.items(), key=lambda pair: pair[1]):  # each lender's episodes are read once
+        if lender not in first:
+            lent = _first_episodes(source, lender, rows)
         folder = Path(destination) / game / "1"
         manifest = fmt.make_manifest(
             game, 1, actions=list(action_names(game)), source=f"frames of {lender}, repeated", sticky_actions=0.25
@@ -59,16 +62,12 @@ def repeat_store(source: Replay, destination: str | Path, games: list[str], copi
         fmt.write_or_compare_manifest(folder, manifest)
         arrays = fmt.open_arrays(folder)
         episodes, columns, at = [], [], 0
-        while at < rows:  # whole episodes of the lender until the rows are full
-            episode = source.episode(lender, len(episodes) % len(source.episodes(lender)))
-            length = min(len(episode["action"]), rows - at)
-            actions = episode["action"][:length] % len(manifest["actions"])
-            data, entry = episode_rows(
-                episode["observation"][:length], actions, episode["reward"][:length], True, at, at
-            )
+        for episode in lent:
+            actions = episode["action"] % len(manifest["actions"])
+            data, entry = episode_rows(episode["observation"], actions, episode["reward"], True, at, at)
             episodes.append(entry)
             columns.append(data)
-            at += length
+            at += len(actions)
         together = {name: np.concatenate([data[name] for data in columns]) for name in columns[0]}
         once = together.pop("observation")
         repeated = {name: np.tile(column, min(per_shard, copies)) for name, column in together.items()}
@@ -180,8 +179,22 @@ def bytes_per_transition(path: str) -> pd.DataFrame:
     return pd.DataFrame({"bytes/transition": pd.Series(sizes)})
 
 
-def benchmark_scale(path: str, folder: str | Path, copies: int = 1_000, seconds: float = 40.0) -> pd.DataFrame:
-    """The same measurements for a store of 40 games and for one `copies` times as large: medians of five in turn.
+def _first_episodes(source: Replay, game: str, rows: int) -> list[dict]:
+    """A game's episodes from the first on, again and again, until they have `rows` transitions; the last one is cut."""
+    taken: list[dict] = []
+    left = rows
+    while left:
+        whole = source.episode(game, len(taken) % len(source.episodes(game)))
+        length = min(len(whole["action"]), left)
+        taken.append({name: whole[name][:length] for name in ("observation", "action", "reward")})
+        left -= length
+    return taken
+
+
+def benchmark_scale(
+    path: str, folder: str | Path, copies: int = 1_000, seconds: float = 40.0, repeats: int = 5
+) -> pd.DataFrame:
+    """The same measurements for a store of 40 games and for one `copies` times as large: medians of `repeats` in turn.
 
     Each is made by a fresh process. Speeds scatter by a fifth, as threads contend or do not.
     """
@@ -190,8 +203,8 @@ def benchmark_scale(path: str, folder: str | Path, copies: int = 1_000, seconds:
         if not store.exists():
             repeat_store(source, store, list(TRAINING_GAMES), count)
     rows = []
-    for count, store in list(stores.items()) * 5:
-        command = [sys.executable, "-m", "scaled_ql.benchmarks", str(store), str(seconds / 5)]
+    for count, store in list(stores.items()) * repeats:
+        command = [sys.executable, "-m", "scaled_ql.benchmarks", str(store), str(seconds / repeats)]
         measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         rows.append({"store": f"x {count}", **measured})
     return pd.DataFrame(rows).groupby("store", sort=False).median()
