@@ -193,6 +193,8 @@ def test_a_run_to_transfer_from_is_finished_and_has_checkpoints(tmp_path: Path) 
         runs.trained_run(values, "initial")
     folder = tmp_path / "04_scaled_training" / "a"
     folder.mkdir()
+    with pytest.raises(runs.RunError, match="no such run below"):
+        runs.trained_run(values, "initial")
     for state in ("running", "failed", "interrupted"):
         (folder / "status.json").write_text(json.dumps({"state": state}))
         with pytest.raises(runs.RunError, match=f"that run is {state}. Wait until it is finished"):

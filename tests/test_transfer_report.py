@@ -16,7 +16,7 @@ PRETRAINED = {"method": "cql", "rewards": "real", "encoder": "nature", "hidden_s
 PRETRAINED |= {"dataset": "abc", "steps": 20, "seed": 3}
 
 
-def write(outputs, name, agent, pretrained=PRETRAINED, *, data="abc", truncated=0.0, curve=(), **changes):
+def write(outputs, name, agent, pretrained=PRETRAINED, *, data="abc", truncated=0.0, curve=(), network=None, **changes):
     """A finished run's folder with an agent's return in its game."""
     folder = outputs / "06_transfer" / name
     folder.mkdir(parents=True)
@@ -26,7 +26,8 @@ def write(outputs, name, agent, pretrained=PRETRAINED, *, data="abc", truncated=
     (folder / "status.json").write_text(json.dumps({"state": "finished"}))
     row = {"random_return": -20.7, "dataset_return": -18.0, "agent_return": agent, "agent_episodes": 8}
     summary = {"games": {values.game: row | {"truncated_percent": truncated}}, "dataset": data, "steps": 5}
-    (folder / "summary.json").write_text(json.dumps(summary | {"parameters": 1, "pretrained": pretrained}))
+    summary |= {"parameters": 1, "pretrained": pretrained, "network": network or {"encoder": "nature"}}
+    (folder / "summary.json").write_text(json.dumps(summary))
     for step, mean in [*enumerate(curve), (5, agent)]:
         (folder / "evaluation" / f"step-{step}").mkdir(parents=True)
         played = f"episode_return,truncated,action_NOOP\n{mean},False,1\n"
@@ -69,7 +70,7 @@ def test_gains_have_welchs_interval(outputs):
     assert row["gain over scratch"] == 17.0
     assert [row["gain low"], row["gain high"]] == pytest.approx([welch.low, welch.high])
     assert [row["low"], row["high"]] == pytest.approx(own)
-    assert row["gain %"] == pytest.approx(100 * 17 / 13)
+    assert row["target seen"] == "no"
     assert row["seeds"] == 3
     assert np.isnan(compared.loc["scratch", "gain over scratch"])
     said = transfer_report.verdict(compared, "Pong, offline")
@@ -158,17 +159,60 @@ def test_every_target_has_a_table_and_settings_that_differ_are_sets(outputs):
             seed=seed,
             data="online",
         )
-    tables = transfer_report.by_target(outputs)
+    tables, left_out = transfer_report.by_target(outputs)
+    assert left_out.empty
     assert list(tables) == ["Alien, offline", "Freeway, mode 1, online", "Pong, offline", "Pong, offline, set 2"]
     assert sorted(len(table) for table in tables.values()) == [1, 1, 4, 12]
     compared = {name: transfer_report.compare(table) for name, table in tables.items()}
     gains = transfer_report.mean_gain(compared)
-    assert gains.loc[("online", "Scaled QL, fine-tuned")].tolist() == [100.0, 1]
-    assert gains.loc[("offline", "Scaled QL, fine-tuned")].tolist() == pytest.approx([100 * 17 / 13, 1])
+    assert "online" not in gains.index.get_level_values("setting"), "a variant has no published score"
+    random, dqn = (reference_score("Pong", player) for player in ("random", "dqn_50m"))
+    scratch, tuned = (100 * (score - random) / (dqn - random) for score in (-13, 4))
+    row = gains.loc[("offline", "Scaled QL, fine-tuned")]
+    assert row[["scratch", "score", "gain %"]].tolist() == pytest.approx([scratch, tuned, 100 * (tuned / scratch - 1)])
+    assert row["targets"] == "Pong, offline"
+
+
+def test_a_network_from_scratch_of_another_architecture_is_no_baseline(outputs):
+    for seed in range(3):
+        write(outputs, f"large{seed}", 15.0, None, seed=seed, network={"encoder": "resnet34"})
+    tables, _ = transfer_report.by_target(outputs)
+    assert sorted(len(table) for name, table in tables.items() if name.startswith("Pong")) == [1, 3, 12]
+    base = parameters.check("06_transfer", BASE.model_dump() | {"run": "tuned0"})
+    scores = transfer_report.siblings(transfer_report.gather(outputs), base)
+    assert not scores["run"].str.startswith("large").any()
+
+
+def test_what_has_no_effect_from_scratch_tells_nothing_apart(outputs):
+    write(outputs, "again", -15.0, None, seed=0, parts="encoder", built_like="04_scaled_training/elsewhere")
+    with pytest.raises(GatherError, match=r"again.*scratch0.* have equal parameters and seeds"):
+        scores_of(outputs)
+    tables, left_out = transfer_report.by_target(outputs)
+    assert "Alien, offline" in tables and max(map(len, tables.values())) == 1, "one target fails alone"
+    assert left_out["why"].str.contains("equal parameters and seeds").tolist() == [True]
+
+
+def test_pre_trainings_that_differ_in_anything_are_arms(outputs):
+    other = PRETRAINED | {"alpha": 0.0, "seed": 9, "outputs": "elsewhere"}
+    write(outputs, "pessimist", 1.0, other, initial="04_scaled_training/alpha0")
+    names = set(scores_of(outputs)["arm"])
+    assert {"Scaled QL, alpha 0.0, fine-tuned", "Scaled QL, alpha None, fine-tuned"} <= names
+
+
+def test_a_rate_with_one_lucky_seed_is_not_the_best(outputs):
+    write(outputs, "lucky", 20.0, seed=0, learning_rate=1e-2)
+    compared = transfer_report.compare(scores_of(outputs))
+    assert compared.loc["Scaled QL, fine-tuned", ["mean return", "learning rate"]].tolist() == [4.0, "5e-05"]
+
+
+def test_an_arm_without_a_verdict_is_named(outputs):
+    write(outputs, "single", 9.0, PRETRAINED | {"rewards": "shuffled"}, initial="04_scaled_training/shuffled")
+    said = transfer_report.verdict(transfer_report.compare(scores_of(outputs)), "Pong")
+    assert "no verdict, cut short or without two seeds: Scaled QL, shuffled rewards, fine-tuned" in said
 
 
 def test_nothing_yet(tmp_path):
-    assert transfer_report.by_target(tmp_path) == {} and transfer_report.mean_gain({}).empty
+    assert transfer_report.by_target(tmp_path)[0] == {} and transfer_report.mean_gain({}).empty
     scores = transfer_report.siblings(transfer_report.gather(tmp_path), BASE)
     assert scores.empty and transfer_report.curves(tmp_path, scores).empty
     assert "no verdict" in transfer_report.verdict(transfer_report.compare(scores), "Pong")

@@ -227,7 +227,7 @@ class ScaledTraining(Parameters):
 
 
 class Transfer(Parameters):
-    """`06_transfer`; offline as in appendix B.4, online with what it gives and Dopamine's C51 for the rest."""
+    """`06_transfer`; offline as in appendix B.4. `online.yaml` has what differs online, Dopamine's C51 but for B.4."""
 
     initial: str = "04_scaled_training/default"
     built_like: str = "04_scaled_training/default"

@@ -182,7 +182,7 @@ def trained_run(values: Parameters, parameter: str) -> Path:
     name = getattr(values, parameter)
     home = outputs_folder(values)
     folder, says = home / name, f"run {values.run}: {parameter} = {name!r}"
-    if not name or not folder.is_dir():
+    if not name or not (folder / "status.json").exists():
         known = [str(place.parent.relative_to(home)) for place in sorted(home.glob("*/*/checkpoints"))]
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]
         there = f"with checkpoints there are {', '.join(near)}" if near else "no run there has checkpoints"

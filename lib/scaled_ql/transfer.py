@@ -34,6 +34,7 @@ MODULES: dict[Parts, tuple[str, ...]] = {  # of a `QNetwork`
 }
 # What a checkpoint's `about` says of how the network was built: arguments of `networks.make_q_network`.
 ARCHITECTURE = ("encoder", "num_atoms", "hidden_sizes", "embedding", "normalize_features", "group_size")
+FORM = (*ARCHITECTURE, "subtract_mean_frames", "dtype")  # and of what the network sees and how it computes
 
 
 class TransferError(ValueError):
@@ -108,6 +109,14 @@ def load(run: str | Path) -> Source:
     return Source(where, about, params)
 
 
+def training_of(source: Source) -> dict[str, Any]:
+    """How a network was trained: its run's parameters, what its checkpoint says, and `steps`; for comparisons."""
+    file = source.folder.parent.parent / "parameters.yaml"
+    stored = parameters.load(file) if file.exists() else {}
+    learned = {name: value for name, value in stored.items() if name not in parameters.INCIDENTAL}
+    return learned | source.about | {"steps": int(source.folder.name)}
+
+
 def training_parameters(p: parameters.Transfer, source: Source) -> parameters.ScaledTraining:
     """The parameters of `04_scaled_training` that describe what a run of `06_transfer` trains: the source's network.
 
@@ -120,10 +129,9 @@ def training_parameters(p: parameters.Transfer, source: Source) -> parameters.Sc
     """
     names = type(p).model_fields.keys() & parameters.ScaledTraining.model_fields.keys()
     values = {name: getattr(p, name) for name in names}
-    form = (*ARCHITECTURE, "subtract_mean_frames", "dtype")
-    if missing := [name for name in form if name not in source.about]:
+    if missing := [name for name in FORM if name not in source.about]:
         raise CheckpointError(f"{source.folder}: does not say {', '.join(missing)}. Train the run again.")
-    values |= {name: source.about[name] for name in form}
+    values |= {name: source.about[name] for name in FORM}
     values |= {"games_per_batch": 1, "transitions_per_game": p.batch_size}
     if p.setting == "online":
         values |= {"alpha": 0.0, "num_steps": p.updates, "eval_every": 0}

@@ -4,6 +4,7 @@ Runs are siblings if they differ in nothing but where their network came from, w
 the learning rate, and the seed. Equal in all of these but the seed, they are one *arm*.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,23 @@ SCORE_COLUMNS = (
     "arm", "learning_rate", "run", "seed", "game", "mode", "difficulty", "agent_return", "random_return",
     "dataset_return", "truncated_share", "cut", "pretrained_on_target",
 )  # fmt: skip
-# What tells one pre-training from another, seeds apart; the first two are always named.
-PRETRAINING = ("method", "rewards", "encoder", "hidden_sizes", "games", "dataset", "steps")
+# Of how the initial network was trained, what an arm's name always says, or never.
+NAMED, UNNAMED = {"method", "rewards"}, {"seed", "initial", "built_like"} | INCIDENTAL
 
 
 def gather(folder: Path, asking: str = "") -> Gathered:
-    """The finished runs of `06_transfer` below an outputs folder, and the one asking; see `ablations.gather`."""
-    return ablations.gather(folder, NOTEBOOK, asking)
+    """The finished runs of `06_transfer` below an outputs folder, and the one asking; see `ablations.gather`.
+
+    Parameters without effect are made equal: `built_like`, which `network` replaces, and of a run from scratch `parts`.
+    """
+    gathered = ablations.gather(folder, NOTEBOOK, asking)
+    if gathered.runs.empty:
+        return gathered
+    table = gathered.runs.assign(
+        built_like="", network=[json.dumps(x, sort_keys=True) for x in gathered.runs["network"]]
+    )
+    table.loc[[not origin for origin in table["pretrained"]], "parts"] = ""
+    return gathered._replace(runs=table)
 
 
 def siblings(gathered: Gathered, base: Parameters) -> pd.DataFrame:
@@ -39,7 +50,7 @@ def siblings(gathered: Gathered, base: Parameters) -> pd.DataFrame:
 
     Args:
         gathered: from `gather`.
-        base: parameters of any of them.
+        base: parameters of any of them; if that run is among `gathered`, the others have its architecture.
 
     Returns:
         columns `SCORE_COLUMNS`, sorted by arm, scratch first, and seed. Returns are raw means over episodes.
@@ -48,6 +59,9 @@ def siblings(gathered: Gathered, base: Parameters) -> pd.DataFrame:
     Raises:
         GatherError: two runs of one arm and seed, or runs of different contents of the dataset.
     """
+    if base.run in gathered.runs.index:  # only networks of its architecture
+        network = gathered.runs.loc[base.run, "network"]
+        gathered = gathered._replace(runs=gathered.runs[gathered.runs["network"] == network])
     chosen = ablations.select(gathered, base, {}, FREE)
     if chosen.empty:
         return nothing()
@@ -77,7 +91,8 @@ def arm_names(chosen: pd.DataFrame) -> list[str]:
     """
     origins = [origin or {} for origin in chosen["pretrained"]]
     parts = [parts if origin else None for parts, origin in zip(chosen["parts"], origins)]
-    differ = [name for name in PRETRAINING[2:] if len({str(o.get(name)) for o in origins if o}) > 1]
+    known = dict.fromkeys(name for origin in origins for name in origin if name not in NAMED | UNNAMED)
+    differ = [name for name in known if len({str(o.get(name)) for o in origins if o}) > 1]
     several = len({some for some in parts if some}) > 1
     names = []
     for origin, taken, freeze in zip(origins, parts, chosen["freeze"]):
@@ -99,10 +114,12 @@ def _short(value: Any) -> str:
 def best_learning_rates(scores: pd.DataFrame) -> pd.DataFrame:
     """The rows of each arm's best learning rate, by mean return over seeds, as the paper reports online runs (B.4).
 
-    The best of several noisy means is an optimistic estimate; it is taken for every arm alike.
+    The best of several noisy means is an optimistic estimate; it is taken for every arm alike. Rates with fewer seeds
+    than others of the arm are not considered.
     """
-    means = scores.groupby(["game", "arm", "learning_rate"], sort=False)["agent_return"].mean()
-    best = means.groupby(["game", "arm"], sort=False).idxmax()
+    rates = scores.groupby(["game", "arm", "learning_rate"], sort=False)["agent_return"].agg(["mean", "count"])
+    most = rates.groupby(["game", "arm"], sort=False)["count"].transform("max")  # one lucky seed is no sweep
+    best = rates.loc[rates["count"] == most, "mean"].groupby(["game", "arm"], sort=False).idxmax()
     keys = pd.MultiIndex.from_frame(scores[["game", "arm", "learning_rate"]])
     return scores[keys.isin(list(best))].reset_index(drop=True)
 
@@ -115,7 +132,8 @@ def compare(scores: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         index arm; columns learning rate, seeds, mean return, low, high, DQN-normalised % (NaN where unknown or not the
-        default variant), gain over scratch (raw), gain low, gain high (Welch's interval), gain %, truncated %.
+        default variant), gain over scratch (raw), gain low, gain high (Welch's interval), truncated %, target seen
+        (while pre-training).
         Intervals are NaN with fewer than two seeds; the gain is NaN where either arm is cut.
     """
     best, rows = best_learning_rates(scores), {}
@@ -126,13 +144,14 @@ def compare(scores: pd.DataFrame) -> pd.DataFrame:
         row["mean return"] = returns.mean()
         row["low"], row["high"] = interval(returns, np.zeros(1)) if len(returns) > 1 else (np.nan, np.nan)
         row["DQN-normalised %"] = 100 * dqn_normalized(here)
-        row |= dict.fromkeys(("gain over scratch", "gain low", "gain high", "gain %"), np.nan)
+        row |= dict.fromkeys(("gain over scratch", "gain low", "gain high"), np.nan)
         if arm != SCRATCH and len(scratch) and not (here["cut"].any() or scratch["cut"].any()):
             gain = returns.mean() - scratch["agent_return"].mean()
-            row |= {"gain over scratch": gain, "gain %": 100 * gain / abs(scratch["agent_return"].mean() or np.nan)}
+            row["gain over scratch"] = gain
             if min(len(here), len(scratch)) > 1:
                 row["gain low"], row["gain high"] = interval(returns, scratch["agent_return"].to_numpy())
-        rows[arm] = row | {"truncated %": 100 * here["truncated_share"].mean()}
+        row["truncated %"] = 100 * here["truncated_share"].mean()
+        rows[arm] = row | {"target seen": "yes" if here["pretrained_on_target"].any() else "no"}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
 
 
@@ -161,6 +180,7 @@ def verdict(compared: pd.DataFrame, name: str) -> str:
         "worse": judged["gain high"] < 0,
         "inconclusive": (judged["gain low"] <= 0) & (judged["gain high"] >= 0),
     }
+    silent = [arm for arm in compared.index if arm != SCRATCH and arm not in judged.index]
     parts = [
         f"{words}: " + "; ".join(
             f"{arm} ({row['gain over scratch']:+.1f}, {row['gain low']:+.1f} to {row['gain high']:+.1f})"
@@ -168,6 +188,8 @@ def verdict(compared: pd.DataFrame, name: str) -> str:
         )
         for words, chosen in told.items() if chosen.any()
     ]  # fmt: skip
+    if silent:
+        parts.append(f"no verdict, cut short or without two seeds: {'; '.join(silent)}")
     return f"**{name}**: {'; '.join(parts)}."
 
 
@@ -189,42 +211,58 @@ def curves(folder: Path, scores: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts)[columns] if parts else pd.DataFrame(columns=columns)
 
 
-def by_target(folder: Path) -> dict[str, pd.DataFrame]:
+def by_target(folder: Path) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
     """Scores of all finished runs of `06_transfer` below an outputs folder, a table of `siblings` per target.
 
     Returns:
-        by `target`, in alphabetical order; where runs on one target differ in settings that siblings share, they are
-        several sets, the second named ``..., set 2``.
+        tables by `target`, in alphabetical order; where runs on one target differ in their architecture, or in settings
+        that siblings share, they are several sets, the second named ``..., set 2``. And what is left out: columns run
+        (or target), why.
     """
     gathered = gather(folder)
     shared = [name for name in parameters.Transfer.model_fields if name not in {*INCIDENTAL, *FREE}]
     found: dict[str, pd.DataFrame] = {}
-    if gathered.runs.empty:
-        return found
-    for _, alike in gathered.runs.groupby(gathered.runs[shared].astype(str).agg(tuple, axis=1), sort=True):
+    left_out = gathered.left_out.to_dict("records")
+    groups = gathered.runs.groupby(gathered.runs[[*shared, "network"]].astype(str).agg(tuple, axis=1)) if len(
+        gathered.runs
+    ) else ()  # fmt: skip
+    for _, alike in groups:
         file = folder / NOTEBOOK / str(alike.index[0]) / "parameters.yaml"
         base = parameters.check(NOTEBOOK, parameters.load(file), str(file))
-        number = sum(name == target(base) or name.startswith(f"{target(base)}, set ") for name in found)
-        found[f"{target(base)}, set {number + 1}" if number else target(base)] = siblings(gathered, base)
-    return dict(sorted(found.items()))
+        name = target(base)
+        number = sum(other == name or other.startswith(f"{name}, set ") for other in found)
+        name += f", set {number + 1}" if number else ""
+        try:
+            found[name] = siblings(gathered, base)
+        except ablations.GatherError as error:
+            left_out.append({"run": name, "why": str(error)})
+    return dict(sorted(found.items())), pd.DataFrame(left_out, columns=["run", "why"])
 
 
 def mean_gain(compared: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Each arm's gain over scratch in percent, averaged over the targets that have it, offline and online apart.
+    """Each arm's gain over scratch in mean DQN-normalised score over targets, offline and online apart (Figure 7).
 
     Args:
-        compared: tables of `compare`, by target.
+        compared: tables of `compare`, by target. Left out are targets without such scores, such as variants, and all
+            but the first of several sets.
 
     Returns:
-        index setting and arm; columns mean gain %, targets (how many).
+        index setting, arm; columns scratch and score (mean DQN-normalised %, over the same targets), gain % (NaN unless
+        scratch is above 0), targets (their names).
     """
-    rows = [
-        {"setting": "offline" if ", offline" in name else "online", "arm": arm, "gain %": gain}
-        for name, table in compared.items()
-        for arm, gain in table["gain %"].dropna().items()
-    ]
-    table = pd.DataFrame(rows, columns=["setting", "arm", "gain %"]).groupby(["setting", "arm"])["gain %"]
-    return table.agg(["mean", "count"]).rename(columns={"mean": "mean gain %", "count": "targets"})
+    rows = []
+    for name, table in compared.items():
+        scores = table["DQN-normalised %"].dropna() if len(table) else pd.Series(dtype=float)
+        if SCRATCH in scores and ", set " not in name:
+            setting = "offline" if name.endswith(", offline") else "online"
+            rows += [
+                {"setting": setting, "arm": arm, "scratch": scores[SCRATCH], "score": score, "targets": name}
+                for arm, score in scores.drop(SCRATCH).items()
+            ]
+    table = pd.DataFrame(rows, columns=["setting", "arm", "scratch", "score", "targets"]).groupby(["setting", "arm"])
+    means = table[["scratch", "score"]].mean()
+    means["gain %"] = (100 * (means["score"] / means["scratch"] - 1)).where(means["scratch"] > 0)
+    return means.assign(targets=table["targets"].agg("; ".join))
 
 
 def target(p: Parameters) -> str:

@@ -305,6 +305,7 @@ def play(
                 "epsilon": dict(zip(games, explore(steps).tolist())),
                 "loss": dict(zip(games, learning.losses.tolist())),
                 "updates": learning.updates,
+                "due": learning.due(steps, min_history, update_period),
                 "steps_per_second": steps_per_second,
                 "updates_per_second": updates_per_second,
             }
@@ -331,6 +332,8 @@ def play(
                 player.receive()
             if meter.is_due():
                 yield report()
+        while learning.updates < learning.due(count_steps(), min_history, update_period):
+            learning.update(draw_batch())  # stopped at its very end, its last episodes outlived its last checkpoint
         learning.check()
         log.wait()
         learning.save()

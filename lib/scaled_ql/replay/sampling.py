@@ -9,6 +9,7 @@ import numpy as np
 
 from scaled_ql.replay.batch import Batch
 from scaled_ql.replay.store import Replay
+from scaled_ql.replay.views import drawn_transitions
 
 T = TypeVar("T")
 
@@ -95,7 +96,12 @@ def mean_frames(replay: Replay, seed: int, num_frames: int = 1_000) -> np.ndarra
     """Mean of `num_frames` random frames of each game, float32 [games, 84, 84], from 0 to 255."""
     means = []
     for number, game in enumerate(replay.games):
-        times = np.random.default_rng([seed, number]).integers(replay.num_transitions(game), size=num_frames)
+        total, rng = replay.num_transitions(game), np.random.default_rng([seed, number])
+        if replay.view.uniform < 1:  # of what the view keeps
+            drawn = drawn_transitions(replay.view, game, total)
+            times = drawn[rng.integers(len(drawn), size=num_frames)]
+        else:
+            times = rng.integers(total, size=num_frames)
         means.append(replay.frames_at(game, times).mean(0, dtype=np.float64))
     return np.stack(means).astype(np.float32)
 
