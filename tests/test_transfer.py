@@ -93,6 +93,17 @@ def test_each_methods_network_is_read_bit_for_bit(tmp_path, method):
     assert network.hidden[0].kernel.shape == state.params.get("q", state.params)["hidden"][0]["kernel"].shape
 
 
+def test_a_network_of_more_than_ten_layers_is_read(tmp_path):
+    """Layers are numbered, and 10 comes before 2 where numbers are strings, as they are on disk."""
+    network = build(1, hidden_sizes=(6,) * 12)
+    state = training.init_state(network, training.make_optimizer())[1]
+    checkpoints = training.Checkpoints(tmp_path / "checkpoints", ABOUT | {"hidden_sizes": [6] * 12, "method": "cql"})
+    checkpoints.save(state)
+    checkpoints.close()
+    source = transfer.load(tmp_path)
+    assert {path: leaf.tobytes() for path, leaf in source.params.items()} == paths_and_bytes(state.params)
+
+
 def test_reading_touches_nothing(run):
     folder, *_ = run
     unfinished = folder / "checkpoints" / "40.orbax-checkpoint-tmp"  # of a run that is writing

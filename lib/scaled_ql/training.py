@@ -862,12 +862,20 @@ def read_params(folder: str | Path) -> tuple[Path, dict[str, Any], dict[str, np.
             f"{where}: cannot be read as a checkpoint of a training run ({type(error).__name__}: {error}). Choose "
             "another run, or move this folder elsewhere: the checkpoint before it is then read."
         ) from error
+    params = _numbered(params)
     if _crc32(params, []) != stored.get("params_crc32", _crc32(params, [])):  # older checkpoints do not have it
         raise CheckpointError(
             f"{where}: its parameters differ from their CRC-32. Move this folder elsewhere: the checkpoint before it "
             "is then read."
         )
     return where, about, flat_params(params)
+
+
+def _numbered(tree: PyTree) -> PyTree:
+    """A tree read without its structure, the numbers of layers as integers again: as strings, 10 comes before 2."""
+    if not isinstance(tree, dict):
+        return tree
+    return {int(name) if name.isdigit() else name: _numbered(branch) for name, branch in tree.items()}
 
 
 def _crc32(state: PyTree, window: list) -> int:
