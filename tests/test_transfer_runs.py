@@ -123,8 +123,8 @@ def test_online_on_a_variant_killed_and_resumed_loses_unfinished_episodes_only(o
     finish(started)
     after = open_replay(folder / "replay")
     assert after.num_transitions("Freeway") >= 600
-    pd_columns = ["start", "length", "episode_return"]
-    assert after.episodes("Freeway")[pd_columns].head(len(logged)).equals(logged[pd_columns])
+    columns = ["start", "length", "episode_return"]
+    assert after.episodes("Freeway")[columns].head(len(logged)).equals(logged[columns])
     np.testing.assert_array_equal(after.frames_at("Freeway", np.arange(len(frames))), frames)
     (manifest,) = after.manifests("Freeway")
     assert manifest["mode"] == 1 and manifest["sticky_actions"] == 0.25

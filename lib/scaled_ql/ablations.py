@@ -38,8 +38,7 @@ class Gathered(NamedTuple):
 
     Attributes:
         runs: index name of the run; all parameters, `data_id`, `num_parameters` (in all), `paper_parameters` (as the
-            paper counts, encoder and first dense layer; NaN of a run that did not record it), `pretrained` and
-            `network` (of `06_transfer`: how the initial network was trained, None from scratch; its architecture).
+            paper counts, encoder and first dense layer; NaN of a run that did not record it).
         scores: columns run, game, agent_return (raw), human_normalized (a fraction, NaN where not known or cut),
             episodes, truncated (share of them), cut (whether most were truncated before the protocol's limit), actions
             (by name, their shares of the agent's own choices; empty where there is no table of its episodes), and
@@ -84,12 +83,7 @@ def gather(folder: Path, notebook: str = NOTEBOOK, asking: str = "") -> Gathered
             left_out.append({"run": name, "why": "trained with a loss that its parameters do not name"})
             continue
         sizes = {"num_parameters": summary["parameters"], "paper_parameters": summary.get("paper_parameters", np.nan)}
-        found[name] = (
-            values
-            | {"data_id": summary["dataset"]}
-            | sizes
-            | {name: summary.get(name) for name in ("pretrained", "network")}
-        )
+        found[name] = values | {"data_id": summary["dataset"]} | sizes
         for game, row in summary["games"].items():
             score = row | {"run": name, "game": game, "episodes": row["agent_episodes"]}
             truncated = row.get("truncated_percent", 0) / 100

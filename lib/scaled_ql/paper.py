@@ -33,7 +33,7 @@ PRINTED: dict[tuple[str, str, str], float] = {
 
 METHODS = {"cql": "Scaled QL", "bcq": "Discrete BCQ", "bc": "BC", "return_bc": "Return-conditioned BC"}
 # Two runs that differ only in these are one system; `data_id`, not the path, identifies the data.
-NO_PART_OF_A_SYSTEM = INCIDENTAL | {"dataset", "view", "num_parameters", "paper_parameters", "pretrained", "network"}
+NO_PART_OF_A_SYSTEM = INCIDENTAL | {"dataset", "view", "num_parameters", "paper_parameters"}
 
 
 class Comparison(NamedTuple):

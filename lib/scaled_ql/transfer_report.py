@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from scaled_ql import ablations, evaluation, metrics, parameters
+from scaled_ql import ablations, evaluation, metrics, parameters, runs
 from scaled_ql.ablations import Gathered
 from scaled_ql.games import UnknownGame
 from scaled_ql.paper import METHODS
@@ -33,15 +33,17 @@ NAMED, UNNAMED = {"method", "rewards"}, {"seed", "initial", "built_like"} | INCI
 def gather(folder: Path, asking: str = "") -> Gathered:
     """The finished runs of `06_transfer` below an outputs folder, and the one asking; see `ablations.gather`.
 
-    Parameters without effect are made equal: `built_like`, which `network` replaces, and of a run from scratch `parts`.
+    `Gathered.runs` has two more columns: `pretrained`, how the initial network was trained, None from scratch;
+    `network`, its architecture. Parameters without effect are made equal: `built_like`, and from scratch `parts`.
     """
     gathered = ablations.gather(folder, NOTEBOOK, asking)
     if gathered.runs.empty:
         return gathered
-    table = gathered.runs.assign(
-        built_like="", network=[json.dumps(x, sort_keys=True) for x in gathered.runs["network"]]
-    )
-    table.loc[[not origin for origin in table["pretrained"]], "parts"] = ""
+    summaries = [runs.read_json(folder / NOTEBOOK / name / "summary.json") for name in gathered.runs.index]
+    table = gathered.runs.assign(built_like="")
+    table["pretrained"] = [summary["pretrained"] for summary in summaries]
+    table["network"] = [json.dumps(summary["network"], sort_keys=True) for summary in summaries]
+    table.loc[table["pretrained"].isna(), "parts"] = ""
     return gathered._replace(runs=table)
 
 
@@ -223,11 +225,9 @@ def by_target(folder: Path) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
     shared = [name for name in parameters.Transfer.model_fields if name not in {*INCIDENTAL, *FREE}]
     found: dict[str, pd.DataFrame] = {}
     left_out = gathered.left_out.to_dict("records")
-    groups = gathered.runs.groupby(gathered.runs[[*shared, "network"]].astype(str).agg(tuple, axis=1)) if len(
-        gathered.runs
-    ) else ()  # fmt: skip
-    for _, alike in groups:
-        file = folder / NOTEBOOK / str(alike.index[0]) / "parameters.yaml"
+    settings = gathered.runs.reindex(columns=[*shared, "network"]).astype(str)
+    for _, names in settings.groupby(list(settings)).groups.items():
+        file = folder / NOTEBOOK / names[0] / "parameters.yaml"
         base = parameters.check(NOTEBOOK, parameters.load(file), str(file))
         name = target(base)
         number = sum(other == name or other.startswith(f"{name}, set ") for other in found)

@@ -310,6 +310,14 @@ def play(
                 "updates_per_second": updates_per_second,
             }
 
+        def learn(steps: np.ndarray) -> Iterator[tuple[TrainState, dict[str, Any]]]:
+            due = learning.due(steps, min_history, update_period)
+            while learning.updates < due:
+                learning.update(draw_batch())
+                if meter.is_due():  # there may be many after resuming
+                    learning.check()
+                    yield report()
+
         choice = None
         while min(log.transitions.values()) < num_transitions:
             steps = count_steps()
@@ -321,19 +329,13 @@ def play(
             if before is not None:
                 log_episodes(before)
             learning.check()
-            due = learning.due(steps, min_history, update_period)
-            while learning.updates < due:
-                learning.update(draw_batch())
-                if meter.is_due():  # there may be many after resuming
-                    learning.check()
-                    yield report()
+            yield from learn(steps)
             learning.save(checkpoint_every)
             for player in players.values():
                 player.receive()
             if meter.is_due():
                 yield report()
-        while learning.updates < learning.due(count_steps(), min_history, update_period):
-            learning.update(draw_batch())  # stopped at its very end, its last episodes outlived its last checkpoint
+        yield from learn(count_steps())  # many, where the last episodes outlived the last checkpoint
         learning.check()
         log.wait()
         learning.save()
