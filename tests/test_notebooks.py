@@ -68,17 +68,6 @@ def test_the_summary_compares_agent_dataset_and_random_player(outputs: Path) -> 
         assert all(np.isfinite(row[name]) for name in ("random_return", "dataset_return", "agent_return"))
 
 
-def test_a_narrow_start_is_one_and_belongs_to_the_checkpoint(outputs: Path) -> None:
-    target = "04_scaled_training"
-    done = run(target, outputs, TINY[target], "-p", "run", "narrow", "-p", "narrow_start", "true")
-    assert done.returncode == 0, done.stderr
-    first_entropies = {name: metrics(outputs / target / name)[0]["entropy"] for name in ("tiny", "narrow")}
-    assert first_entropies["tiny"] == pytest.approx(np.log(51), abs=0.1)
-    assert first_entropies["narrow"] == pytest.approx(np.log(np.sqrt(2 * np.pi * np.e) / 0.8), abs=0.1)  # bins of 0.8
-    about = json.loads((outputs / target / "narrow" / "checkpoints" / "20" / "about" / "metadata").read_text())
-    assert about["run"]["narrow_start"] is True
-
-
 def test_finished_runs_are_recognised(outputs: Path, tmp_path: Path) -> None:
     steps = [
         {"notebook": name, "parameters": Path(file).name} for name, file in TINY.items() if name not in runs.GATHERING
@@ -146,19 +135,26 @@ def huber(outputs_t, action_t, reward, discount, target_outputs_tn, selector_q_t
 def test_a_loss_of_ones_own_in_a_cell_is_trained_logged_checkpointed_plotted_and_evaluated(
     outputs: Path, tmp_path: Path
 ) -> None:
+    """It also starts narrow, and its checkpoint says so."""
     book = nbformat.read(runs.workspace() / "notebooks" / "04_scaled_training.ipynb", as_version=4)
     (start,) = (cell for cell in book.cells if "method = methods.make(p)" in cell.source)
     start.source = start.source.replace("methods.make(p)", "methods.make(p, td_loss=huber)")
     cell = nbformat.v4.new_code_cell("import jax\nimport optax\n\nfrom scaled_ql import losses\n\n" + LOSS)
     book.cells.insert(book.cells.index(start), cell)
     nbformat.write(book, tmp_path / "own.ipynb")
-    values = parameters.load(runs.workspace() / TINY["04_scaled_training"]) | {"run": "huber", "outputs": str(outputs)}
+    values = parameters.load(runs.workspace() / TINY["04_scaled_training"])
+    values |= {"run": "huber", "outputs": str(outputs), "narrow_start": True}
     papermill.execute_notebook(tmp_path / "own.ipynb", tmp_path / "out.ipynb", values, progress_bar=False)
     folder = outputs / "04_scaled_training" / "huber"
     assert [row["step"] for row in metrics(folder)] == [5, 10, 15, 20]
     c51 = metrics(outputs / "04_scaled_training" / "tiny")
     assert metrics(folder)[0].keys() == c51[0].keys() and metrics(folder)[0]["td_loss"] < 0.5 < c51[0]["td_loss"]
-    assert (folder / "checkpoints" / "20").is_dir()
+    assert c51[0]["entropy"] == pytest.approx(np.log(51), abs=0.1)
+    assert metrics(folder)[0]["entropy"] == pytest.approx(
+        np.log(np.sqrt(2 * np.pi * np.e) / 0.8), abs=0.1
+    )  # bins of 0.8
+    about = json.loads((folder / "checkpoints" / "20" / "about" / "metadata").read_text())
+    assert about["run"]["narrow_start"] is True
     summary = json.loads((folder / "summary.json").read_text())
     assert all(np.isfinite(row["agent_return"]) for row in summary["games"].values())
     assert summary["as_parameters_say"] is False

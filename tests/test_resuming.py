@@ -76,34 +76,28 @@ def stop(command: list[str], folder: Path, log: Path, way: str) -> None:
         assert "resumes from here" in stderr
 
 
-def test_a_run_stopped_in_three_ways_resumes_bit_identically(outputs: Path) -> None:
-    """SIGKILL of the runner, Ctrl-C, SIGKILL of the kernel, each in the middle of training; then to its end."""
+def test_a_run_stopped_in_three_ways_resumes_bit_identically_and_measures_each_score_once(outputs: Path) -> None:
+    """SIGKILL of the runner, Ctrl-C, SIGKILL of the kernel, each in the middle of training; then to its end.
+
+    Of BCQ, whose behaviour policy comes first, in a folder of its own; the Q-network has it as it then is.
+    """
     target = "04_scaled_training"
-    more = ["-p", "num_steps", "400", "-p", "eval_max_steps", "5", "-p", "video_steps", "2"]
+    more = ["-p", "method", "bcq", "-p", "num_steps", "400", "-p", "eval_every", "200"]
+    more += ["-p", "eval_max_steps", "5", "-p", "video_steps", "2"]
+    undisturbed, stopped = outputs / target / "undisturbed", outputs / target / "stopped"
     done = run(target, outputs, TINY[target], "-p", "run", "undisturbed", *more)
     assert done.returncode == 0, done.stderr
-    undisturbed, stopped = outputs / target / "undisturbed", outputs / target / "stopped"
     command = arguments(target, outputs, TINY[target], "-p", "run", "stopped", *more)
-    for way in ("kill the runner", "interrupt", "kill the kernel"):
-        stop(command, stopped, stopped / "metrics.jsonl", way)
-    done = run(target, outputs, TINY[target], "-p", "run", "stopped", *more)
-    assert done.returncode == 0, done.stderr
-    assert metrics(stopped) == metrics(undisturbed)
-    assert_same_arrays(final_state(stopped), final_state(undisturbed))
-
-
-def test_bcq_stopped_in_both_phases_resumes_bit_identically(outputs: Path) -> None:
-    """The behaviour policy comes first, in a folder of its own; the Q-network has it as it then is."""
-    target = "04_scaled_training"
-    more = ["-p", "method", "bcq", "-p", "num_steps", "400", "-p", "eval_max_steps", "5", "-p", "video_steps", "2"]
-    done = run(target, outputs, TINY[target], "-p", "run", "bcq", *more)
-    assert done.returncode == 0, done.stderr
-    undisturbed, stopped = outputs / target / "bcq", outputs / target / "bcq-stopped"
-    command = arguments(target, outputs, TINY[target], "-p", "run", "bcq-stopped", *more)
-    stop(command, stopped, stopped / "behaviour" / "metrics.jsonl", "kill the kernel")
+    stop(command, stopped, stopped / "behaviour" / "metrics.jsonl", "kill the runner")
     assert not (stopped / "metrics.jsonl").exists()
     stop(command, stopped, stopped / "metrics.jsonl", "interrupt")
-    done = run(target, outputs, TINY[target], "-p", "run", "bcq-stopped", *more)
+    stop(command, stopped, stopped / "metrics.jsonl", "kill the kernel")
+    # As if it had been killed after step 200 was evaluated: what was measured by then is marked.
+    curve = evaluation.score_curve(undisturbed / "evaluation")
+    shutil.copytree(undisturbed / "evaluation" / "step-200", stopped / "evaluation" / "step-200", dirs_exist_ok=True)
+    marked = pd.read_csv(stopped / "evaluation" / "step-200" / "Pong.csv").assign(episode_return=77.0)
+    marked.to_csv(stopped / "evaluation" / "step-200" / "Pong.csv", index=False)
+    done = run(target, outputs, TINY[target], "-p", "run", "stopped", *more)
     assert done.returncode == 0, done.stderr
     for folder in ("", "behaviour"):
         assert metrics(stopped / folder) == metrics(undisturbed / folder)
@@ -113,27 +107,10 @@ def test_bcq_stopped_in_both_phases_resumes_bit_identically(outputs: Path) -> No
         assert_same_arrays(jax.tree.leaves(both[tree]["behaviour"]), jax.tree.leaves(policy))
     first, last = (metrics(undisturbed / "behaviour")[row]["nll"] for row in (0, -1))
     assert last < first, "the policy was trained"
-
-
-def test_the_score_of_an_iteration_is_measured_once(outputs: Path) -> None:
-    target, more = "04_scaled_training", ["-p", "run", "iterations", "-p", "eval_every", "10"]
-    done = run(target, outputs, TINY[target], *more)
-    assert done.returncode == 0, done.stderr
-    folder = outputs / target / "iterations"
-    curve = evaluation.score_curve(folder / "evaluation")
-    assert list(curve["step"]) == [10, 20] * 2 and list(curve["game"]) == ["Breakout"] * 2 + ["Pong"] * 2
-    summary = json.loads((folder / "summary.json").read_text())["games"]
+    assert list(curve["step"]) == [200, 400] * 2 and list(curve["game"]) == ["Breakout"] * 2 + ["Pong"] * 2
+    summary = json.loads((undisturbed / "summary.json").read_text())["games"]
     assert list(curve["agent_return"][1::2]) == [summary[game]["agent_return"] for game in ("Breakout", "Pong")]
-    # Stopped after step 10 and before 20: what was measured by then is marked, what was not is deleted.
-    marked = pd.read_csv(folder / "evaluation" / "step-10" / "Pong.csv").assign(episode_return=77.0)
-    marked.to_csv(folder / "evaluation" / "step-10" / "Pong.csv", index=False)
-    for name in ("checkpoints/20", "evaluation/step-20"):
-        shutil.rmtree(folder / name)
-    for name in ("status.json", "summary.json", "run.html"):
-        (folder / name).unlink()
-    done = run(target, outputs, TINY[target], *more)
-    assert done.returncode == 0, done.stderr
-    again = evaluation.score_curve(folder / "evaluation")
+    again = evaluation.score_curve(stopped / "evaluation")
     assert list(again["agent_return"]) == [*curve["agent_return"][:2], 77, curve["agent_return"][3]]
 
 
