@@ -58,7 +58,7 @@ def test_arms_are_told_apart_and_other_targets_stay_out(outputs):
     assert all(seeds == [0, 1, 2] for seeds in scores.groupby("arm")["seed"].agg(list))
     assert not {"longer", "elsewhere"} & set(scores["run"])
     assert set(scores.columns) == set(transfer_report.SCORE_COLUMNS)
-    assert not scores["pretrained_on_target"].any()
+    assert dict(zip(scores["arm"], scores["distance"])) == dict(zip(names, ["", *["near"] * 3]))
 
 
 def test_gains_have_welchs_interval(outputs):
@@ -70,7 +70,7 @@ def test_gains_have_welchs_interval(outputs):
     assert row["gain over scratch"] == 17.0
     assert [row["gain low"], row["gain high"]] == pytest.approx([welch.low, welch.high])
     assert [row["low"], row["high"]] == pytest.approx(own)
-    assert row["target seen"] == "no"
+    assert row["distance"] == "near"
     assert row["seeds"] == 3
     assert np.isnan(compared.loc["scratch", "gain over scratch"])
     said = transfer_report.verdict(compared, "Pong, offline")
@@ -211,8 +211,25 @@ def test_an_arm_without_a_verdict_is_named(outputs):
     assert "no verdict, cut short or without two seeds: Scaled QL, shuffled rewards, fine-tuned" in said
 
 
+def test_far_games_are_tallied_apart(outputs):
+    for seed in range(3):
+        write(outputs, f"klax_scratch{seed}", 1.0 + seed, None, game="Klax", seed=seed)
+        write(outputs, f"klax{seed}", -9.0 + seed, game="Klax", seed=seed)
+        write(outputs, f"breakout_scratch{seed}", 1.0 + seed, None, game="Breakout", mode=12, seed=seed)
+        write(outputs, f"breakout{seed}", 1.5 + seed, game="Breakout", mode=12, seed=seed)
+    tables, _ = transfer_report.by_target(outputs)
+    counts = transfer_report.tally({name: transfer_report.compare(table) for name, table in tables.items()})
+    arm = "Scaled QL, fine-tuned"
+    assert {key[1]: list(row) for key, row in counts.iterrows() if key[2] == arm} == {
+        "near": [1, 1, 0, 0],
+        "far": [1, 0, 1, 0],
+        "same": [1, 0, 0, 1],
+    }
+
+
 def test_nothing_yet(tmp_path):
     assert transfer_report.by_target(tmp_path)[0] == {} and transfer_report.mean_gain({}).empty
+    assert transfer_report.tally({}).empty
     scores = transfer_report.siblings(transfer_report.gather(tmp_path), BASE)
     assert scores.empty and transfer_report.curves(tmp_path, scores).empty
     assert "no verdict" in transfer_report.verdict(transfer_report.compare(scores), "Pong")

@@ -14,7 +14,7 @@ import pandas as pd
 
 from scaled_ql import ablations, evaluation, metrics, parameters, runs
 from scaled_ql.ablations import Gathered
-from scaled_ql.games import UnknownGame
+from scaled_ql.games import FAR_GAMES, UnknownGame
 from scaled_ql.paper import METHODS
 from scaled_ql.parameters import INCIDENTAL, Parameters
 from scaled_ql.reward_control import interval
@@ -24,7 +24,7 @@ FREE = ("initial", "built_like", "parts", "freeze", "learning_rate")  # what sib
 SCRATCH = "scratch"
 SCORE_COLUMNS = (
     "arm", "learning_rate", "run", "seed", "game", "mode", "difficulty", "agent_return", "random_return",
-    "dataset_return", "truncated_share", "cut", "pretrained_on_target",
+    "dataset_return", "truncated_share", "cut", "distance",
 )  # fmt: skip
 # Of how the initial network was trained, what an arm's name always says, or never.
 NAMED, UNNAMED = {"method", "rewards"}, {"seed", "initial", "built_like"} | INCIDENTAL
@@ -56,7 +56,8 @@ def siblings(gathered: Gathered, base: Parameters) -> pd.DataFrame:
 
     Returns:
         columns `SCORE_COLUMNS`, sorted by arm, scratch first, and seed. Returns are raw means over episodes.
-        `pretrained_on_target`: whether the target game was among those of the pre-training.
+        `distance` of the target from the games of the pre-training: ``same`` where it is one of them, ``far`` where it
+        is one of `games.FAR_GAMES`, else ``near``; "" from scratch.
 
     Raises:
         GatherError: two runs of one arm and seed, or runs of different contents of the dataset.
@@ -69,9 +70,9 @@ def siblings(gathered: Gathered, base: Parameters) -> pd.DataFrame:
         return nothing()
     table = gathered.scores[gathered.scores["run"].isin(chosen.index)].rename(columns={"truncated": "truncated_share"})
     about = chosen[["learning_rate", "seed", "mode", "difficulty"]].assign(arm=arm_names(chosen))
-    about["pretrained_on_target"] = [
-        bool(origin) and row["game"] in origin["games"]
-        for origin, (_, row) in zip(chosen["pretrained"], chosen.iterrows())
+    about["distance"] = [
+        "" if not origin else "same" if game in origin["games"] else "far" if game in FAR_GAMES else "near"
+        for origin, game in zip(chosen["pretrained"], chosen["game"])
     ]
     table = table.join(about, on="run").reindex(columns=list(SCORE_COLUMNS))
     order = table["arm"] != SCRATCH
@@ -134,8 +135,7 @@ def compare(scores: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         index arm; columns learning rate, seeds, mean return, low, high, DQN-normalised % (NaN where unknown or not the
-        default variant), gain over scratch (raw), gain low, gain high (Welch's interval), truncated %, target seen
-        (while pre-training).
+        default variant), gain over scratch (raw), gain low, gain high (Welch's interval), truncated %, distance.
         Intervals are NaN with fewer than two seeds; the gain is NaN where either arm is cut.
     """
     best, rows = best_learning_rates(scores), {}
@@ -153,7 +153,7 @@ def compare(scores: pd.DataFrame) -> pd.DataFrame:
             if min(len(here), len(scratch)) > 1:
                 row["gain low"], row["gain high"] = interval(returns, scratch["agent_return"].to_numpy())
         row["truncated %"] = 100 * here["truncated_share"].mean()
-        rows[arm] = row | {"target seen": "yes" if here["pretrained_on_target"].any() else "no"}
+        rows[arm] = row | {"distance": here["distance"].iloc[0]}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
 
 
@@ -193,6 +193,26 @@ def verdict(compared: pd.DataFrame, name: str) -> str:
     if silent:
         parts.append(f"no verdict, cut short or without two seeds: {'; '.join(silent)}")
     return f"**{name}**: {'; '.join(parts)}."
+
+
+def tally(compared: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """On how many targets each arm is better than scratch, near and far ones apart; any score's unit will do.
+
+    Args:
+        compared: tables of `compare`, by target.
+
+    Returns:
+        index setting, distance, arm; columns targets (with a verdict), better, worse, inconclusive: numbers of them.
+    """
+    rows = []
+    for name, table in compared.items():
+        setting = "offline" if ", offline" in name else "online"
+        for arm, row in table.dropna(subset=["gain low"]).iterrows() if len(table) else ():
+            better, worse = row["gain low"] > 0, row["gain high"] < 0
+            verdicts = {"targets": 1, "better": better, "worse": worse, "inconclusive": not (better or worse)}
+            rows.append({"setting": setting, "distance": row["distance"], "arm": arm} | verdicts)
+    columns = ["setting", "distance", "arm", "targets", "better", "worse", "inconclusive"]
+    return pd.DataFrame(rows, columns=columns).groupby(columns[:3]).sum().astype(int)
 
 
 def curves(folder: Path, scores: pd.DataFrame) -> pd.DataFrame:
