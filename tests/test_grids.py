@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from distributed import Client
 from rich.console import Console
 
 from scaled_ql import batches, collect, grids, parameters, processes, runs
@@ -130,3 +131,16 @@ def test_a_batch_with_a_grid(tmp_path: Path) -> None:
     assert [values.run for values in loaded.cells] == ["tiny", "tiny.seed-1", "tiny.seed-2"]
     assert all(values.outputs == str(tmp_path) for values in loaded.cells)
     assert loaded.retries == 4
+
+
+def test_no_run_waits_behind_another_while_a_worker_may_become_idle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grids, "_execute", lambda notebook, values: time.sleep(0.5))
+    monkeypatch.setattr(grids, "REFRESH_SECONDS", 0.1)
+    given, table = [], grids.GridTable([], {})
+    with grids._local_cluster(2, 6) as cluster, Client(cluster, set_as_default=False) as client:
+        monkeypatch.setattr(table, "update", lambda *_: given.extend(map(len, client.processing().values())))
+        outcomes = grids._follow(client, [cell(tmp_path, f"run{number}") for number in range(6)], 0, table)
+    assert [outcome.state for outcome in outcomes.values()] == ["finished"] * 6
+    assert max(given) == 1

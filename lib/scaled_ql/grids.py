@@ -10,6 +10,8 @@ On Slurm or Kubernetes, start the workers with dask-jobqueue or dask-kubernetes,
     )
     cluster.scale(16)
     print(cluster.scheduler_address)  # for --scheduler; keep this process alive
+
+Workers may join and leave; `cluster.adapt` would never start a second one, since runs wait here and not with Dask.
 """
 
 import contextlib
@@ -83,27 +85,33 @@ def run_grid(
 
 
 def _follow(client, cells: list[tuple[str, Parameters]], retries: int, progress: "GridTable") -> dict[str, Outcome]:
-    """Submit runs, retrying failed ones, until all have ended; returns outcomes by name of the run."""
+    """Submit runs, retrying failed ones, until all have ended; returns outcomes by name of the run.
+
+    As many are submitted as there are threads: Dask hands out all that it has, and may leave a run waiting behind a
+    long one while other workers are idle.
+    """
     outcomes: dict[str, Outcome] = {}
     tried = dict.fromkeys((values.run for _, values in cells), 0)
+    waiting, futures = list(cells), {}
 
-    def submit(cell: tuple[str, Parameters]):
-        notebook, values = cell
-        # A new key, as a retry must not reuse the first result. Dask itself moves runs of workers that died.
-        key = f"{values.run}-{time.time_ns()}"
-        return client.submit(_execute, notebook, values.model_dump(), key=key, priority=-cells.index(cell))
+    def submit_waiting() -> None:
+        free = max(sum(client.nthreads().values()), 1) - len(futures)
+        for notebook, values in waiting[: max(free, 0)]:
+            # A new key, as a retry must not reuse the first result. Dask itself moves runs of workers that died.
+            future = client.submit(_execute, notebook, values.model_dump(), key=f"{values.run}-{time.time_ns()}")
+            futures[future] = waiting.pop(0)
 
-    futures = {submit(cell): cell for cell in cells}
     try:
         with progress.live() as live:
-            while futures:
+            while waiting or futures:
+                submit_waiting()
                 time.sleep(REFRESH_SECONDS)
                 for future in [future for future in futures if future.done()]:
                     notebook, values = cell = futures.pop(future)
                     error = future.exception()
                     if error is not None and tried[values.run] < retries:
                         tried[values.run] += 1
-                        futures[submit(cell)] = cell
+                        waiting.insert(0, cell)
                         continue
                     text = "" if error is None else "\n".join([str(error), *getattr(error, "__notes__", [])])
                     state = "finished" if error is None else "failed"
