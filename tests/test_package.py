@@ -18,12 +18,13 @@ ORDER = (
     "replay.formats.rl_unplugged", "replay.formats.minari", "collect", "networks.encoders", "networks.q_network",
     "networks", "losses", "methods.common", "methods.cloning", "methods.q_learning", "methods", "devices", "training",
     "evaluation", "transfer", "probe", "walkthrough", "online", "online.ring", "online.log", "online.agents",
-    "online.play", "benchmarks", "torch_step", "performance", "paper", "recorder", "equations", "runs", "batches",
-    "ablations", "reward_control", "transfer_report", "grids", "explore", "command",
+    "online.play", "benchmarks", "torch_step", "performance", "paper", "recorder", "equations", "runs", "run_table",
+    "batches", "ablations", "reward_control", "transfer_report", "grids", "explore", "command",
 )  # fmt: skip
 WITHOUT_JAX = (
     "defaults", "documents", "games", "processes", "environments", "replay", "replay.formats.minari", "collect",
-    "metrics", "plots", "parameters", "runs", "batches",
+    "metrics", "plots", "parameters", "runs", "run_table",
+    "batches",
 )  # fmt: skip
 
 

@@ -1,8 +1,10 @@
 """The command `scaled-ql`."""
 
 import contextlib
+import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -10,7 +12,7 @@ from typing import Any, get_args
 import click
 from tqdm import tqdm
 
-from scaled_ql import batches, documents, parameters, runs
+from scaled_ql import batches, documents, parameters, run_table, runs
 
 SHOWN = 10  # printed entries of a list that is also in a file
 
@@ -18,6 +20,7 @@ INPUTS = ("dataset", "view", "game")  # parameters that name a run's inputs
 
 
 @click.group()
+@click.version_option(package_name="scaled-ql", prog_name="scaled-ql")
 def main() -> None:
     """Scaled offline Q-learning on Atari: run notebooks unattended, import and check datasets."""
 
@@ -103,6 +106,106 @@ def _run_grid(step: batches.Step, workers: int, scheduler: str) -> None:
     if failed:
         names = ", ".join(outcome.values.run for outcome in failed)
         raise runs.RunError(f"{len(failed)} runs failed ({names}); the same command retries them.")
+
+
+_outputs = click.option("--outputs", default="", help="Folder with the runs instead of the workspace's outputs/.")
+
+
+def _folder(outputs: str) -> Path:
+    return Path(outputs).resolve() if outputs else runs.workspace() / "outputs"
+
+
+@main.group("runs", invoke_without_command=True)
+@click.option("--notebook", default="", help="Only runs of this notebook.")
+@click.option("--state", default="", help="Only runs in this state: finished, running, failed, interrupted, stopped.")
+@click.option("--json", "as_json", is_flag=True, help="Everything as JSON, for scripts.")
+@_outputs
+@click.pass_context
+def runs_(context: click.Context, notebook: str, state: str, as_json: bool, outputs: str) -> None:
+    """List all runs, the one updated last first: state, progress, age, score, and in which parameters they differ."""
+    if context.invoked_subcommand:
+        return
+    with _reporting(runs.RunError):
+        table = run_table.gather(_folder(outputs))
+    for name, wanted in {"notebook": notebook, "state": state}.items():
+        known = sorted(table[name].unique())
+        if wanted and wanted not in known:
+            click.echo(f"no runs with {name} {wanted!r}; there are {', '.join(known) or 'none'}", err=True)
+        table = table[table[name] == wanted] if wanted else table
+    if as_json:
+        click.echo(json.dumps(run_table.records(table), indent=1))
+    else:
+        _print_table(run_table.in_words(table, time.time()), f"{len(table)} runs in {_folder(outputs)}")
+
+
+@runs_.command("compare")
+@click.argument("names", nargs=-1, required=True)
+@click.option("--figure", default="", help="Write the learning curves as a picture to this file.")
+@_outputs
+def compare(names: tuple[str, ...], figure: str, outputs: str) -> None:
+    """Compare runs: parameters that differ, scores with 95% intervals over episodes, the ends of their logs.
+
+    NAMES are <notebook>/<run>, or a run's name where it is the only one.
+    """
+    with _reporting(runs.RunError, parameters.ParameterError):
+        folders = [run_table.find(_folder(outputs), name) for name in names]
+        tables = {
+            "parameters that differ": run_table.compare_parameters(folders),
+            "mean returns, with 95% intervals over episodes": run_table.compare_scores(folders),
+        }
+        curves = run_table.learning_curves(folders)
+    for title, table in tables.items():
+        _print_table(table.reset_index(), title if len(table) else f"{title}: none")
+    if len(curves):
+        last = curves.sort_values("step").groupby("run", sort=False).last()
+        _print_table(last[["step", "loss"]].round(4).reset_index(), "end of the log")
+        if figure:
+            from scaled_ql import plots
+
+            plots.set_style()
+            plots.compare_curves(curves).savefig(figure)
+            click.echo(f"written: {figure}")
+
+
+@main.command()
+@click.option("--yes", is_flag=True, help="Delete without asking.")
+@_outputs
+def clean(yes: bool, outputs: str) -> None:
+    """Delete runs that failed before they recorded anything, and half-written files; asks first."""
+    with _reporting(runs.RunError, OSError):
+        found = run_table.leftovers(_folder(outputs))
+        for path, why in found.items():
+            click.echo(f"{path}: {why}")
+        if found and (yes or click.confirm(f"Delete these {len(found)}?")):
+            run_table.delete(found)
+            click.echo("deleted")
+    if not found:
+        click.echo("nothing to delete")
+
+
+@main.command()
+@click.argument("names", nargs=-1, required=True)
+@_outputs
+def render(names: tuple[str, ...], outputs: str) -> None:
+    """Write the reports (run.html) of runs anew from their executed notebooks."""
+    with _reporting(runs.RunError):
+        for name in names:
+            folder = run_table.find(_folder(outputs), name)
+            if not (folder / "run.ipynb").exists():
+                raise runs.RunError(f"{folder}: has no run.ipynb; execute the run first.")
+            click.echo(runs.render(folder / "run.ipynb"))
+
+
+def _print_table(table: Any, title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title=title, title_justify="left")
+    for column in table.columns:
+        shown.add_column(str(column), overflow="fold")
+    for row in table.itertuples(index=False):
+        shown.add_row(*map(str, row))
+    Console(width=None if sys.stdout.isatty() else 200).print(shown, markup=False)
 
 
 @main.group("import")

@@ -19,7 +19,6 @@ import io
 import os
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import dask
@@ -27,7 +26,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from scaled_ql import metrics, parameters, runs
+from scaled_ql import parameters, run_table, runs
 from scaled_ql.parameters import Parameters
 from scaled_ql.processes import accelerators, main_guard_hint
 
@@ -190,7 +189,7 @@ class GridTable:
                 self._told.add(name)
                 count = len(self._told) + len(self._done)
                 again = f", tried {outcome.retries + 1} times" if outcome.retries else ""
-                score = last_score(runs.outputs_folder(outcome.values) / outcome.notebook / name)
+                score = run_table.last_score(runs.outputs_folder(outcome.values) / outcome.notebook / name)
                 said = f"{name}: {outcome.state}{again}{f', score {score}' if score else ''}"
                 print(f"[{count}/{len(self._cells)}] {said}", flush=True)
 
@@ -202,7 +201,9 @@ class GridTable:
         for notebook, values in self._cells:
             state = outcomes[values.run].state if values.run in outcomes else None
             folder = runs.outputs_folder(values) / notebook / values.run
-            row = describe(folder) if state is None else {"state": state, "score": last_score(folder)}
+            row = (
+                run_table.describe(folder) if state is None else {"state": state, "score": run_table.last_score(folder)}
+            )
             finished += state == "finished"
             if state == "finished" and values.run not in recent:
                 continue
@@ -217,30 +218,3 @@ class GridTable:
             shown = [row.get(column, "") for column in COLUMNS]
             table.add_row(name, *shown, str(retries or ""))
         return table
-
-
-def last_score(folder: Path) -> str:
-    """IQM over games of a finished run's human-normalised scores, in percent; "" without scores.
-
-    A game whose episodes were mostly truncated has no score.
-    """
-    games = runs.read_json(folder / "summary.json").get("games", {})
-    scores = [row.get("human-normalised %") for row in games.values()]
-    known = [score for score in scores if score is not None]
-    return f"{metrics.iqm(known):.1f}%" if known else ""
-
-
-def describe(folder: Path) -> dict[str, str]:
-    """State of an unfinished run, from the files of its folder: state, step, steps/s, loss, time left."""
-    status = runs.read_json(folder / "status.json")
-    row = {"state": status.get("state", "waiting")}
-    if not status.get("total"):
-        return row
-    left = status["total"] - status["done"]
-    row |= {"step": f"{status['done']:,} of {status['total']:,}", "state": row["state"] if left else "evaluating"}
-    last = runs.last_line(folder / "metrics.jsonl")
-    if last and left:
-        seconds = left / last["steps_per_second"]
-        row |= {"steps/s": f"{last['steps_per_second']:.1f}", "loss": f"{last['loss']:.3f}"}
-        row["time left"] = f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
-    return row

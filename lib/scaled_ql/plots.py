@@ -223,6 +223,26 @@ def learning_curves(metrics: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
     return figure
 
 
+def compare_curves(curves: pd.DataFrame) -> Figure:
+    """Learning curves of several runs.
+
+    Args:
+        curves: columns run, step, and metrics; losses, values and the gradient's norm are drawn if all runs have them.
+    """
+    import seaborn as sns
+
+    wanted = ("loss", "td_loss", "cql_loss", "nll", "accuracy", "q_data", "entropy", "grad_norm")
+    names = [name for name in wanted if name in curves and curves.groupby("run")[name].count().all()]
+    figure, axes = _grid(len(names))
+    for axis, name in zip(axes, names):
+        sns.lineplot(curves, x="step", y=name, hue="run", ax=axis, legend=name == names[0], errorbar=None)
+    if names:
+        lines, labels = axes[0].get_legend_handles_labels()
+        axes[0].get_legend().remove()
+        figure.legend(lines, labels, loc="outside upper left", frameon=False)
+    return figure
+
+
 def transitions(batch: Any, games: list[str], action_names: Mapping[str, Sequence[str]]) -> Figure:
     """Each transition of a small batch: the last frame of the stack above, that of the stack n steps later below.
 

@@ -401,8 +401,13 @@ _watching = contextlib.ExitStack()  # to close before this kernel follows anothe
 
 def _has_runner(folder: Path) -> bool:
     """Whether `execute` waits for this run in another process."""
+    return is_locked(folder / ".runner.lock")
+
+
+def is_locked(file: Path) -> bool:
+    """Whether a process holds a lock of a run's folder: `.lock`, its kernel; `.runner.lock`, its `execute`."""
     try:
-        with filelock.FileLock(folder / ".runner.lock", timeout=0, fallback_to_soft=False):
+        with filelock.FileLock(file, timeout=0, fallback_to_soft=False):
             return False
     except filelock.Timeout:
         return True
