@@ -18,7 +18,7 @@ ORDER = (
     "replay.formats.rl_unplugged", "replay.formats.minari", "collect", "networks.encoders", "networks.q_network",
     "networks", "losses", "methods.common", "methods.cloning", "methods.q_learning", "methods", "devices", "training",
     "evaluation", "transfer", "probe", "walkthrough", "online", "online.ring", "online.log", "online.agents",
-    "online.play", "benchmarks", "torch_step", "performance", "paper", "recorder", "equations", "runs", "run_table",
+    "online.play", "benchmarks", "torch_step", "performance", "paper", "recorder", "report", "runs", "run_table",
     "batches", "ablations", "reward_control", "transfer_report", "grids", "explore", "command",
 )  # fmt: skip
 WITHOUT_JAX = (

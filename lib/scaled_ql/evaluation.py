@@ -200,6 +200,27 @@ def mean_interval(returns: np.ndarray, seed: int = 0, confidence: float = 0.95) 
     return float(low), float(high)
 
 
+def verdict(scores: pd.DataFrame) -> str:
+    """One agent's result in words, a line of Markdown per game.
+
+    Args:
+        scores: index game; columns agent, low, high (95% interval of its mean over episodes), and the players to
+            compare it with, whose own uncertainty is neglected; NaN where a player was not measured.
+    """
+    lines = []
+    for game, row in scores.iterrows():
+        others = row.drop(["agent", "low", "high"]).dropna()
+        above, below = others[others < row["low"]], others[others > row["high"]]
+        groups = {"above": above, "below": below, "not told apart from": others.drop([*above.index, *below.index])}
+        words = [
+            f"{relation} {', '.join(f'{name} ({value:.4g})' for name, value in group.items())}"
+            for relation, group in groups.items()
+            if len(group)
+        ]
+        lines.append(f"- **{game}: {row['agent']:.4g}** ({row['low']:.4g} to {row['high']:.4g}), {'; '.join(words)}")
+    return "\n".join(lines)
+
+
 def score_curve(folder: Path) -> pd.DataFrame:
     """Mean raw returns over the course of a training run.
 

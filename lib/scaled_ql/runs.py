@@ -663,18 +663,45 @@ def render(notebook: Path) -> Path:
     """Write a notebook's HTML next to it: one file that opens offline, with figures and videos inside."""
     import nbformat
 
-    from scaled_ql.equations import ReportExporter
+    from scaled_ql.report import ReportExporter
 
     content = nbformat.read(notebook, as_version=4)
-    content.metadata.pop("widgets", None)  # their state would load scripts from the web; each has a static twin
-    widget = "application/vnd.jupyter.widget-view+json"
-    for cell in content.cells:
-        if "outputs" in cell:
-            cell.outputs = [output for output in cell.outputs if widget not in output.get("data", {})]
     exporter = ReportExporter(
         embed_images=True, mathjax_url="", require_js_url="", jquery_url="", widget_renderer_url="", theme="light"
     )
-    html, _ = exporter.from_notebook_node(content, {"metadata": {"name": notebook.parent.name}})
+    resources = {"metadata": {"name": _title(content, notebook.parent.name)}, "about": _about(notebook.parent)}
+    html, _ = exporter.from_notebook_node(content, resources)
     file = notebook.with_suffix(".html")
     _write_text(file, html)
     return file
+
+
+def _title(book: Any, run: str) -> str:
+    """A report's title: that of its notebook, and the run."""
+    first = book.cells[0].source.partition("\n")[0] if book.cells else ""
+    return f"{first.removeprefix('# ')}: {run}" if first.startswith("# ") else run
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """What a report says of its run: see `report.arrange`; empty where the folder is not a run's."""
+    if not (folder / "parameters.yaml").exists():
+        return {}
+    stored, notebook = parameters.load(folder / "parameters.yaml"), folder.parent.name
+    fields = parameters.NOTEBOOKS[notebook].model_fields if notebook in parameters.NOTEBOOKS else {}
+    stored = {name: value for name, value in stored.items() if name not in ("run", "outputs")}
+    usual = [name for name, value in stored.items() if name in fields and fields[name].default == value]
+    made = read_json(folder / "provenance.json")
+    updated = read_json(folder / "status.json").get("updated")
+    words = [f"seed {stored['seed']}"] if "seed" in stored else []
+    words += [time.strftime("%d %B %Y", time.gmtime(updated))] if updated is not None else []
+    words += (
+        [f"commit {made['git_commit'][:7]}{', modified' if made.get('git_dirty') else ''}"]
+        if made.get("git_commit")
+        else []
+    )
+    return {
+        "run": folder.name,
+        "line": " · ".join(words),
+        "changed": {name: value for name, value in stored.items() if name not in usual},
+        "defaults": {name: stored[name] for name in usual},
+    }
