@@ -19,7 +19,7 @@ ORDER = (
     "networks", "losses", "methods.common", "methods.cloning", "methods.q_learning", "methods", "devices", "training",
     "evaluation", "transfer", "probe", "walkthrough", "online", "online.ring", "online.log", "online.agents",
     "online.play", "benchmarks", "torch_step", "performance", "paper", "recorder", "report", "runs", "run_table",
-    "batches", "ablations", "reward_control", "transfer_report", "grids", "explore", "command",
+    "site", "batches", "ablations", "reward_control", "transfer_report", "grids", "explore", "command",
 )  # fmt: skip
 WITHOUT_JAX = (
     "defaults", "documents", "games", "processes", "environments", "replay", "replay.formats.minari", "collect",

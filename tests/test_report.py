@@ -1,11 +1,14 @@
 """Reports: their results first, code folded, figures described, MathML in place of LaTeX."""
 
+import base64
+import io
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbconvert import HTMLExporter
+from PIL import Image
 
 from scaled_ql import plots, runs
 from scaled_ql.report import ReportExporter, arrange
@@ -53,11 +56,18 @@ def test_every_equation_of_the_notebooks_is_understood(file: Path, tmp_path: Pat
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
 
+def jpeg() -> str:
+    """A black picture, in base 64."""
+    stream = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(stream, "JPEG")
+    return base64.b64encode(stream.getvalue()).decode()
+
+
 def executed() -> nbformat.NotebookNode:
     """A notebook like a run's, its result last."""
     text, code, output = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell, nbformat.v4.new_output
     figure = output("display_data", {"image/png": PIXEL})
-    video = output("display_data", {"text/html": '<video poster="data:image/jpeg;base64,QUJD"></video>'})
+    video = output("display_data", {"text/html": f'<video poster="data:image/jpeg;base64,{jpeg()}"></video>'})
     widget = output("display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "Slider()"})
     cells = [
         text("# 04 · A *title*\n\nWhat it does."),

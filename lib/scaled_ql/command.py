@@ -196,6 +196,21 @@ def render(names: tuple[str, ...], outputs: str) -> None:
             click.echo(runs.render(folder / "run.ipynb"))
 
 
+@main.command()
+@click.argument("source", default="")
+@click.argument("destination", default="")
+def site(source: str, destination: str) -> None:
+    """Write an index of all reports, with the reports, as static files.
+
+    SOURCE is an outputs folder (default: the workspace's) or a folder of reports; DESTINATION by default SOURCE/site.
+    """
+    from scaled_ql import site as pages
+
+    with _reporting(runs.RunError, OSError):
+        folder = _folder(source)
+        click.echo(pages.build(folder, Path(destination).resolve() if destination else folder / "site"))
+
+
 def _print_table(table: Any, title: str) -> None:
     from rich.console import Console
     from rich.table import Table

@@ -84,7 +84,8 @@ def arrange(book: NotebookNode, about: Mapping[str, Any]) -> NotebookNode:
 
     Args:
         book: an executed notebook; not changed. Of a cell with films their posters are shown at the top, too.
-        about: empty, or `run`, its name; `line`, its seed, date and commit; `changed` and `defaults`, parameters.
+        about: empty, or `run`, its name; `line`, its seed, date and commit; `verdict`, Markdown; `changed` and
+            `defaults`, parameters.
 
     Returns:
         a notebook whose metadata has `contents`: (level, text, anchor) of its headings. Widgets are left out, since
@@ -119,6 +120,7 @@ def arrange(book: NotebookNode, about: Mapping[str, Any]) -> NotebookNode:
             films.append(new_code_cell(outputs=[shown], metadata=hidden))
     book.cells = [*top, *results[:1], *films, *results[1:], *book.cells]
     book.metadata["contents"] = [heading for cell in book.cells for heading in _headings(cell) if heading[0] > 1]
+    book.metadata["report"] = {name: about[name] for name in ("run", "line", "verdict") if name in about}
     return book
 
 

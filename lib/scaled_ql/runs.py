@@ -702,6 +702,7 @@ def _about(folder: Path) -> dict[str, Any]:
     return {
         "run": folder.name,
         "line": " · ".join(words),
+        "verdict": read_json(folder / "summary.json").get("verdict", ""),
         "changed": {name: value for name, value in stored.items() if name not in usual},
         "defaults": {name: stored[name] for name in usual},
     }

@@ -1,0 +1,81 @@
+"""An index of reports, as static files that any host serves."""
+
+import base64
+import html
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import mistune
+from PIL import Image
+
+from scaled_ql import run_table, runs
+
+THUMBNAIL = 480  # pixels
+
+
+def build(source: Path, destination: Path) -> Path:
+    """Copy reports to a folder, and write its `index.html`.
+
+    Args:
+        source: an outputs folder, whose finished runs' reports become ``<notebook>.<run>.html``; or a folder of
+            reports, which keep their names.
+        destination: folder to write to, which may be the folder of reports. Reports in it already are indexed, too.
+
+    Returns:
+        the index.
+
+    Raises:
+        RunError: there are no reports.
+    """
+    reports = {
+        file: f"{file.parent.parent.name}.{file.parent.name}.html" for file in sorted(source.glob("*/*/run.html"))
+    }
+    reports = {file: name for file, name in reports.items() if run_table.state(file.parent) == "finished"}
+    reports |= {file: file.name for file in sorted(source.glob("*.html")) if file.name != "index.html"}
+    if not reports:
+        raise runs.RunError(f"{source}: neither finished runs nor reports are in it. Give an outputs folder.")
+    destination.mkdir(parents=True, exist_ok=True)
+    for file, name in reports.items():
+        if file != destination / name:
+            shutil.copyfile(file, destination / name)
+    entries = [describe(file) for file in sorted(destination.glob("*.html")) if file.name != "index.html"]
+    entries.sort(key=lambda entry: entry["title"])
+    folder = Path(__file__).parent / "templates"
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder, encoding="utf-8"), autoescape=True)
+    index = destination / "index.html"
+    page = environment.get_template("site.html.j2").render(reports=entries)
+    index.write_text(page, encoding="utf-8")
+    return index
+
+
+def describe(file: Path) -> dict[str, str]:
+    """A report's entry: file, title, line, verdict (HTML), picture (data URL or "") and alt."""
+    page = file.read_text(encoding="utf-8")
+    heading = re.search(r"<h1[^>]*>(.*?)<a", page, re.DOTALL)
+    title = html.unescape(re.sub("<[^>]+>", "", heading[1])) if heading else file.stem
+    found = re.search(r'<script id="report" type="application/json">(.*?)</script>', page, re.DOTALL)
+    about: dict[str, Any] = json.loads(html.unescape(found[1])) if found else {}
+    picture = re.search(r'<img [^>]*src="(data:image/(?:png|jpeg);base64,[^"]+)"', page)
+    alt = re.search(r'alt="([^"]*)"', picture[0]) if picture else None
+    return {
+        "file": file.name,
+        "title": title,
+        "line": about.get("line", ""),
+        "verdict": str(mistune.html(about.get("verdict", ""))),
+        "picture": _smaller(picture[1]) if picture else "",
+        "alt": html.unescape(alt[1]) if alt else "",
+    }
+
+
+def _smaller(url: str) -> str:
+    """A thumbnail of a picture, both data URLs."""
+    picture = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
