@@ -339,6 +339,7 @@ class Ablations(Parameters):
         "impala_x4", "impala_x8", "impala_x16", "resnet34", "resnet50", "resnet101", "resnet152",
     ]  # fmt: skip
     tables: list[str] = []
+    compare: list[str] = []
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
     replicates: Count = 50_000
     seed: Seed = 0
