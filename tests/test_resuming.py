@@ -23,15 +23,6 @@ from running import TINY, arguments, metrics, run
 from scaled_ql import evaluation, parameters, runs
 
 
-@pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tiny recording, for all tests."""
-    folder = tmp_path_factory.mktemp("outputs")
-    done = run("01_data_collection", folder, TINY["01_data_collection"])
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
-
-
 def restored(folder: Path) -> dict:
     """The state of step 400."""
     return ocp.StandardCheckpointer().restore((folder / "checkpoints" / "400" / "state").absolute())
@@ -76,18 +67,20 @@ def stop(command: list[str], folder: Path, log: Path, way: str) -> None:
         assert "resumes from here" in stderr
 
 
-def test_a_run_stopped_in_three_ways_resumes_bit_identically_and_measures_each_score_once(outputs: Path) -> None:
+def test_a_run_stopped_in_three_ways_resumes_bit_identically_and_measures_each_score_once(
+    recording: Path, tmp_path: Path
+) -> None:
     """SIGKILL of the runner, Ctrl-C, SIGKILL of the kernel, each in the middle of training; then to its end.
 
     Of BCQ, whose behaviour policy comes first, in a folder of its own; the Q-network has it as it then is.
     """
     target = "04_scaled_training"
-    more = ["-p", "method", "bcq", "-p", "num_steps", "400", "-p", "eval_every", "200"]
+    more = ["-p", "method", "bcq", "-p", "num_steps", "400", "-p", "eval_every", "200", "-p", "dataset", str(recording)]
     more += ["-p", "eval_max_steps", "5", "-p", "video_steps", "2"]
-    undisturbed, stopped = outputs / target / "undisturbed", outputs / target / "stopped"
-    done = run(target, outputs, TINY[target], "-p", "run", "undisturbed", *more)
+    undisturbed, stopped = tmp_path / target / "undisturbed", tmp_path / target / "stopped"
+    done = run(target, tmp_path, TINY[target], "-p", "run", "undisturbed", *more)
     assert done.returncode == 0, done.stderr
-    command = arguments(target, outputs, TINY[target], "-p", "run", "stopped", *more)
+    command = arguments(target, tmp_path, TINY[target], "-p", "run", "stopped", *more)
     stop(command, stopped, stopped / "behaviour" / "metrics.jsonl", "kill the runner")
     assert not (stopped / "metrics.jsonl").exists()
     stop(command, stopped, stopped / "metrics.jsonl", "interrupt")
@@ -95,9 +88,9 @@ def test_a_run_stopped_in_three_ways_resumes_bit_identically_and_measures_each_s
     # As if it had been killed after step 200 was evaluated: what was measured by then is marked.
     curve = evaluation.score_curve(undisturbed / "evaluation")
     shutil.copytree(undisturbed / "evaluation" / "step-200", stopped / "evaluation" / "step-200", dirs_exist_ok=True)
-    marked = pd.read_csv(stopped / "evaluation" / "step-200" / "Pong.csv").assign(episode_return=77.0)
-    marked.to_csv(stopped / "evaluation" / "step-200" / "Pong.csv", index=False)
-    done = run(target, outputs, TINY[target], "-p", "run", "stopped", *more)
+    marked = pd.read_csv(stopped / "evaluation" / "step-200" / "Freeway.csv").assign(episode_return=77.0)
+    marked.to_csv(stopped / "evaluation" / "step-200" / "Freeway.csv", index=False)
+    done = run(target, tmp_path, TINY[target], "-p", "run", "stopped", *more)
     assert done.returncode == 0, done.stderr
     for folder in ("", "behaviour"):
         assert metrics(stopped / folder) == metrics(undisturbed / folder)
@@ -107,9 +100,9 @@ def test_a_run_stopped_in_three_ways_resumes_bit_identically_and_measures_each_s
         assert_same_arrays(jax.tree.leaves(both[tree]["behaviour"]), jax.tree.leaves(policy))
     first, last = (metrics(undisturbed / "behaviour")[row]["nll"] for row in (0, -1))
     assert last < first, "the policy was trained"
-    assert list(curve["step"]) == [200, 400] * 2 and list(curve["game"]) == ["Breakout"] * 2 + ["Pong"] * 2
+    assert list(curve["step"]) == [200, 400] * 2 and list(curve["game"]) == ["Breakout"] * 2 + ["Freeway"] * 2
     summary = json.loads((undisturbed / "summary.json").read_text())["games"]
-    assert list(curve["agent_return"][1::2]) == [summary[game]["agent_return"] for game in ("Breakout", "Pong")]
+    assert list(curve["agent_return"][1::2]) == [summary[game]["agent_return"] for game in ("Breakout", "Freeway")]
     again = evaluation.score_curve(stopped / "evaluation")
     assert list(again["agent_return"]) == [*curve["agent_return"][:2], 77, curve["agent_return"][3]]
 
