@@ -59,7 +59,7 @@ def expected(tmp_path_factory):
     return train(tmp_path_factory.mktemp("one"), 20)
 
 
-@pytest.mark.parametrize("words", ["encoder=resnet_narrow head=c51", "head=mse"])
+@pytest.mark.parametrize("words", ["encoder=resnet_narrow head=c51", "head=mse", "encoder=vit_narrow split"])
 def test_eight_devices_train_as_one(tmp_path, words):
     one = start(tmp_path / "one", 20, *words.split())
     eight = start(tmp_path / "eight", 20, *words.split(), count=8)
@@ -191,10 +191,11 @@ def test_an_accelerator_out_of_memory_names_what_to_lower(tmp_path):
         next(steps)
 
 
-def test_recomputing_changes_nothing():
+@pytest.mark.parametrize("encoder", ["resnet_narrow", "vit_narrow"])
+def test_recomputing_changes_nothing(encoder):
     outputs = {}
     for remat in (False, True):
-        network = networks.make_q_network("resnet_narrow", 3, "c51", hidden_sizes=(16,), remat=remat)
+        network = networks.make_q_network(encoder, 3, "c51", hidden_sizes=(16,), remat=remat)
         graph, state = training.init_state(network, training.make_optimizer())
         objective, batch = methods.q_learning().objective(graph, [4, 3, 6]), make_batch(0)
         update = jax.jit(training.make_update(objective, training.make_optimizer()))

@@ -41,7 +41,7 @@ def lowers(encoder: str, **values: object) -> None:
 
 @pytest.mark.parametrize("encoder", defaults.ENCODERS)
 def test_every_encoders_step_lowers_for_accelerators(encoder: str) -> None:
-    lowers(encoder, dtype="bfloat16", remat=encoder.startswith(("resnet", "impala")))
+    lowers(encoder, dtype="bfloat16", remat=encoder.startswith(("resnet", "impala", "vit")))
 
 
 @pytest.mark.parametrize("method", defaults.METHODS)

@@ -56,7 +56,14 @@ def impala_x4():
     return total, 11 * 11 * 128
 
 
-@pytest.mark.parametrize("encoder", [resnet34, resnet101, impala_x4])
+def vit_small():
+    tokens, width = 37, 384
+    layers = tokens * (dense([width, 3 * width]) + dense([width, width]) + dense([width, 4 * width, width]))
+    block = layers + 2 * 2 * tokens**2 * width  # queries with keys, and weights with values
+    return 36 * dense([784, width]) + 12 * block, 36 * width
+
+
+@pytest.mark.parametrize("encoder", [resnet34, resnet101, impala_x4, vit_small])
 def test_forward_flops_are_the_sum_over_layers_by_hand(encoder):
     layers, features = encoder()
     hidden = (2048, 1024, 1024, 1024)

@@ -25,6 +25,10 @@ ENCODERS = {
     "impala_x16": ("impala", 16),
     "nature": ("nature",),
     "nature_narrow": ("nature_narrow",),
+    "vit_narrow": ("vit", 96, 4, 3),  # width, blocks, attention heads
+    "vit_tiny": ("vit", 192, 12, 3),
+    "vit_small": ("vit", 384, 12, 6),
+    "vit_base": ("vit", 768, 12, 12),
 }
 
 # name: (module of `methods` with a function of that name, its parameters: the arguments, with `atoms` for v_min, v_max

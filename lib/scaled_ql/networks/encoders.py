@@ -1,17 +1,20 @@
-"""Image encoders: float [B, 84, 84, C] -> feature map [B, H, W, F], the last layer rectified, nothing pooled away."""
+"""Image encoders: float [B, 84, 84, C] -> feature map [B, H, W, F], nothing pooled away.
+
+The last layer is rectified, or, of a ViT, normalised; what reads a feature map must not rely on its sign.
+"""
 
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from scaled_ql.defaults import ENCODERS, GROUP_SIZE
+from scaled_ql.networks.layers import Dtype, run_blocks, squares_to_channels
+from scaled_ql.networks.vit import ViT
 
-Dtype = Any
 kaiming = nnx.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
 
 
@@ -68,13 +71,6 @@ class GroupNorm(nnx.Module):
         shift = self.bias[...].reshape(1, *groups[1:]) - average * scale
         scale, shift = (values.reshape(size, 1, 1, channels) for values in (scale, shift))
         return (exact * scale + shift).astype(self.dtype)
-
-
-def squares_to_channels(x: jax.Array, side: int) -> jax.Array:
-    """Put squares of side x side pixels in the channels: [B, H, W, C] -> [B, H / side, W / side, side^2 C]."""
-    size, height, width, channels = x.shape
-    x = x.reshape(size, height // side, side, width // side, side, channels).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(size, height // side, width // side, side * side * channels)
 
 
 def strided_convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: str) -> jax.Array:
@@ -182,17 +178,6 @@ class ResNet(nnx.Module):
         return run_blocks(self.blocks, nnx.relu(max_pool(x)), self.remat)
 
 
-def run_blocks(blocks: nnx.Sequential, x: jax.Array, remat: bool) -> jax.Array:
-    """Run the blocks in order; with `remat` only the values between them are kept for the backward pass."""
-    for block in blocks.layers:
-        if remat:
-            graph, variables = nnx.split(block)
-            x = jax.checkpoint(lambda variables, x, graph=graph: nnx.merge(graph, variables)(x))(variables, x)
-        else:
-            x = block(x)
-    return x
-
-
 class ResidualUnit(nnx.Module):
     """Two pre-activated 3 x 3 convolutions and an identity shortcut (IMPALA)."""
 
@@ -277,6 +262,7 @@ FAMILIES: dict[str, Callable[..., nnx.Module]] = {
     "impala": Impala,
     "nature": Nature,
     "nature_narrow": NarrowNature,
+    "vit": ViT,
 }
 
 

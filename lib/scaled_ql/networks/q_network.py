@@ -13,7 +13,8 @@ from flax import nnx
 
 from scaled_ql.defaults import GROUP_SIZE, HIDDEN_SIZES, NUM_ATOMS, Embedding, Head
 from scaled_ql.games import NUM_ACTIONS
-from scaled_ql.networks.encoders import Dtype, make_encoder
+from scaled_ql.networks.encoders import make_encoder
+from scaled_ql.networks.layers import Dtype, pixels
 
 
 class SpatialEmbedding(nnx.Module):
@@ -121,10 +122,7 @@ class QNetwork(nnx.Module):
         self, observation: jax.Array, game: jax.Array, augment: Callable[[jax.Array], jax.Array] | None = None
     ) -> jax.Array:
         """What encoder and spatial embedding make of observations, [B, features]; arguments as of `features`."""
-        x = observation.astype(self.dtype)
-        if self.mean_frames is not None:
-            x -= jax.lax.stop_gradient(self.mean_frames[...])[game][..., None].astype(self.dtype)
-        x /= 255
+        x = pixels(observation, game, None if self.mean_frames is None else self.mean_frames[...], self.dtype)
         return self.embedding(self.encoder(augment(x) if augment else x))
 
     def __call__(self, observation: jax.Array, game: jax.Array) -> jax.Array:

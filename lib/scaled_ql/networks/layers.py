@@ -1,0 +1,79 @@
+"""Parts that convolutional networks and transformers share, and the transformer's block."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Dtype = Any
+
+
+def pixels(observation: jax.Array, game: jax.Array, mean_frames: jax.Array | None, dtype: Dtype) -> jax.Array:
+    """Observations as a network takes them: less their game's mean frame, if there is one, and divided by 255.
+
+    Args:
+        observation: uint8 [B, 84, 84, C].
+        game: int32 [B].
+        mean_frames: float32 [games, 84, 84], constants; None: nothing is subtracted.
+        dtype: dtype of the result.
+    """
+    x = observation.astype(dtype)
+    if mean_frames is not None:
+        x -= jax.lax.stop_gradient(mean_frames)[game][..., None].astype(dtype)
+    return x / 255
+
+
+def squares_to_channels(x: jax.Array, side: int) -> jax.Array:
+    """Put squares of side x side pixels in the channels: [B, H, W, C] -> [B, H / side, W / side, side^2 C]."""
+    size, height, width, channels = x.shape
+    x = x.reshape(size, height // side, side, width // side, side, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(size, height // side, width // side, side * side * channels)
+
+
+def channels_to_squares(x: jax.Array, side: int) -> jax.Array:
+    """Undo `squares_to_channels`: [B, H, W, side^2 C] -> [B, side H, side W, C]."""
+    size, height, width, _ = x.shape
+    x = x.reshape(size, height, width, side, side, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(size, height * side, width * side, -1)
+
+
+def run_blocks(blocks: nnx.Sequential, x: jax.Array, remat: bool) -> jax.Array:
+    """Run the blocks in order; with `remat` only the values between them are kept for the backward pass."""
+    for block in blocks.layers:
+        if remat:
+            graph, variables = nnx.split(block)
+            x = jax.checkpoint(lambda variables, x, graph=graph: nnx.merge(graph, variables)(x))(variables, x)
+        else:
+            x = block(x)
+    return x
+
+
+class TransformerBlock(nnx.Module):
+    """Self-attention and a GELU layer of four times the width, each normalised before and added to its input.
+
+    Kernels start as Xavier's, uniform, and biases at 0, as in He et al. (2021); GELU is the exact one.
+    """
+
+    def __init__(self, width: int, heads: int, *, dtype: Dtype, rngs: nnx.Rngs):
+        if width % heads:
+            raise ValueError(f"a width of {width} cannot be divided among {heads} attention heads.")
+        self.heads = heads
+        norm = partial(nnx.LayerNorm, width, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        linear = partial(nnx.Linear, kernel_init=nnx.initializers.xavier_uniform(), dtype=dtype, rngs=rngs)
+        self.norm1, self.attention, self.projection = norm(), linear(width, 3 * width), linear(width, width)
+        self.norm2, self.expansion, self.contraction = norm(), linear(width, 4 * width), linear(4 * width, width)
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """[B, T, width] -> the same shape.
+
+        Args:
+            x: tokens.
+            mask: bool, broadcast to [B, heads, T, T]: whether a token (row) attends to another one (column); None:
+                to all.
+        """
+        query, key, value = jnp.split(self.attention(self.norm1(x)).reshape(*x.shape[:2], 3 * self.heads, -1), 3, 2)
+        attended = jax.nn.dot_product_attention(query, key, value, mask=mask)  # softmax in float32
+        x = x + self.projection(attended.reshape(x.shape))
+        return x + self.contraction(nnx.gelu(self.expansion(self.norm2(x)), approximate=False))
