@@ -13,7 +13,7 @@ ORDER = (
     "defaults", "documents", "games", "processes", "environments", "metrics", "parameters", "plots",
     "replay.format", "replay.views",
     "replay.chunks", "replay.shared", "replay.batch", "replay.recording", "replay.store", "replay.writer",
-    "replay.sampling", "replay.workers", "replay.returns", "replay", "replay.memory", "replay.device",
+    "replay.sampling", "replay.sequences", "replay.workers", "replay.returns", "replay", "replay.memory", "replay.device",
     "replay.formats", "replay.formats.importing", "replay.formats.dqn_replay", "replay.formats.export",
     "replay.formats.rl_unplugged", "replay.formats.minari", "collect", "networks.layers", "networks.vit",
     "networks.encoders", "networks.q_network", "networks", "losses", "methods.common", "methods.cloning",

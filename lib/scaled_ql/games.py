@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
+
 TRAINING_GAMES: tuple[str, ...] = (
     "Amidar", "Assault", "Asterix", "Atlantis", "BankHeist", "BattleZone", "BeamRider", "Boxing",
     "Breakout", "Carnival", "Centipede", "ChopperCommand", "CrazyClimber", "DemonAttack", "DoubleDunk",
@@ -121,6 +123,21 @@ def action_names(game: str) -> tuple[str, ...]:
     ale = ale_py.ALEInterface()
     ale.loadROM(roms.get_rom_path(rom_name(game)))
     return tuple(action.name for action in ale.getMinimalActionSet())
+
+
+def full_actions(names: Sequence[str]) -> np.ndarray:
+    """Where actions stand in the full joystick: int32 [actions], indices into `FULL_ACTIONS`, by their names.
+
+    Raises:
+        OtherActions: a name that no joystick has.
+    """
+    unknown = [name for name in names if name not in FULL_ACTIONS]
+    if unknown:
+        raise OtherActions(
+            f"the joystick has no action {', '.join(unknown)}; its actions are {', '.join(FULL_ACTIONS)}. Methods that "
+            "see all games' actions in one list need ALE's names: record or import the data with them."
+        )
+    return np.array([FULL_ACTIONS.index(name) for name in names], np.int32)
 
 
 class OtherActions(ValueError):

@@ -7,6 +7,7 @@ from scaled_ql.replay.batch import Batch
 from scaled_ql.replay.format import ReplayError
 from scaled_ql.replay.returns import label_with_returns, returns_to_go, reward_scales
 from scaled_ql.replay.sampling import mean_frames, prefetch, sample_batch, sample_indices, share_of
+from scaled_ql.replay.sequences import Sequences, gather_sequences, sample_sequences
 from scaled_ql.replay.store import Replay, open_replay
 from scaled_ql.replay.views import View, load_view
 from scaled_ql.replay.workers import sample_batches
@@ -25,8 +26,10 @@ __all__ = [
     "Replay",
     "ReplayError",
     "ReplayWriter",
+    "Sequences",
     "View",
     "export_dqn_replay",
+    "gather_sequences",
     "import_dqn_replay",
     "import_minari",
     "import_rl_unplugged",
@@ -40,6 +43,7 @@ __all__ = [
     "sample_batch",
     "sample_batches",
     "sample_indices",
+    "sample_sequences",
     "share_of",
 ]
 

@@ -197,9 +197,9 @@ class Span(NamedTuple):
         places: places in the batch.
         now: row of the transition.
         then: row of the frame that `next_observation` ends with.
-        earliest: row of the observation's first frame.
+        earliest: row of the observation's first frame; no earlier than the episode's first row.
         last: row of the episode's last transition.
-        ended: bool [B], the episode terminates within the n steps.
+        terminal: bool [B], the episode ends in the game there; False: it was truncated.
     """
 
     recording: Recording
@@ -208,7 +208,7 @@ class Span(NamedTuple):
     then: np.ndarray
     earliest: np.ndarray
     last: np.ndarray
-    ended: np.ndarray
+    terminal: np.ndarray
 
     def actions(self) -> np.ndarray:
         """[B], indices in the game's minimal action set."""

@@ -3,6 +3,7 @@
 import numpy as np
 
 from scaled_ql.replay.batch import Batch
+from scaled_ql.replay.sequences import Sequences
 from scaled_ql.replay.store import Replay
 
 
@@ -21,16 +22,20 @@ def returns_to_go(replay: Replay, game: str, discount: float = 0.99) -> np.ndarr
     return np.concatenate(returns).astype(np.float32)
 
 
-def label_with_returns(batch: Batch, index: np.ndarray, returns: list[np.ndarray]) -> Batch:
-    """A batch whose `reward` is the return to go.
+def label_with_returns(batch: Batch | Sequences, index: np.ndarray, returns: list[np.ndarray]) -> Batch | Sequences:
+    """Transitions whose `reward` is the return to go, or windows with their `return_to_go`.
 
     Args:
-        batch: transitions.
+        batch: transitions, or windows that end with them.
         index: int [B], their time indices, from `sample_indices`.
-        returns: `returns_to_go` of each game, in the order of `Replay.games`.
+        returns: `returns_to_go` of each game, in the order of `Replay.games`; for windows undiscounted.
     """
     labels = [returns[game][time] for game, time in zip(batch.game.tolist(), index.tolist())]
-    return batch._replace(reward=np.array(labels, np.float32))
+    if isinstance(batch, Batch):
+        return batch._replace(reward=np.array(labels, np.float32))
+    before = np.zeros(batch.reward.shape)  # rewards from a step to the one before the last
+    before[:, :-1] = np.cumsum(batch.reward[:, -2::-1], axis=1, dtype=np.float64)[:, ::-1]
+    return batch._replace(return_to_go=(before + np.array(labels)[:, None]).astype(np.float32))
 
 
 def reward_scales(replay: Replay) -> np.ndarray:

@@ -271,8 +271,9 @@ class Replay:
         """(start, count), int64: transitions start .. start + count - 1 of each stretch may be sampled.
 
         These are all transitions of a terminated episode, those of a truncated one whose state n steps later is stored,
-        and those of one whose beginning was lost whose whole frame stack is stored. In a uniform view each of them
-        is a stretch of one.
+        and those of one whose beginning was lost whose whole frame stack is stored; with n = 0, where a frame stack is
+        the window that ends there, nothing that comes later is needed. In a uniform view each of them is a stretch of
+        one.
         """
         self._recordings_of(game)
         episodes = self._episodes[game]
@@ -287,6 +288,11 @@ class Replay:
             start = drawn[(drawn >= start[episode]) & (drawn < start[episode] + count[episode])]
             count = np.ones_like(start)
         if not count.any():
+            if n_step == 0:
+                raise ReplayError(
+                    f"{self.path}: {game} has no window of {stack_size} steps: all its episodes lost their beginning and "
+                    "are shorter, so that what came before cannot be known. Use shorter windows or more data."
+                )
             raise ReplayError(
                 f"{self.path}: {game} has no transition with a state {n_step} steps later: all its episodes are "
                 f"truncated and no longer than n_step = {n_step}. Use a smaller n_step or more data."
@@ -355,32 +361,52 @@ class Replay:
         size = len(indices)
         action, reward, discounts = np.empty(size, np.int32), np.empty(size, np.float32), np.empty(size, np.float32)
         next_stack = np.empty((size, stack_size), np.int32)
-        spans = list(self._spans(games, indices, n_step, stack_size))
+        spans = self.spans(games, indices, n_step, stack_size)
         for span in spans:
             action[span.places] = span.actions()
             reward[span.places] = span.returns(n_step, discount, clip_rewards)
-            discounts[span.places] = np.where(span.ended, 0.0, discount**n_step)
+            ended = span.terminal & (span.now + n_step > span.last)
+            discounts[span.places] = np.where(ended, 0.0, discount**n_step)
             next_stack[span.places] = (span.then - span.now)[:, None] + np.arange(stack_size)
-        frames = self._frames.read(spans, (size, stack_size + n_step), stack_size, out)
+        frames = self.read_frames(spans, (size, stack_size + n_step), stack_size, out)
         return Batch(frames, next_stack, action, reward, discounts, games)
 
-    def _spans(self, games: np.ndarray, indices: np.ndarray, n_step: int, stack_size: int) -> Iterator[Span]:
-        """Locate the rows of transitions of several games, one recording after another."""
+    def read_frames(
+        self, spans: list[Span], shape: tuple[int, int], stack_size: int, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Frames of located transitions, uint8 [*shape, 84, 84]; see `RecordedFrames.read`."""
+        return self._frames.read(spans, shape, stack_size, out)
+
+    def spans(self, games: np.ndarray, indices: np.ndarray, n_step: int, stack_size: int) -> list[Span]:
+        """Locate the rows of transitions of several games, one recording after another.
+
+        Args:
+            games: int32 [B], numbers in `games`.
+            indices: int [B], time indices.
+            n_step: steps up to the last frame that is needed; 0: the transition's own is the last.
+            stack_size: frames up to the transition's own.
+
+        Raises:
+            ReplayError: an index out of range, or a state after an episode's end.
+        """
+        spans = []
         for number in np.unique(games):
             game, places = self.games[number], np.flatnonzero(games == number)
             for part, recording, episode, step in self._locate(game, indices[places].astype(np.int64)):
                 self._expect_successors(game, recording, episode, step, n_step)
                 episodes = self._episodes[game]
                 first, length, frames = (column[episode] for column in (episodes.row, episodes.length, episodes.frames))
-                yield Span(
+                span = Span(
                     recording=recording,
                     places=places[part],
                     now=first + step,
                     then=first + np.minimum(step + n_step, frames - 1),
                     earliest=first + np.maximum(step - stack_size + 1, 0),
                     last=first + length - 1,
-                    ended=episodes.terminal[episode] & (step + n_step >= length),
+                    terminal=episodes.terminal[episode],
                 )
+                spans.append(span)
+        return spans
 
     def _expect_successors(
         self, game: str, recording: Recording, episode: np.ndarray, step: np.ndarray, n_step: int

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection, Pipe, wait
@@ -26,9 +26,11 @@ import numpy as np
 from scaled_ql.replay.batch import Batch
 from scaled_ql.replay.format import FRAME_SHAPE
 from scaled_ql.replay.sampling import prefetch, sample_batch
+from scaled_ql.replay.sequences import Sequences
 from scaled_ql.replay.shared import SharedMemory, pack, unpack
 from scaled_ql.replay.store import Replay
 
+Sample = Callable[..., Batch | Sequences]  # (replay, seed, step, **sampling)
 TASK = struct.Struct("qq")  # number of a batch, place for it
 WORKER = """
 import sys
@@ -39,46 +41,56 @@ work{descriptors}
 
 
 def sample_batches(
-    replay: Replay, seed: int, start: int, stop: int, *, processes: int = 0, depth: int = 4, **sampling: Any
-) -> Iterator[Batch]:
-    """Yield sample_batch(replay, seed, step, **sampling) for step = start, ..., stop - 1, `depth` of them ahead.
+    replay: Replay,
+    seed: int,
+    start: int,
+    stop: int,
+    *,
+    sample: Sample = sample_batch,
+    processes: int = 0,
+    depth: int = 4,
+    **sampling: Any,
+) -> Iterator[Batch | Sequences]:
+    """Yield sample(replay, seed, step, **sampling) for step = start, ..., stop - 1, `depth` of them ahead.
 
     Args:
+        sample: `sample_batch` or `sample_sequences`.
         processes: number of processes, at most the cores that training leaves free; each takes a core and samples about
             6,000 transitions/s from disk or 10,000 from memory (measure with `scaled-ql benchmark sampling`). 0: two
             threads of this process (`prefetch`), as always for a dataset on a device.
         depth: batches prepared while the caller works on one.
-        sampling: arguments of `sample_batch` except `out`.
+        sampling: arguments of `sample` except `out`.
 
     A batch's memory is reused only once no array refers to it, so batches may be kept. Closing the iterator ends the
     processes.
 
     Raises:
-        ReplayError: damaged data, when its batch's turn comes, like any other error of `sample_batch`.
+        ReplayError: damaged data, when its batch's turn comes, like any other error of `sample`.
         RuntimeError: a process died.
     """
     if not processes or not replay.is_shareable:
-        return prefetch(partial(sample_batch, replay, seed, **sampling), start, stop, depth=depth)
-    return _sample_in_workers(replay, seed, range(start, stop), processes, depth, sampling)
+        return prefetch(partial(sample, replay, seed, **sampling), start, stop, depth=depth)
+    return _sample_in_workers(replay, seed, range(start, stop), sample, processes, depth, sampling)
 
 
 def _sample_in_workers(
-    replay: Replay, seed: int, steps: range, processes: int, depth: int, sampling: dict[str, Any]
-) -> Iterator[Batch]:
-    options = sample_batch.__kwdefaults__ | sampling
+    replay: Replay, seed: int, steps: range, sample: Sample, processes: int, depth: int, sampling: dict[str, Any]
+) -> Iterator[Batch | Sequences]:
+    options = sample.__kwdefaults__ | sampling
     size = options["games_per_batch"] * options["transitions_per_game"] // options["shard"][1]
-    places = _Places((size, options["stack_size"] + options["n_step"], *FRAME_SHAPE))
+    width = options["length"] if "length" in options else options["stack_size"] + options["n_step"]
+    places = _Places((size, width, *FRAME_SHAPE))
     used: dict[int, int] = {}  # place of each batch under way
     ahead = iter(steps)
-    with _Workers(partial(sample_batch, replay, seed, **sampling), places, processes) as workers:
+    with _Workers(partial(sample, replay, seed, **sampling), places, processes) as workers:
         for step in steps:
             while len(used) <= depth and (later := next(ahead, None)) is not None:
                 used[later] = places.take()
                 workers.begin(later, used[later])
-            scalars = workers.result(step)
-            frames = places.lend(used.pop(step))
-            yield Batch(frames=frames, **scalars)
-            del frames  # else the last batch's memory would still be in use
+            batch = workers.result(step)
+            batch = batch._replace(frames=places.lend(used.pop(step)))
+            yield batch
+            del batch  # else the last batch's memory would still be in use
 
 
 class _Places:
@@ -132,7 +144,7 @@ class _Workers:
         packed, descriptors = pack((load, places))
         tasks, self._tasks = os.pipe()
         self._processes: dict[Connection, subprocess.Popen] = {}
-        self._results: dict[int, tuple[dict[str, np.ndarray] | None, Exception | None]] = {}
+        self._results: dict[int, tuple[Batch | Sequences | None, Exception | None]] = {}
         try:
             for _ in range(processes):
                 results, sender = Pipe(duplex=False)
@@ -167,8 +179,8 @@ class _Workers:
         with suppress(BrokenPipeError):  # all are dead, which `result` reports
             os.write(self._tasks, TASK.pack(step, place))
 
-    def result(self, step: int) -> dict[str, np.ndarray]:
-        """Wait for batch number `step`; returns its arrays except the frames."""
+    def result(self, step: int) -> Batch | Sequences:
+        """Wait for batch number `step`; its frames are None, they lie in their place."""
         while step not in self._results:
             for results in wait(list(self._processes)):
                 try:
@@ -180,10 +192,10 @@ class _Workers:
                         "program's log; -9 often means out of memory: use fewer processes."
                     ) from None
                 self._results[number] = result
-        scalars, error = self._results.pop(step)
+        batch, error = self._results.pop(step)
         if error is not None:
             raise error
-        return scalars
+        return batch
 
 
 def work(packed: int, tasks: int, results: int) -> None:
@@ -194,8 +206,7 @@ def work(packed: int, tasks: int, results: int) -> None:
         while task := os.read(tasks, TASK.size):
             step, place = TASK.unpack(task)
             try:
-                batch, error = load(step, out=places.array(place))._asdict(), None
-                del batch["frames"]  # they lie in their place
+                batch, error = load(step, out=places.array(place))._replace(frames=None), None
             except Exception as caught:
                 batch, error = None, caught
             sender.send((step, batch, error))
