@@ -202,7 +202,8 @@ def table(data: pd.DataFrame, decimals: int = 1, caption: str = "", none: Sequen
     if len(none):
         style = style.format(precision=decimals, thousands=",", na_rep="none", escape="html", subset=list(none))
     words = [i for i, column in enumerate(data.columns) if not pd.api.types.is_numeric_dtype(data[column])]
-    looks = {"caption": "text-align: left; white-space: pre-line; min-width: 20em"} | {f".col{i}": "text-align: left" for i in words}
+    looks = {"caption": "text-align: left; white-space: pre-line; min-width: 20em"}
+    looks |= {f".col{i}": "text-align: left" for i in words}
     style = style.set_table_styles([{"selector": key, "props": value} for key, value in looks.items()])
     if isinstance(data.index, pd.RangeIndex):
         style = style.hide(axis="index")
