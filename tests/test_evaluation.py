@@ -220,6 +220,22 @@ def test_the_interval_covers_the_mean_and_shrinks_with_the_data() -> None:
     assert high - low == pytest.approx(2 * 1.96 * returns.std() / 20, rel=0.1)
 
 
+def test_copies_of_an_episode_are_counted() -> None:
+    table = pd.DataFrame({"episode_return": [5.0] * 10, "length": [7] * 6 + [8, 9, 10, 11], "truncated": False})
+    assert "Different episodes: Pong 5 of 10;" in evaluation.repeated({"Qbert": table[5:], "Pong": table})
+    assert evaluation.repeated({"Pong": table.assign(truncated=True)}) == ""
+    assert evaluation.repeated({"Pong": table[4:]}) == ""
+
+
+def test_a_verdict_says_what_the_interval_lies_above_and_below() -> None:
+    scores = {"agent": 5.0, "low": 4.0, "high": 6.0, "dataset": 3.9, "random": 6.1, "best constant action": 4.0}
+    said = evaluation.verdict(pd.DataFrame({"Pong": scores, "Qbert": scores | {"dataset": np.nan}}).T)
+    assert said.splitlines() == [
+        "- **Pong: 5** (4 to 6), above dataset (3.9); below random (6.1); not told apart from best constant action (4)",
+        "- **Qbert: 5** (4 to 6), below random (6.1); not told apart from best constant action (4)",
+    ]
+
+
 def test_the_score_curve_is_in_order_of_steps_and_knows_complete_plain_evaluations_only(tmp_path: Path) -> None:
     for step, game, returns in ((1000, "Pong", [1, 3]), (200, "Pong", [0]), (200, "Breakout", [2, 2, 8])):
         (tmp_path / f"step-{step}").mkdir(exist_ok=True)

@@ -1,6 +1,6 @@
 """Evaluation in ALE: greedy policies, whole episodes, videos (appendix B.3)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,24 @@ def mean_interval(returns: np.ndarray, seed: int = 0, confidence: float = 0.95) 
     means = np.random.default_rng(seed).choice(returns, (10_000, len(returns))).mean(1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def repeated(played: Mapping[str, pd.DataFrame]) -> str:
+    """A sentence that names games with equal episodes, whose intervals are too narrow; "" if there are none.
+
+    Without sticky actions and with few random moves a policy plays one episode again and again. Equal in return and
+    length counts as equal; truncated episodes, which are equally long, count as different.
+
+    Args:
+        played: tables of `evaluate` by game.
+    """
+    few = []
+    for game, episodes in played.items():
+        whole = episodes[~episodes["truncated"]]
+        copies = whole.duplicated(["episode_return", "length"]).sum()
+        if copies > 0.2 * len(episodes):
+            few.append(f"{game} {len(episodes) - copies} of {len(episodes)}")
+    return f"Different episodes: {', '.join(few)}; the others are copies, and intervals too narrow." if few else ""
 
 
 def verdict(scores: pd.DataFrame) -> str:
