@@ -27,11 +27,8 @@ from scaled_ql.replay.views import drawn_transitions
 def test_the_browser_shows_the_episode_that_its_sliders_name(recording: Path) -> None:
     data = open_replay(recording)
     browser = explore.episode_browser(data)
-    (game, episode), (_, step), picture = (
-        browser.children[0].children,
-        browser.children[1].children,
-        browser.children[2],
-    )
+    (game, episode), steps, picture = browser.children[0].children, browser.children[1], browser.children[2]
+    step = steps.slider
     pictures = {bytes(picture.value)}
     assert step.max == data.episodes("Breakout")["length"].iloc[0] - 1
     step.value = 5

@@ -20,12 +20,12 @@ ORDER = (
     "methods.q_learning", "methods", "devices", "training",
     "evaluation", "transfer", "probe", "walkthrough", "online", "online.ring", "online.log", "online.agents",
     "online.play", "benchmarks", "torch_step", "performance", "paper", "recorder", "report", "runs", "run_table",
-    "site", "batches", "ablations", "reward_control", "transfer_report", "grids", "explore", "command",
+    "site", "batches", "ablations", "reward_control", "transfer_report", "grids", "trained_agent", "episodes",
+    "controls", "browsers", "explore", "command",
 )  # fmt: skip
 WITHOUT_JAX = (
     "defaults", "documents", "games", "processes", "environments", "replay", "replay.formats.minari", "collect",
-    "metrics", "plots", "parameters", "runs", "run_table",
-    "batches",
+    "metrics", "plots", "parameters", "runs", "run_table", "batches", "explore",
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import av
 import ipywidgets as widgets
@@ -16,12 +17,24 @@ from IPython.display import HTML, DisplayHandle, Image, Video, display
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from scaled_ql.controls import Steps
 from scaled_ql.environments import in_words
 from scaled_ql.games import PUBLISHED_SOURCES, RULES, UnknownGame, rom_badge
 from scaled_ql.metrics import human_normalized_mean, iqm
 from scaled_ql.replay import Replay
 from scaled_ql.replay.views import View
 from scaled_ql.runs import Run
+
+AGENTS = ("agent_browser", "load_agent", "show_moments")  # need JAX, which notebooks about data do not load
+
+
+def __getattr__(name: str) -> Any:
+    """What of `browsers` notebooks call."""
+    if name in AGENTS:
+        from scaled_ql import browsers
+
+        return getattr(browsers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def to_png(figure: Figure) -> bytes:
@@ -123,31 +136,29 @@ def episode_view(replay: Replay, game: str, episode: int, step: int, stack_size:
 
 
 def episode_browser(replay: Replay) -> widgets.Widget:
-    """Sliders over game, episode and step around `episode_view`, for JupyterLab."""
+    """Controls over game, episode and step around `episode_view`, for JupyterLab; keys as in `agent_browser`."""
     game = widgets.Dropdown(options=replay.games, description="game")
     episode = widgets.IntSlider(description="episode", min=0, max=0, continuous_update=False)
-    step = widgets.IntSlider(description="step", min=0, max=0, continuous_update=False)
-    play = widgets.Play(min=0, max=0, step=1, interval=150)
+    steps = Steps()
     picture = widgets.Image(format="png")
-    widgets.jslink((play, "value"), (step, "value"))
 
     def set_game(_: object = None) -> None:
         episode.value, episode.max = 0, len(replay.episodes(game.value)) - 1
         set_episode()
 
     def set_episode(_: object = None) -> None:
-        last = int(replay.episodes(game.value)["length"].iloc[episode.value]) - 1
-        step.value, step.max, play.max = 0, last, last
+        rewards = replay.episode(game.value, episode.value)["reward"]
+        steps.set_episode(len(rewards), {"reward": np.flatnonzero(rewards)})
         show()
 
     def show(_: object = None) -> None:
-        picture.value = to_png(episode_view(replay, game.value, episode.value, step.value))
+        picture.value = to_png(episode_view(replay, game.value, episode.value, steps.slider.value))
 
     game.observe(set_game, "value")
     episode.observe(set_episode, "value")
-    step.observe(show, "value")
+    steps.slider.observe(show, "value")
     set_game()
-    return widgets.VBox([widgets.HBox([game, episode]), widgets.HBox([play, step]), picture])
+    return widgets.VBox([widgets.HBox([game, episode]), steps, picture])
 
 
 def sliders(

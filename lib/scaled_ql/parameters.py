@@ -317,6 +317,17 @@ ONLY = {
 }  # fmt: skip
 
 
+class Agents(Parameters):
+    """`07_agents`."""
+
+    agent: str = "04_scaled_training/quickstart"
+    step: Annotated[int, Field(ge=-1)] = -1
+    game: str = ""
+    seed: Seed = 0
+    max_steps: Count = 1_000
+    dataset: str = ""
+
+
 class PaperReport(Parameters):
     """`08_paper_report`."""
 
@@ -386,6 +397,7 @@ NOTEBOOKS: dict[str, type[Parameters]] = {
     "05_ablations": Ablations,
     "05_learning_from_reward": LearningFromReward,
     "06_transfer": Transfer,
+    "07_agents": Agents,
     "08_paper_report": PaperReport,
     "09_performance": Performance,
 }

@@ -45,6 +45,13 @@ def game_colors(games: list[str]) -> dict[str, tuple[float, float, float]]:
     return dict(zip(games, sns.color_palette("colorblind", 10) * (len(games) // 10 + 1)))
 
 
+def action_colors(names: Sequence[str]) -> list[tuple[float, float, float]]:
+    """A colour per action of a game: up to ten are safe for the colour-blind, more are told apart by hue."""
+    import seaborn as sns
+
+    return sns.color_palette("colorblind" if len(names) <= 10 else "husl", len(names))
+
+
 def _grid(number: int, width: float = 4.2, height: float = 3.0) -> tuple[Figure, list[Axes]]:
     columns = min(number, 3 if number <= 9 else 4)
     rows = -(-number // columns)

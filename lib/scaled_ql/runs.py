@@ -163,7 +163,7 @@ def check_inputs(values: Parameters) -> None:
     check_names(values)
     if hasattr(values, "initial"):
         trained_run(values, "built_like" if values.initial == "scratch" else "initial")
-    if hasattr(values, "dataset") and getattr(values, "setting", "") != "online":
+    if getattr(values, "dataset", "") and getattr(values, "setting", "") != "online":
         try:
             dataset = open_dataset(values)
         except (ReplayError, OSError) as error:

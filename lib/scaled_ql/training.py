@@ -831,24 +831,28 @@ class Checkpoints:
             )
 
 
-def read_params(folder: str | Path) -> tuple[Path, dict[str, Any], dict[str, np.ndarray]]:
-    """The newest checkpoint's parameters, whatever network they are of; the folder may be a running run's.
+def read_params(folder: str | Path, step: int | None = None) -> tuple[Path, dict[str, Any], dict[str, np.ndarray]]:
+    """A checkpoint's parameters, whatever network they are of; the folder may be a running run's.
 
     Args:
         folder: of `Checkpoints`.
+        step: of the checkpoint; None: the newest.
 
     Returns:
         the checkpoint's folder, named after its step; `about` of `Checkpoints`; arrays by their path, as of
         `flat_params`.
 
     Raises:
-        CheckpointError: there is none, it is not one of ours, or it is damaged.
+        CheckpointError: there is none, or none of that step; it is not one of ours, or it is damaged.
     """
     folder = Path(folder).resolve()
     steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
     if not steps:
         raise CheckpointError(f"{folder}: there is no checkpoint. Name a run that has trained until its first one.")
-    where = folder / str(max(steps))
+    if step is not None and step not in steps:
+        kept = ", ".join(map(str, sorted(steps)))
+        raise CheckpointError(f"{folder}: there is no checkpoint of step {step}, only of {kept}. Choose one of these.")
+    where = folder / str(max(steps) if step is None else step)
     try:
         stored = json.loads((where / "about" / "metadata").read_text(encoding="utf-8"))
         about = stored["run"]
