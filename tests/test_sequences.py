@@ -1,4 +1,4 @@
-"""Windows of steps equal those cut from whole episodes by a plain loop: padding, terminals, truncations, returns to go."""
+"""Windows of steps equal those that a plain loop cuts from whole episodes: padding, terminals, truncations, returns."""
 
 import tempfile
 from pathlib import Path

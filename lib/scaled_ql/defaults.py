@@ -31,6 +31,14 @@ ENCODERS = {
     "vit_base": ("vit", 768, 12, 12),
 }
 
+# name: (layers, width, heads); decision transformers, built by `networks.make_decision_transformer`
+TRANSFORMERS = {"tiny": (2, 128, 2), "40M": (6, 768, 12), "200M": (10, 1280, 20)}
+RETURN_LOW, RETURN_HIGH = -20, 99  # undiscounted returns with a token: 120, as in Lee et al. (2022)
+DROPOUT = 0.1
+RETURN_KAPPA = 10.0  # for the whole range of returns
+RETURN_SAMPLES, RETURN_TEMPERATURE = 128, 0.75  # of the notebook that was published with their models
+ACTION_PERCENTILE = 50.0  # likewise
+
 # name: (module of `methods` with a function of that name, its parameters: the arguments, with `atoms` for v_min, v_max
 # and num_atoms, and `rewards` if it uses them)
 _Q_LEARNING = ("rewards", "head", "alpha", "atoms", "double_q", "scale_rewards", "dr3", "random_shift")
@@ -39,7 +47,13 @@ METHODS = {
     "bcq": ("q_learning", (*_Q_LEARNING, "tau")),
     "bc": ("cloning", ("random_shift",)),
     "return_bc": ("cloning", ("rewards", "atoms", "kappa", "random_shift")),
-}
+    "dt": (
+        "decision_transformer",
+        ("rewards", "transformer", "sequence_length", "return_low", "return_high", "target_return", "return_kappa",
+         "return_samples", "return_temperature", "action_percentile", "random_shift"),
+    ),
+    "bc_transformer": ("decision_transformer", ("rewards", "transformer", "sequence_length", "random_shift")),
+}  # fmt: skip
 
 Head = Literal["c51", "hl_gauss", "two_hot", "mse"]
 Embedding = Literal["pointwise", "sum", "none"]

@@ -1,20 +1,133 @@
 """Evaluation in ALE: greedy policies, whole episodes, videos (appendix B.3)."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import av
+import jax
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
 from scaled_ql.environments import MAX_STEPS, make_vector_environment
-from scaled_ql.games import action_names
-from scaled_ql.methods.common import Preferences, PyTree
+from scaled_ql.games import NUM_ACTIONS, action_names, full_actions
+from scaled_ql.methods.common import Method, Preferences, PyTree
+from scaled_ql.replay.format import FRAME_SHAPE
+from scaled_ql.replay.sequences import Sequences
 
 # uint8 [N, 4, 84, 84] stacks -> float32 [N, actions]: the largest is played, -inf never
 QFunction = Callable[[np.ndarray], np.ndarray]
+
+
+class MemoryPlayer:
+    """A trained policy for one game that sees the last steps of its episode, and not a stack alone.
+
+    Attributes:
+        length: steps that it sees, T.
+        full: int32 [actions], where the game's actions stand in the full joystick.
+    """
+
+    def __init__(self, prefer: Callable, params: PyTree, game_index: int, names: Sequence[str], length: int):
+        """Make the player.
+
+        Args:
+            prefer: from `methods.Method.preferences` of a method with a memory.
+            params: online parameters.
+            game_index: number of the game.
+            names: the game's minimal action set.
+            length: the method's memory.
+        """
+        self._prefer, self._params, self._game = prefer, params, game_index
+        self.length, self.full = length, full_actions(names)
+
+    def __call__(self, windows: Sequences, draw: np.ndarray) -> np.ndarray:
+        """Log-probabilities of the game's actions, float32 [N, actions]; -inf: never played.
+
+        An action that the game does not have is played as its first, NOOP.
+
+        Args:
+            windows: of `History.see`; their game is not read.
+            draw: int32 [N, 3], numbers that a row's random choices are a function of.
+        """
+        windows = windows._replace(game=np.full(len(draw), self._game, np.int32))
+        log_policy = np.asarray(self._prefer(self._params, windows, draw))
+        values = log_policy[:, self.full]
+        absent = np.setdiff1d(np.arange(NUM_ACTIONS), self.full)
+        values[:, 0] = np.logaddexp.reduce(log_policy[:, [self.full[0], *absent]], axis=1)
+        return values
+
+
+class History:
+    """What players with a memory see of episodes that are being played, several side by side.
+
+    Args:
+        player: the player.
+        environments: int [N], numbers of the environments.
+        seed: seed of the player's random choices.
+        step: number of the next step; two plays with the same seed, environment and step choose alike.
+    """
+
+    def __init__(self, player: MemoryPlayer, environments: np.ndarray, seed: int, step: int = 0):
+        shape = (len(environments), player.length)
+        self._full, self._collected = player.full, np.zeros(len(environments), np.float32)
+        self._numbers, self._step = np.stack([np.full(len(environments), seed % 2**31), environments], 1), step
+        self._windows = Sequences(
+            frames=np.zeros((*shape, *FRAME_SHAPE), np.uint8),
+            action=np.zeros(shape, np.int32),
+            reward=np.zeros(shape, np.float32),
+            return_to_go=np.zeros(shape, np.float32),
+            terminal=np.zeros(shape, bool),
+            mask=np.zeros(shape, bool),
+            game=np.zeros(len(environments), np.int32),
+        )
+
+    def see(self, frames: np.ndarray, begins: np.ndarray) -> tuple[Sequences, np.ndarray]:
+        """Add a step; returns new windows that end with it, and their `draw`: a `MemoryPlayer`'s arguments.
+
+        Its action and reward, which are not known yet, are 0. `return_to_go` is what the episode has given before each
+        step, negated: added to the return that an episode is to have, it is what is still to come.
+
+        Args:
+            frames: uint8 [N, 84, 84].
+            begins: bool [N], whether it is its episode's first.
+        """
+        self._collected = np.where(begins, 0, self._collected).astype(np.float32)
+        latest = {"frames": frames, "return_to_go": -self._collected, "mask": np.ones(len(frames), bool)}
+        grown = {}
+        for name, array in self._windows._asdict().items():
+            if name != "game":
+                kept = np.where(begins.reshape(-1, *[1] * (array.ndim - 1)), 0, array[:, 1:]).astype(array.dtype)
+                last = latest.get(name, np.zeros(len(frames), array.dtype))
+                grown[name] = np.concatenate([kept, last[:, None]], axis=1)
+        self._windows = self._windows._replace(**grown)
+        draw = np.column_stack([self._numbers, np.full(len(frames), self._step)]).astype(np.int32)
+        self._step += 1
+        return self._windows, draw
+
+    def act(self, actions: np.ndarray, rewards: np.ndarray) -> None:
+        """Note what was done in the step seen last, int [N] in the game's set, and what it gave, raw [N]."""
+        action, reward = self._windows.action.copy(), self._windows.reward.copy()
+        action[:, -1], reward[:, -1] = self._full[actions], np.clip(rewards, -1, 1)
+        self._windows = self._windows._replace(action=action, reward=reward)
+        self._collected = self._collected + reward[:, -1]
+
+
+def make_player(
+    method: Method, prefer: Callable, params: PyTree, game_index: int, names: Sequence[str]
+) -> QFunction | MemoryPlayer:
+    """A trained network as a player of one game, for `evaluate` and `record_film`.
+
+    Args:
+        method: the method that trained it.
+        prefer: from its `preferences`.
+        params: online parameters.
+        game_index: number of the game.
+        names: the game's minimal action set.
+    """
+    if method.memory:
+        return MemoryPlayer(prefer, params, game_index, names, method.memory)
+    return make_q_function(prefer, params, game_index, len(names))
 
 
 def make_q_function(prefer: Preferences, params: PyTree, game_index: int, num_actions: int) -> QFunction:
@@ -74,7 +187,7 @@ def best_constant_action(game: str, **protocol: Any) -> pd.DataFrame:
 
 
 def evaluate(
-    q_function: QFunction,
+    q_function: QFunction | MemoryPlayer,
     game: str,
     *,
     episodes: int,
@@ -98,7 +211,7 @@ def evaluate(
     all environments at some step instead would drop long episodes more often than short ones.
 
     Args:
-        q_function: uint8 [N, 4, 84, 84] -> [N, actions].
+        q_function: uint8 [N, 4, 84, 84] -> [N, actions]; or a player with a memory, which begins empty in every episode.
         game: name as in the paper.
         episodes: total of whole episodes; with `min_steps` a minimum.
         seed: seed of the random actions and of the emulators.
@@ -130,10 +243,11 @@ def evaluate(
     sent: list[list[int]] = [[] for _ in range(slots)]
     played, steps, total, length = np.zeros(slots, int), np.zeros(slots, int), np.zeros(slots), np.zeros(slots, int)
     chosen, resetting, done = np.zeros((slots, num_actions), int), np.zeros(slots, bool), np.zeros(slots, bool)
-    rows = []
+    history = History(q_function, np.arange(slots), seed) if isinstance(q_function, MemoryPlayer) else None
+    rows, begins = [], np.ones(slots, bool)
     while not done.all():
         # Finished environments stay in the batch: one batch size is one compiled program.
-        values = q_function(stacks)
+        values = q_function(*history.see(stacks[:, -1], begins)) if history else q_function(stacks)
         if temperature > 0:  # the largest of values with Gumbel noise is a draw from their softmax
             values = values / temperature + rng.gumbel(size=values.shape)
         actions = values.argmax(1)
@@ -151,6 +265,9 @@ def evaluate(
         for slot in np.flatnonzero(~resetting) if keep_actions else ():
             sent[slot].append(actions[slot])
         stacks, reward, terminated, truncated, _ = environments.recv()
+        if history:
+            history.act(actions, reward)
+        begins = resetting
         total += np.where(resetting, 0, reward)
         length += ~resetting
         ended = (terminated | truncated) & ~resetting
@@ -266,7 +383,7 @@ def representative(episodes: pd.DataFrame) -> int:
 
 
 def record_film(
-    q_function: QFunction,
+    q_function: QFunction | MemoryPlayer,
     game: str,
     episodes: pd.DataFrame,
     number: int,
@@ -313,17 +430,27 @@ def record_film(
     shown = eventful(np.array(rewards), np.array(still), num_steps)
     wanted = set(shown.tolist())
     both = zip(_play_again(game, first, actions, options), _play_again(game, first, actions, options, screens=True))
-    moments = [(stack, screen[0]) for step, ((stack, _), (screen, _)) in enumerate(both) if step in wanted]
-    stacks = np.stack([stack for stack, _ in moments])
-    padded = np.concatenate([stacks, stacks[:1].repeat(-len(stacks) % 64, axis=0)])  # one size is one compiled program
-    q = np.concatenate([q_function(part) for part in np.split(padded, len(padded) // 64)])[: len(stacks)]
+    history, seen, screens = None, [], []
+    if isinstance(q_function, MemoryPlayer):  # an environment's steps are numbered with those that reset it
+        history = History(q_function, np.array([slot]), seed, step=sum(len(played) + 1 for played in actions[:-1]))
+    for step, ((stack, reward), (screen, _)) in enumerate(both):
+        now = history.see(stack[-1:], np.array([step == 0])) if history else (stack[None],)
+        if step in wanted:
+            seen.append(now)
+            screens.append(screen[0])
+        if history:
+            history.act(np.array([actions[-1][step]]), np.array([reward]))
+    shown_first = seen[:1] * (-len(seen) % 64)  # one size is one compiled program
+    padded = jax.tree.map(lambda *parts: np.concatenate(parts), *seen, *shown_first)
+    parts = [jax.tree.map(lambda x, at=at: x[at : at + 64], padded) for at in range(0, len(seen), 64)]
+    q = np.concatenate([q_function(*part) for part in parts])[: len(seen)]
     # One scale for the whole video, so that bars can be compared from frame to frame.
     low, high = q[np.isfinite(q)].min(), q.max()
     scores = np.cumsum(rewards) - rewards
     pictures = (
         _draw(screen, f"{game}   score {scores[step]:g}", f"step {step:,} of {len(rewards):,}", names, values,
               actions[-1][step], low, high, label)
-        for step, (_, screen), values in zip(shown, moments, q)
+        for step, screen, values in zip(shown, screens, q)
     )  # fmt: skip
     write_video(file, pictures, frames_per_second)
     return float(np.sum(rewards))

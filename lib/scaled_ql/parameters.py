@@ -20,6 +20,7 @@ from scaled_ql.environments import MAX_STEPS
 Encoder = Literal[tuple(defaults.ENCODERS)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0)]
 
@@ -29,6 +30,13 @@ def _alpha(value: Any) -> float | str:
     if value == "paper" or (number and 0 <= value < float("inf")):
         return value
     raise ValueError(f"alpha: expected a number >= 0 or the word paper, got {value!r}")
+
+
+def _target_return(value: Any) -> float | str:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value in ("notebook", "paper") or (number and abs(value) < float("inf")):
+        return value
+    raise ValueError(f"target_return: expected notebook, paper or a number, got {value!r}")
 
 
 class ParameterError(ValueError):
@@ -147,7 +155,10 @@ INCIDENTAL = frozenset((
     "shard_parameters", "accumulate", "remat",
 ))  # fmt: skip
 # Refused if set for a method that ignores them; alpha, tau and kappa may be set in a file that several methods share.
-CHECKED = ("head", "double_q", "scale_rewards", "dr3", "rewards")
+CHECKED = (
+    "head", "double_q", "scale_rewards", "dr3", "rewards", "transformer", "sequence_length", "return_low",
+    "return_high", "target_return", "return_kappa", "return_samples", "return_temperature", "action_percentile",
+)  # fmt: skip
 
 
 class ScaledTraining(Parameters):
@@ -173,6 +184,16 @@ class ScaledTraining(Parameters):
     group_size: Count = defaults.GROUP_SIZE
     subtract_mean_frames: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
+
+    transformer: Literal[tuple(defaults.TRANSFORMERS)] = "40M"
+    sequence_length: Count = 4
+    return_low: int = defaults.RETURN_LOW
+    return_high: int = defaults.RETURN_HIGH
+    target_return: Annotated[Any, pydantic.PlainValidator(_target_return)] = "notebook"
+    return_kappa: Annotated[float, Field(ge=0)] = defaults.RETURN_KAPPA
+    return_samples: Count = defaults.RETURN_SAMPLES
+    return_temperature: Positive = defaults.RETURN_TEMPERATURE
+    action_percentile: Annotated[float, Field(ge=0, lt=100)] = defaults.ACTION_PERCENTILE
 
     v_min: float = defaults.V_MIN
     v_max: float = defaults.V_MAX
@@ -213,6 +234,8 @@ class ScaledTraining(Parameters):
     def _periods_fit(self) -> "ScaledTraining":
         if self.v_min >= self.v_max:
             raise ValueError(f"v_min ({self.v_min}) must be below v_max ({self.v_max})")
+        if self.return_low >= self.return_high:
+            raise ValueError(f"return_low ({self.return_low}) must be below return_high ({self.return_high})")
         if self.eval_every % self.log_every:
             raise ValueError(f"eval_every ({self.eval_every}) must be a multiple of log_every ({self.log_every})")
         idle = [

@@ -24,9 +24,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from scaled_ql import devices, replay
-from scaled_ql.defaults import ADAM_EPSILON, LEARNING_RATE, TARGET_UPDATE_PERIOD
+from scaled_ql.defaults import ADAM_EPSILON, LEARNING_RATE, METHODS, TARGET_UPDATE_PERIOD
 from scaled_ql.methods.common import MethodError, Metrics, Objective, PyTree, checked_objective
 from scaled_ql.replay.batch import Batch
+from scaled_ql.replay.sequences import Sequences
 from scaled_ql.replay.store import Replay
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every save
@@ -514,11 +515,13 @@ ABOUT = (
     "method", "encoder", "head", "rewards", "hidden_sizes", "embedding", "normalize_features", "group_size",
     "subtract_mean_frames", "narrow_start", "num_atoms", "v_min", "v_max", "dtype", "seed",
 )  # fmt: skip
+ABOUT_TRANSFORMER = ("transformer", "sequence_length", "return_low", "return_high")
 
 
 def about_run(p: Any, games: list[str], dataset: str) -> dict[str, Any]:
     """`Checkpoints.about` of a run with the parameters of `04_scaled_training`, its games in the order of the heads."""
-    return {name: getattr(p, name) for name in ABOUT} | {"games": games, "dataset": dataset}
+    own = [name for name in ABOUT_TRANSFORMER if name in METHODS[p.method][1]]
+    return {name: getattr(p, name) for name in (*ABOUT, *own)} | {"games": games, "dataset": dataset}
 
 
 def start_devices(p: Any) -> Mesh:
@@ -553,35 +556,50 @@ class Trainer:
         """
         self.p, self.data, self.mesh, self.folder, self.own = p, data, mesh, folder, own
         self.share = (jax.process_index(), jax.process_count())
-        self._sampling = {name: getattr(p, name) for name in ("games_per_batch", "transitions_per_game", "n_step")}
+        self._shape = {name: getattr(p, name) for name in ("games_per_batch", "transitions_per_game")}
 
-    def batch(self, kind: str = "transitions", step: int = 0) -> Batch:
+    def batch(self, kind: str = "transitions", step: int = 0) -> Batch | Sequences:
         """A step's whole batch; for `kind` see `Method.batches`."""
-        batch = replay.sample_batch(self.data, self.p.seed, step, discount=self.p.discount, **self._sampling)
-        return next(self._labelled(iter([batch]), step, np.s_[:])) if kind == "returns" else batch
+        sample, how = self._sampling(kind)
+        batch = sample(self.data, self.p.seed, step, **how)
+        return batch if kind == "transitions" else next(self._labelled(iter([batch]), kind, step, np.s_[:]))
 
-    def batches(self, kind: str, first: int) -> Iterator[Batch]:
+    def batches(self, kind: str, first: int) -> Iterator[Batch | Sequences]:
         """This process's shares of the batches of steps `first` to the last."""
-        how = {"processes": self.p.sampling_processes, "discount": self.p.discount, "shard": self.share}
-        batches = replay.sample_batches(self.data, self.p.seed, first, self.p.num_steps, **how, **self._sampling)
+        sample, how = self._sampling(kind)
+        how |= {"processes": self.p.sampling_processes, "shard": self.share}
+        batches = replay.sample_batches(self.data, self.p.seed, first, self.p.num_steps, sample=sample, **how)
         mine = replay.share_of(self.p.games_per_batch * self.p.transitions_per_game, self.share)
-        return self._labelled(batches, first, mine) if kind == "returns" else batches
+        return batches if kind == "transitions" else self._labelled(batches, kind, first, mine)
 
-    def _labelled(self, batches: Iterator[Batch], first: int, mine: slice) -> Iterator[Batch]:
-        """Batches whose rewards are returns to go."""
-        returns = [replay.returns_to_go(self.data, game, self.p.discount) for game in self.data.games]
+    def _sampling(self, kind: str) -> tuple[Callable[..., Batch | Sequences], dict[str, Any]]:
+        """What samples batches of a kind, and its arguments."""
+        if kind == "sequences":
+            return replay.sample_sequences, self._shape | {"length": self.p.sequence_length}
+        return replay.sample_batch, self._shape | {"n_step": self.p.n_step, "discount": self.p.discount}
+
+    def _labelled(
+        self, batches: Iterator[Batch | Sequences], kind: str, first: int, mine: slice
+    ) -> Iterator[Batch | Sequences]:
+        """Batches with their returns to go: transitions with discounted ones, windows with undiscounted ones."""
+        windows = kind == "sequences"
+        drawn = {"n_step": 0, "stack_size": self.p.sequence_length} if windows else {"n_step": self.p.n_step}
+        discount = 1.0 if windows else self.p.discount
+        returns = [replay.returns_to_go(self.data, game, discount) for game in self.data.games]
         for step, batch in enumerate(batches, first):
-            index = replay.sample_indices(self.data, self.p.seed, step, **self._sampling)[1][mine]
+            index = replay.sample_indices(self.data, self.p.seed, step, **drawn, **self._shape)[1][mine]
             yield replay.label_with_returns(batch, index, returns)
 
-    def check_memory(self, objective: Objective, optimizer: Optimizer, state: TrainState) -> dict[str, int]:
-        """Return `memory_needed`, after checking it against a device's free memory.
+    def check_memory(
+        self, objective: Objective, optimizer: Optimizer, state: TrainState, kind: str = "transitions"
+    ) -> dict[str, int]:
+        """Return `memory_needed`, after checking it against a device's free memory; for `kind` see `Method.batches`.
 
         Raises:
             OutOfMemory: see the function `check_memory`.
         """
         split = (self.p.accumulate, self.mesh.size, self.p.shard_parameters)
-        needed = memory_needed(objective, state, self.batch(), *split, frozen=optimizer.frozen)
+        needed = memory_needed(objective, state, self.batch(kind), *split, frozen=optimizer.frozen)
         check_memory(needed, self.mesh.local_devices[0])
         return needed
 

@@ -96,6 +96,11 @@ def load(run: str | Path) -> Source:
     folder = Path(run)
     folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     where, about, params = training.read_params(folder)
+    if "transformer" in about:
+        raise CheckpointError(
+            f"{where}: holds a transformer that {about['method']} trained; it has no Q-values, and no encoder that a "
+            "Q-network could take. Choose a run of 04_scaled_training with another method, such as cql or bc."
+        )
     missing = [name for name in (*ARCHITECTURE, "games", "method") if name not in about]
     if missing:
         raise CheckpointError(

@@ -35,13 +35,18 @@ class Method(NamedTuple):
         objective: (graph, sizes of the games' action sets, reward scale float32 [games] or None) -> the objective:
             (params, target_params, batch, key) -> (loss, metrics); `checked_objective` specifies the metrics.
         preferences: (graph, sizes) -> jitted (params, uint8 [B, 84, 84, 4], game int32 [B]) -> float32 [B, 18], -inf
-            outside the game's set: the largest is played. None: the trained network cannot play.
+            outside the game's set: the largest is played. With a `memory` instead (params, `replay.Sequences` of that
+            many steps, int32 [B, 3]) -> float32 [B, 18], log-probabilities of the full joystick's actions; see
+            `evaluation.MemoryPlayer`. None: the trained network cannot play.
         metrics: plotted metrics and their titles; the first has sums per game, too.
-        batches: ``transitions``, or ``returns``: transitions whose reward is the discounted return to go.
+        batches: ``transitions``; ``returns``: transitions whose reward is the discounted return to go; ``sequences``:
+            windows of steps, `replay.Sequences`.
         scales_rewards: whether the objective divides rewards by `replay.reward_scales`.
         before: for parts of the network, by name, the method that trains them first; they are frozen afterwards.
         values: name of the `preferences`, for a figure's axis.
         samples: whether the policy softmax(preferences) is evaluated, too.
+        memory: how many of its episode's last steps the policy sees; 0: a stack of frames alone.
+        temperature: with which its actions are drawn in evaluation, see `evaluation.evaluate`; 0: the largest is played.
         distributions: (graph, sizes, reward scale) -> (params, target_params, batch) -> predicted and target
             distribution of the data's actions, each float32 [B, N]; None: there are none to compare.
     """
@@ -51,11 +56,13 @@ class Method(NamedTuple):
     objective: Callable[..., Objective]
     preferences: Callable[[nnx.GraphDef, list[int]], Preferences] | None
     metrics: Mapping[str, str]
-    batches: Literal["transitions", "returns"] = "transitions"
+    batches: Literal["transitions", "returns", "sequences"] = "transitions"
     scales_rewards: bool = False
     before: Mapping[str, "Method"] = MappingProxyType({})
     values: str = "Q(s, a)"
     samples: bool = False
+    memory: int = 0
+    temperature: float = 0.0
     distributions: Callable[..., Callable] | None = None
 
     def stages(self, network: nnx.Module) -> list[tuple[str, "Method", nnx.Module]]:
@@ -122,17 +129,19 @@ def without_rewards(objective: Objective, rewards: Rewards) -> Objective:
     Args:
         objective: objective of a method.
         rewards: ``zero``: every reward is 0; ``shuffled``: each transition has the reward of another one of its game in
-            the batch, which keeps the rewards' distribution; ``real``: `objective` itself.
+            the batch, which keeps the rewards' distribution; ``real``: `objective` itself. A window of steps has
+            rewards and returns to go, zero or another window's.
     """
     if rewards == "real":
         return objective
 
     def control(params: PyTree, target_params: PyTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        reward = jnp.zeros_like(batch.reward)
+        told = {name: x for name, x in batch._asdict().items() if name in ("reward", "return_to_go")}
+        other = jax.tree.map(jnp.zeros_like, told)
         if rewards == "shuffled":
-            mixed = jnp.lexsort((jax.random.uniform(jax.random.fold_in(key, 1), reward.shape), batch.game))
-            reward = reward.at[jnp.argsort(batch.game)].set(batch.reward[mixed])
-        return objective(params, target_params, batch._replace(reward=reward), key)
+            mixed = jnp.lexsort((jax.random.uniform(jax.random.fold_in(key, 1), batch.game.shape), batch.game))
+            other = jax.tree.map(lambda new, x: new.at[jnp.argsort(batch.game)].set(x[mixed]), other, told)
+        return objective(params, target_params, batch._replace(**other), key)
 
     return control
 

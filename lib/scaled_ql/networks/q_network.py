@@ -102,6 +102,11 @@ class QNetwork(nnx.Module):
         bias = jnp.zeros(num_outputs) if head_bias is None else head_bias
         self.head_bias = nnx.Param(jnp.tile(bias, (num_games, NUM_ACTIONS)))
 
+    @property
+    def published(self) -> tuple[nnx.Module, ...]:
+        """The parts whose parameters the paper counts."""
+        return self.encoder, self.embedding, self.hidden[0]
+
     def features(
         self, observation: jax.Array, game: jax.Array, augment: Callable[[jax.Array], jax.Array] | None = None
     ) -> jax.Array:
@@ -238,6 +243,7 @@ def count_parameters(*modules: Any) -> int:
     return sum(leaf.size for path, leaf in leaves if "mean_frames" not in jax.tree_util.keystr(path))
 
 
+@functools.singledispatch
 def layers(network: QNetwork, stack_size: int = 4) -> pd.DataFrame:
     """The parts of a network in their order, from the observation to the heads.
 

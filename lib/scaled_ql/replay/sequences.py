@@ -13,16 +13,16 @@ from scaled_ql.replay.store import Replay
 class Sequences(NamedTuple):
     """B windows of T successive steps (a pytree, like `Batch`), of which the last is a transition of the dataset.
 
-    Where a window begins before its episode, its first steps are padding, as at the beginning of play: frame, action and
-    reward are zero, and what is still to come is the whole episode's return.
+    Where a window begins before its episode, its first steps are padding, as at the beginning of play: frame, action
+    and reward are zero, and what is still to come is the whole episode's return.
 
     Attributes:
         frames: uint8 [B, T, 84, 84], one a step, oldest first.
         action: int32 [B, T], index in the full joystick (`games.FULL_ACTIONS`), the same for all games.
         reward: float32 [B, T], of the step itself, clipped to [-1, 1].
         return_to_go: float32 [B, T], undiscounted sum of the clipped rewards from the step to its episode's last
-            recorded one: of an episode that was truncated, or whose recording breaks off, what was obtained by then, and
-            so a lower bound where rewards are positive. NaN until `label_with_returns` fills it in.
+            recorded one: of an episode that was truncated, or whose recording breaks off, what was obtained by then,
+            and so a lower bound where rewards are positive. NaN until `label_with_returns` fills it in.
         terminal: bool [B, T], the episode ends in the game with this step; a truncated one has no such step.
         mask: bool [B, T], false for padding; the last step is never padding.
         game: int32 [B], index into the replay's `games`.

@@ -290,8 +290,8 @@ class Replay:
         if not count.any():
             if n_step == 0:
                 raise ReplayError(
-                    f"{self.path}: {game} has no window of {stack_size} steps: all its episodes lost their beginning and "
-                    "are shorter, so that what came before cannot be known. Use shorter windows or more data."
+                    f"{self.path}: {game} has no window of {stack_size} steps: all its episodes lost their beginning "
+                    "and are shorter, so that what came before cannot be known. Use shorter windows or more data."
                 )
             raise ReplayError(
                 f"{self.path}: {game} has no transition with a state {n_step} steps later: all its episodes are "

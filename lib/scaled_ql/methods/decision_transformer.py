@@ -1,0 +1,285 @@
+"""Decision transformers (``dt``) and cloning transformers (``bc_transformer``), after Lee et al. (2022).
+
+The model is one of play, good and bad: it predicts returns, actions given returns, and rewards. Expert play is asked of
+it afterwards, by choosing a high return that it finds likely. In play, the policy sees the last T steps of its episode.
+Nothing is kept of the tokens of earlier decisions (no KV cache): the window slides by a step each time, so every token
+gets another position and sees another past, and all keys and values change. What one decision needs first, the return
+predicted from the first frame, takes the 39 tokens of that step alone.
+"""
+
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from scaled_ql import losses
+from scaled_ql.defaults import (
+    ACTION_PERCENTILE,
+    RETURN_HIGH,
+    RETURN_KAPPA,
+    RETURN_LOW,
+    RETURN_SAMPLES,
+    RETURN_TEMPERATURE,
+)
+from scaled_ql.methods import common
+from scaled_ql.methods.common import Method, Metrics, Objective, PyTree
+from scaled_ql.networks import make_decision_transformer
+from scaled_ql.networks.transformer import Predictions
+from scaled_ql.replay.sequences import Sequences
+
+METRICS = {
+    "nll": "negative log-likelihood of actions, nats",
+    "accuracy": "data's action is the likeliest",
+    "return_nll": "that of returns",
+    "reward_nll": "that of rewards",
+    "clipped": "share of returns outside the table",
+}
+TargetReturn = float | Literal["notebook", "paper"]
+
+
+def dt(
+    *,
+    transformer: str = "40M",
+    sequence_length: int = 4,
+    return_low: int = RETURN_LOW,
+    return_high: int = RETURN_HIGH,
+    target_return: TargetReturn = "notebook",
+    return_kappa: float = RETURN_KAPPA,
+    return_samples: int = RETURN_SAMPLES,
+    return_temperature: float = RETURN_TEMPERATURE,
+    action_percentile: float = ACTION_PERCENTILE,
+    random_shift: int = 0,
+) -> Method:
+    """The multi-game decision transformer: the mean of three cross-entropies, of returns, actions and rewards.
+
+    Args:
+        transformer: a key of `networks.TRANSFORMERS`.
+        sequence_length: steps of a window, T.
+        return_low, return_high: undiscounted returns with a token, each integer between; others count as the nearest.
+        target_return: the return that the policy asks for at each step: ``notebook``, the largest of `return_samples`
+            draws from the predicted returns (`best_return_logits`); ``paper``, a draw from those that an expert would
+            have (`expert_return_logits`); a number, that return of the whole episode, less what it gave so far.
+        return_kappa: inverse temperature of ``paper``.
+        return_samples, return_temperature: of ``notebook``.
+        action_percentile: actions that are not above this percentile of their logits are not played; 0: all are.
+        random_shift: maximum shift of a window's frames in pixels, all in the same direction (`losses.shift_image`).
+
+    Returns:
+        a method with the metrics `loss`, `nll` and `accuracy` (of actions, on average over a window's steps without
+        padding, then over windows), `return_nll` (of the first step's return alone), `reward_nll`, `clipped` (share of
+        windows whose return has no token of its own), and float32 [games] `nll_sum`, `nll_count`.
+    """
+    returns = (return_low, return_high)
+
+    def choose(logits: jax.Array, windows: Sequences, keys: jax.Array) -> jax.Array:
+        if target_return == "notebook":
+            logits = best_return_logits(logits, return_samples, return_temperature)
+        elif target_return == "paper":
+            logits = expert_return_logits(logits, return_kappa)
+        else:
+            return return_tokens(target_return + windows.return_to_go[:, 0], *returns)
+        return jax.vmap(jax.random.categorical)(keys, logits)
+
+    def prefer(graph: nnx.GraphDef, num_actions: list[int]) -> Any:
+        del num_actions
+
+        @jax.jit
+        def of_windows(params: PyTree, windows: Sequences, draw: jax.Array) -> jax.Array:
+            network = nnx.merge(graph, nnx.State(params))
+            inputs = windows.action, reward_tokens(windows.reward, windows.terminal)
+            nothing = jnp.zeros(len(windows.action), jnp.int32)  # a first return, which no return's prediction sees
+            first = network(windows.frames[:, :1], nothing, *(x[:, :1] for x in inputs))
+            token = choose(first.returns[:, 0], windows, _keys(draw))
+            return top_actions(network(windows.frames, token, *inputs).actions[:, -1], action_percentile)
+
+        return of_windows
+
+    return Method(
+        minimises=r"$-\frac{1}{3} \log p(R_1 \mid s_1)\, p(a_t \mid \cdot)\, p(r_t \mid \cdot)$",
+        build=partial(_build, transformer, sequence_length, return_high - return_low + 1),
+        objective=partial(_objective, returns, random_shift),
+        preferences=prefer,
+        metrics=METRICS,
+        batches="sequences",
+        values="log π(a|s, R)",
+        memory=sequence_length,
+        temperature=1.0,
+    )
+
+
+def bc_transformer(*, transformer: str = "40M", sequence_length: int = 4, random_shift: int = 0) -> Method:
+    """The cloning transformer: `dt` without return tokens; it plays as the data's players did.
+
+    Args:
+        transformer, sequence_length, random_shift: as of `dt`.
+
+    Returns:
+        a method with the metrics of `dt`, but for those of returns.
+    """
+
+    def prefer(graph: nnx.GraphDef, num_actions: list[int]) -> Any:
+        del num_actions
+
+        @jax.jit
+        def of_windows(params: PyTree, windows: Sequences, draw: jax.Array) -> jax.Array:
+            del draw
+            network = nnx.merge(graph, nnx.State(params))
+            rewards = reward_tokens(windows.reward, windows.terminal)
+            return jax.nn.log_softmax(network(windows.frames, None, windows.action, rewards).actions[:, -1])
+
+        return of_windows
+
+    return Method(
+        minimises=r"$-\frac{1}{2} \log p(a_t \mid \cdot)\, p(r_t \mid \cdot)$",
+        build=partial(_build, transformer, sequence_length, 0),
+        objective=partial(_objective, None, random_shift),
+        preferences=prefer,
+        metrics={name: title for name, title in METRICS.items() if name not in ("return_nll", "clipped")},
+        batches="sequences",
+        values="log π(a|s)",
+        memory=sequence_length,
+        temperature=1.0,
+    )
+
+
+def _build(
+    transformer: str, length: int, num_returns: int, encoder: str, num_games: int, seed: int = 0, *,
+    dtype: str = "float32", remat: bool = False, **of_q_networks: Any,
+) -> nnx.Module:  # fmt: skip
+    """`Method.build`: a transformer is the same for all games, and has nothing else of a Q-network's architecture."""
+    del encoder, num_games, of_q_networks
+    return make_decision_transformer(
+        transformer, seed, length=length, num_returns=num_returns, dtype=dtype, remat=remat
+    )
+
+
+def reward_tokens(reward: jax.Array, terminal: jax.Array) -> jax.Array:
+    """Tokens of rewards, int32: 0 of none, 1 of a positive one, 2 where the game ends, 3 of a negative one."""
+    return jnp.where(terminal, 2, (reward > 0) + 3 * (reward < 0)).astype(jnp.int32)
+
+
+def return_tokens(return_to_go: jax.Array, low: int, high: int) -> jax.Array:
+    """Tokens of returns, int32, from 0: the nearest integer between `low` and `high`, ends included."""
+    return jnp.clip(jnp.round(return_to_go) - low, 0, high - low).astype(jnp.int32)
+
+
+def expert_return_logits(logits: jax.Array, kappa: float = RETURN_KAPPA) -> jax.Array:
+    """Logits of an expert's returns, [..., N]: log p(R) + kappa (R - R_low) / (R_high - R_low).
+
+    Section 3.4 of Lee et al. (2022): p(R | expert) is p(R) p(expert | R), the latter in proportion to exp(kappa R).
+
+    Args:
+        logits: [..., N], of the predicted returns R_low to R_high.
+        kappa: inverse temperature for the whole range; 0: the returns of the data's players.
+    """
+    return logits + kappa * jnp.linspace(0, 1, logits.shape[-1])
+
+
+def best_return_logits(
+    logits: jax.Array, samples: int = RETURN_SAMPLES, temperature: float = RETURN_TEMPERATURE
+) -> jax.Array:
+    """Logits of the largest of several returns that are drawn independently from softmax(temperature * logits).
+
+    The notebook that was published with the models of Lee et al. draws 128 and takes the largest. Its distribution is
+    known, so that one draw does: with F(k) the probability of at most k, it is F(k)^samples - F(k - 1)^samples.
+
+    Args:
+        logits: [..., N], of the predicted returns.
+        samples: number of draws.
+        temperature: factor of the logits, as in that notebook: below 1 it flattens them.
+    """
+    log_p = jax.nn.log_softmax(temperature * logits)
+    # Both tails of F exactly: log F(k) from below, and from above as log(1 - probability of more than k).
+    at_most = jax.lax.cumlogsumexp(log_p, axis=log_p.ndim - 1)
+    at_least = jax.lax.cumlogsumexp(log_p, axis=log_p.ndim - 1, reverse=True)
+    ends = [(0, 0)] * (log_p.ndim - 1)
+    more = jnp.pad(at_least[..., 1:], [*ends, (0, 1)], constant_values=-jnp.inf)
+    log_f = jnp.where(more < np.log(0.5), jnp.log1p(-jnp.exp(jnp.minimum(more, np.log(0.5)))), at_most)
+    before = jnp.pad(log_f[..., :-1], [*ends, (1, 0)], constant_values=-jnp.inf)
+    return samples * log_f + jnp.log(-jnp.expm1(samples * (before - log_f)))
+
+
+def top_actions(logits: jax.Array, percentile: float = ACTION_PERCENTILE) -> jax.Array:
+    """Log-probabilities [..., A] of a policy that plays only actions whose logits are above their percentile.
+
+    Args:
+        logits: [..., A].
+        percentile: 0 to 100, interpolated linearly; 0: all actions. The likeliest action is always played.
+    """
+    if percentile:
+        threshold = jnp.percentile(logits, percentile, axis=-1, keepdims=True)
+        kept = (logits > threshold) | (logits == logits.max(-1, keepdims=True))
+        logits = jnp.where(kept, logits, -jnp.inf)
+    return jax.nn.log_softmax(logits)
+
+
+def window_losses(
+    predictions: Predictions, return_token: jax.Array | None, action: jax.Array, reward: jax.Array, mask: jax.Array
+) -> Metrics:
+    """Negative log-likelihoods of one window in nats, and its share of likeliest actions, scalars.
+
+    Args:
+        predictions: of one window, [T, ...].
+        return_token: int scalar, of the first step; None without returns. It counts even where that step is padding, as
+            play begins with padding, too.
+        action: int [T].
+        reward: int [T], tokens.
+        mask: bool [T], false for padding, which counts nowhere else.
+    """
+
+    def mean(values: jax.Array) -> jax.Array:
+        return jnp.where(mask, values, 0).sum() / mask.sum()
+
+    def nll(logits: jax.Array, label: jax.Array) -> jax.Array:
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), label[..., None], axis=-1)[..., 0]
+
+    found = {
+        "nll": mean(nll(predictions.actions, action)),
+        "reward_nll": mean(nll(predictions.rewards, reward)),
+        "accuracy": mean(predictions.actions.argmax(-1) == action),
+    }
+    return found if return_token is None else found | {"return_nll": nll(predictions.returns[0], return_token)}
+
+
+def _objective(
+    returns: tuple[int, int] | None,
+    random_shift: int,
+    graph: nnx.GraphDef,
+    num_actions: list[int],
+    reward_scale: np.ndarray | None = None,
+) -> Objective:
+    """`Method.objective`; `returns` are the lowest and highest with a token, None without."""
+    del reward_scale
+
+    def minimise(params: PyTree, target_params: PyTree, batch: Sequences, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        del target_params
+        network, (shift, dropout) = nnx.merge(graph, nnx.State(params)), jax.random.split(key)
+        frames, rewards = batch.frames, reward_tokens(batch.reward, batch.terminal)
+        if augment := common.shifts(shift, len(batch.game), random_shift)[0]:
+            frames = augment(frames.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+        first = batch.return_to_go[:, 0]
+        token = return_tokens(first, *returns) if returns else None
+        predictions = network(frames, token, batch.action, rewards, dropout)
+        per_window = jax.vmap(window_losses)(predictions, token, batch.action, rewards, batch.mask)
+        metrics = {name: values.mean() for name, values in per_window.items()}
+        terms = [value for name, value in metrics.items() if name.endswith("nll")]
+        metrics["loss"] = sum(terms) / len(terms)
+        if returns:
+            metrics["clipped"] = ((first < returns[0]) | (first > returns[1])).mean()
+            # Returns that were never filled in are NaN, which a token cannot be.
+            metrics["loss"] = jnp.where(jnp.isnan(first).any(), jnp.nan, metrics["loss"])
+        return metrics["loss"], metrics | common.by_game("nll", per_window["nll"], batch.game, len(num_actions))
+
+    return minimise
+
+
+def _keys(draw: jax.Array) -> jax.Array:
+    """A key for each row of numbers, int32 [B, 3] -> [B]."""
+
+    def key(numbers: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(numbers[0]), numbers[1]), numbers[2])
+
+    return jax.vmap(key)(draw)

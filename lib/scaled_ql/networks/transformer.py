@@ -1,0 +1,237 @@
+"""The multi-game decision transformer (Lee et al., 2022): frames, returns, actions and rewards as one sequence."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from flax import nnx
+
+from scaled_ql.defaults import DROPOUT, RETURN_HIGH, RETURN_LOW, TRANSFORMERS
+from scaled_ql.games import NUM_ACTIONS
+from scaled_ql.networks.layers import Dtype, run_block, squares_to_channels
+from scaled_ql.networks.q_network import count_parameters, layers
+
+PATCH = 14  # pixels a side
+PATCHES = (84 // PATCH) ** 2  # of a frame
+NUM_REWARDS = 4  # tokens: no reward, positive, end of the game, negative
+normal = nnx.initializers.normal(0.02)
+truncated = nnx.initializers.truncated_normal(0.02)
+
+
+class Predictions(NamedTuple):
+    """What follows each token: logits, float32.
+
+    Attributes:
+        returns: [B, T, returns], of a step's return to go, from its last patch; [B, T, 0] without return tokens.
+        actions: [B, T, 18], from its return token, or from its last patch where there are none.
+        rewards: [B, T, 4], from its action.
+    """
+
+    returns: jax.Array
+    actions: jax.Array
+    rewards: jax.Array
+
+
+def token_mask(length: int, has_returns: bool) -> np.ndarray:
+    """Which tokens a token sees, bool [tokens, tokens]: those before it and itself, and all patches of its own frame.
+
+    A step is 36 patches, a return, an action, a reward. Of the returns only the first step's is seen: the others are
+    not known in play.
+
+    Args:
+        length: steps, T.
+        has_returns: whether there are return tokens.
+    """
+    per_step = PATCHES + 2 + has_returns
+    step, place = np.divmod(np.arange(length * per_step), per_step)
+    is_patch, is_return = place < PATCHES, has_returns & (place == PATCHES)
+    causal = np.tril(np.ones((len(step), len(step)), bool))
+    same_frame = (step[:, None] == step) & is_patch[:, None] & is_patch
+    return (causal | same_frame) & ~(is_return & (step > 0))
+
+
+class Block(nnx.Module):
+    """Pre-normalised attention and MLP, each with a shortcut (GPT-2); heads of width / `heads` features."""
+
+    def __init__(self, width: int, heads: int, num_layers: int, *, dropout: float, dtype: Dtype, rngs: nnx.Rngs):
+        self.heads = heads
+        init = nnx.initializers.variance_scaling(2 / num_layers, "fan_in", "truncated_normal")
+
+        def linear(inputs: int, outputs: int) -> nnx.Linear:
+            return nnx.Linear(inputs, outputs, kernel_init=init, dtype=dtype, rngs=rngs)
+
+        self.norm1, self.norm2 = (nnx.LayerNorm(width, dtype=dtype, rngs=rngs) for _ in range(2))
+        self.qkv, self.project = linear(width, 3 * width), linear(width, width)
+        self.expand, self.contract = linear(width, 4 * width), linear(4 * width, width)
+        self.dropout = nnx.Dropout(dropout)
+
+    def __call__(self, x: jax.Array, mask: jax.Array, key: jax.Array | None) -> jax.Array:
+        """[B, tokens, width] -> the same shape.
+
+        Args:
+            x: [B, tokens, width].
+            mask: bool [tokens, tokens], true where a row's token sees a column's.
+            key: of the dropout; None: nothing is dropped.
+        """
+        first, second = (None, None) if key is None else jax.random.split(key)
+        size, tokens, width = x.shape
+        q, k, v = jnp.split(self.qkv(self.norm1(x)).reshape(size, tokens, 3 * self.heads, -1), 3, axis=2)
+        seen = jax.nn.dot_product_attention(q, k, v, mask=mask[None, None])
+        x = x + self._dropped(self.project(seen.reshape(size, tokens, width)), first)
+        return x + self._dropped(self.contract(nnx.gelu(self.expand(self.norm2(x)))), second)
+
+    def _dropped(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        return self.dropout(x, deterministic=key is None, rngs=key)
+
+
+class DecisionTransformer(nnx.Module):
+    """A causal transformer over T steps of 36 patches, a return, an action and a reward each.
+
+    It predicts a step's return from its frame, its action from the return, its reward from the action. All games share
+    all of it: which game it is, only the frames tell. Without return tokens it is a cloning transformer.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        width: int,
+        heads: int,
+        *,
+        length: int,
+        num_returns: int,
+        dropout: float,
+        remat: bool,
+        dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.length, self.num_returns, self.remat, self.dtype = length, num_returns, remat, dtype
+
+        def table(rows: int, init: nnx.Initializer = truncated) -> nnx.Param:
+            return nnx.Param(init(rngs.params(), (rows, width)))
+
+        self.patch = nnx.Linear(PATCH * PATCH, width, kernel_init=truncated, dtype=dtype, rngs=rngs)
+        self.patch_position = table(PATCHES, normal)
+        self.position = table(length * self.per_step)
+        self.returns = table(num_returns) if num_returns else None
+        self.actions, self.rewards = table(NUM_ACTIONS), table(NUM_REWARDS)
+        self.dropout = nnx.Dropout(dropout)
+        how = {"dropout": dropout, "dtype": dtype, "rngs": rngs}
+        self.blocks = nnx.List(Block(width, heads, num_layers, **how) for _ in range(num_layers))
+        self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.return_head = nnx.Linear(width, num_returns, rngs=rngs) if num_returns else None
+        self.action_head = nnx.Linear(width, NUM_ACTIONS, rngs=rngs)
+        self.reward_head = nnx.Linear(width, NUM_REWARDS, rngs=rngs)
+
+    @property
+    def per_step(self) -> int:
+        """Tokens of a step."""
+        return PATCHES + 2 + bool(self.num_returns)
+
+    @property
+    def published(self) -> tuple[nnx.Module, ...]:
+        """The parts whose parameters Lee et al. count: all."""
+        return (self,)
+
+    def __call__(
+        self,
+        frames: jax.Array,
+        first_return: jax.Array | None,
+        action: jax.Array,
+        reward: jax.Array,
+        key: jax.Array | None = None,
+    ) -> Predictions:
+        """Predict what follows each token, from those that it sees; see `token_mask`.
+
+        Args:
+            frames: uint8 [B, T, 84, 84], T at most the network's length.
+            first_return: int32 [B], token of the first step's return; of the others none is seen. None without tokens.
+            action: int32 [B, T], index in the full joystick.
+            reward: int32 [B, T], token.
+            key: of the dropout; None: nothing is dropped, as in play.
+        """
+        size, length = action.shape
+        keys = (None,) * (len(self.blocks) + 1) if key is None else jax.random.split(key, len(self.blocks) + 1)
+        x = self._embedded(frames, first_return, action, reward).reshape(size, length * self.per_step, -1)
+        x = (x + self.position[...][: x.shape[1]]).astype(self.dtype)
+        x = self.dropout(x, deterministic=key is None, rngs=keys[-1])
+        mask = jnp.asarray(token_mask(length, bool(self.num_returns)))
+        for block, of_block in zip(self.blocks, keys):
+            x = run_block(block, x, mask, of_block, remat=self.remat)
+        x = self.norm(x).reshape(size, length, self.per_step, -1).astype(jnp.float32)  # so that logits are not rounded
+        last = PATCHES - 1
+        returns = self.return_head(x[:, :, last]) if self.num_returns else jnp.zeros((size, length, 0))
+        before_action = last + bool(self.num_returns)
+        return Predictions(
+            returns, self.action_head(x[:, :, before_action]), self.reward_head(x[:, :, before_action + 1])
+        )
+
+    def _embedded(
+        self, frames: jax.Array, first_return: jax.Array | None, action: jax.Array, reward: jax.Array
+    ) -> jax.Array:
+        """The tokens, without their positions: [B, T, tokens of a step, width]."""
+        size, length = action.shape
+        squares = squares_to_channels(frames.reshape(-1, 84, 84, 1).astype(self.dtype) / 255, PATCH)
+        patches = self.patch(squares.reshape(size, length, PATCHES, PATCH * PATCH))
+        parts = [patches + self.patch_position[...].astype(self.dtype)]
+        if self.num_returns:
+            first = self.returns[...][first_return][:, None, None]
+            parts.append(jnp.pad(first, ((0, 0), (0, length - 1), (0, 0), (0, 0))))
+        parts += [self.actions[...][action][:, :, None], self.rewards[...][reward][:, :, None]]
+        return jnp.concatenate([part.astype(jnp.float32) for part in parts], axis=2)
+
+
+def make_decision_transformer(
+    size: str = "40M",
+    seed: int = 0,
+    *,
+    length: int = 4,
+    num_returns: int = RETURN_HIGH - RETURN_LOW + 1,
+    dropout: float = DROPOUT,
+    remat: bool = False,
+    dtype: str = "float32",
+) -> DecisionTransformer:
+    """Make a multi-game decision transformer (Lee et al., 2022; sizes of their Table 1 and section 4).
+
+    Kernels of the blocks start with variance 2 / (layers x fan in), embeddings with standard deviation 0.02, as in
+    their public code, which has 200M alone; width and depth of 40M are those whose 12 L d^2 is its name.
+
+    Args:
+        size: a key of `networks.TRANSFORMERS`; ``tiny`` is ours, for CPUs.
+        seed: seed of the initial parameters.
+        length: steps of a window, T.
+        num_returns: number of return tokens; 0: there are none, and the network clones.
+        dropout: share of the embeddings, and of the outputs of attention and MLP, that is dropped in training.
+        remat: recompute each block in the backward pass; see `encoders.make_encoder`.
+        dtype: dtype of the computation, ``float32`` or ``bfloat16``; parameters and logits are float32.
+
+    Raises:
+        ValueError: an unknown size, or `length` below 1.
+    """
+    if size not in TRANSFORMERS:
+        raise ValueError(f"unknown transformer {size!r}; there are {', '.join(TRANSFORMERS)}.")
+    if length < 1:
+        raise ValueError(f"length must be at least 1 step, got {length}.")
+    how = {"length": length, "num_returns": num_returns, "dropout": dropout, "remat": remat, "dtype": jnp.dtype(dtype)}
+    return nnx.jit(lambda key: DecisionTransformer(*TRANSFORMERS[size], **how, rngs=nnx.Rngs(key)))(
+        jax.random.key(seed)
+    )
+
+
+@layers.register
+def _(network: DecisionTransformer) -> pd.DataFrame:
+    width, tables = network.position.shape[-1], [network.actions, network.rewards, network.position]
+    tables += [network.returns] if network.num_returns else []
+    heads = [head for head in (network.return_head, network.action_head, network.reward_head) if head]
+    outputs = " + ".join(str(head.out_features) for head in heads)
+    tokens = f"{network.length * network.per_step} × {width}"
+    rows = [
+        ("observation, pixels", f"{network.length} × 84 × 84", 0),
+        ("encoder: patches", f"{network.length * PATCHES} × {width}", (network.patch, [network.patch_position])),
+        ("tokens and positions", tokens, (tables,)),
+        (f"{len(network.blocks)} blocks: attention, MLP", tokens, (network.blocks, network.norm)),
+        ("heads", outputs, heads),
+    ]
+    named = [(layer, shape, count_parameters(*parts) if parts else 0) for layer, shape, parts in rows]
+    return pd.DataFrame(named, columns=["layer", "output", "parameters"])
