@@ -211,7 +211,7 @@ def evaluate(
     all environments at some step instead would drop long episodes more often than short ones.
 
     Args:
-        q_function: uint8 [N, 4, 84, 84] -> [N, actions]; or a player with a memory, which begins empty in every episode.
+        q_function: uint8 [N, 4, 84, 84] -> [N, actions]; or a player with a memory, empty at every episode's beginning.
         game: name as in the paper.
         episodes: total of whole episodes; with `min_steps` a minimum.
         seed: seed of the random actions and of the emulators.

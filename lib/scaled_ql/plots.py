@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
+from scaled_ql.games import FULL_ACTIONS
 from scaled_ql.metrics import MOSTLY, iqm
 
 PLAYERS = {
@@ -269,6 +270,32 @@ def transitions(batch: Any, games: list[str], action_names: Mapping[str, Sequenc
         for axis in (above, below):
             axis.set_axis_off()
     return figure
+
+
+def windows(batch: Any, games: list[str]) -> Figure:
+    """Each window of a small batch, a row of its frames with the action, the reward and the return to go of each step.
+
+    Args:
+        batch: a `replay.Sequences`.
+        games: names by number.
+    """
+    rows, length = batch.action.shape
+    figure, axes = plt.subplots(rows, length, figsize=(2.1 * length, 2.6 * rows), squeeze=False)
+    for row, column in np.ndindex(rows, length):
+        axis = axes[row, column]
+        axis.imshow(batch.frames[row, column], cmap="gray", vmin=0, vmax=255)
+        axis.set_axis_off()
+        action = FULL_ACTIONS[batch.action[row, column]] if batch.mask[row, column] else "before the episode"
+        given = f"reward {float(batch.reward[row, column]):g}{', end' if batch.terminal[row, column] else ''}"
+        to_go = f"to go {float(batch.return_to_go[row, column]):g}"
+        game = f"{games[batch.game[row]]}\n" if column == 0 else ""
+        axis.set_title(f"{game}{action}\n{given}, {to_go}", fontsize="small")
+    return figure
+
+
+def batch(few: Any, games: list[str], action_names: Mapping[str, Sequence[str]]) -> Figure:
+    """A small batch of either kind: `windows` or `transitions`."""
+    return windows(few, games) if hasattr(few, "return_to_go") else transitions(few, games, action_names)
 
 
 def predicted_and_target(predicted: np.ndarray, target: np.ndarray, atoms: np.ndarray, titles: Sequence[str]) -> Figure:

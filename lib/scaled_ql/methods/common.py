@@ -46,7 +46,7 @@ class Method(NamedTuple):
         values: name of the `preferences`, for a figure's axis.
         samples: whether the policy softmax(preferences) is evaluated, too.
         memory: how many of its episode's last steps the policy sees; 0: a stack of frames alone.
-        temperature: with which its actions are drawn in evaluation, see `evaluation.evaluate`; 0: the largest is played.
+        temperature: of its actions in evaluation, see `evaluation.evaluate`; 0: the largest is played.
         distributions: (graph, sizes, reward scale) -> (params, target_params, batch) -> predicted and target
             distribution of the data's actions, each float32 [B, N]; None: there are none to compare.
     """

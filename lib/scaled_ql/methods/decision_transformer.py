@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from scaled_ql import losses
 from scaled_ql.defaults import (
     ACTION_PERCENTILE,
     RETURN_HIGH,
@@ -65,7 +64,8 @@ def dt(
         return_kappa: inverse temperature of ``paper``.
         return_samples, return_temperature: of ``notebook``.
         action_percentile: actions that are not above this percentile of their logits are not played; 0: all are.
-        random_shift: maximum shift of a window's frames in pixels, all in the same direction (`losses.shift_image`).
+        random_shift: maximum shift of a window's frames in pixels, all in the same direction;
+            see `losses.shift_image`.
 
     Returns:
         a method with the metrics `loss`, `nll` and `accuracy` (of actions, on average over a window's steps without
@@ -192,14 +192,9 @@ def best_return_logits(
         temperature: factor of the logits, as in that notebook: below 1 it flattens them.
     """
     log_p = jax.nn.log_softmax(temperature * logits)
-    # Both tails of F exactly: log F(k) from below, and from above as log(1 - probability of more than k).
-    at_most = jax.lax.cumlogsumexp(log_p, axis=log_p.ndim - 1)
-    at_least = jax.lax.cumlogsumexp(log_p, axis=log_p.ndim - 1, reverse=True)
-    ends = [(0, 0)] * (log_p.ndim - 1)
-    more = jnp.pad(at_least[..., 1:], [*ends, (0, 1)], constant_values=-jnp.inf)
-    log_f = jnp.where(more < np.log(0.5), jnp.log1p(-jnp.exp(jnp.minimum(more, np.log(0.5)))), at_most)
-    before = jnp.pad(log_f[..., :-1], [*ends, (1, 0)], constant_values=-jnp.inf)
-    return samples * log_f + jnp.log(-jnp.expm1(samples * (before - log_f)))
+    log_f = jax.lax.cumlogsumexp(log_p, axis=log_p.ndim - 1)
+    share = jnp.exp(jnp.minimum(log_p - log_f, 0))  # F(k - 1) = F(k) (1 - share), without a difference of small numbers
+    return samples * log_f + jnp.log(-jnp.expm1(samples * jnp.log1p(-share)))
 
 
 def top_actions(logits: jax.Array, percentile: float = ACTION_PERCENTILE) -> jax.Array:

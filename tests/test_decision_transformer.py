@@ -1,0 +1,318 @@
+"""Decision and cloning transformers: inference and losses against float64 references, memory in play, learning."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_evaluation
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scaled_ql import evaluation, methods, training
+from scaled_ql.games import FULL_ACTIONS, action_names
+from scaled_ql.methods import decision_transformer as dt
+from scaled_ql.methods.common import checked_objective
+from scaled_ql.networks.transformer import Predictions
+from scaled_ql.replay import Sequences
+
+# Inference.
+
+LOGITS = np.array(
+    [[0.0, 1.0, -2.0, 0.5, 3.0], [0, 0, 0, 0, 0], [8, -30, 2, -40, -35], [-40, -40, -40, -40, 0], [5, 4, 3, 2, 1]]
+)
+
+
+def test_the_papers_inference_weighs_returns_by_their_place_in_the_range():
+    for kappa in (0.0, 1.0, 10.0):
+        expected = np.exp(LOGITS) * np.exp(kappa * (np.arange(-2, 3) + 2) / 4)  # R from -2 to 2
+        expected /= expected.sum(1, keepdims=True)
+        np.testing.assert_allclose(
+            jax.nn.softmax(dt.expert_return_logits(jnp.array(LOGITS), kappa)), expected, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("samples, temperature", [(1, 1.0), (2, 0.75), (128, 0.75)])
+def test_the_notebooks_inference_is_the_distribution_of_the_largest_draw(samples, temperature):
+    """By the first draw that is k, none before it and at most k after it; what is rare is not lost in sums."""
+    ours = np.asarray(dt.best_return_logits(jnp.array(LOGITS, jnp.float32), samples, temperature))
+    for row, logits in zip(ours, LOGITS):
+        p = np.exp(temperature * logits)
+        p /= p.sum()
+        best = [
+            sum(p[:k].sum() ** n * p[k] * p[: k + 1].sum() ** (samples - 1 - n) for n in range(samples))
+            for k in range(5)
+        ]
+        np.testing.assert_allclose(np.exp(row), best, rtol=2e-4)
+    rare = np.asarray(dt.best_return_logits(jnp.array([0.0, -40.0]), 128, 1.0))
+    assert rare[1] == pytest.approx(np.log(128) - 40, abs=1e-3)
+
+
+def test_the_largest_of_draws_is_distributed_so():
+    rng, p = np.random.default_rng(0), np.exp(0.75 * LOGITS[0])
+    draws = rng.choice(5, (20_000, 8), p=p / p.sum()).max(1)
+    expected = np.exp(dt.best_return_logits(jnp.array(LOGITS[0]), 8, 0.75))
+    np.testing.assert_allclose(np.bincount(draws, minlength=5) / 20_000, expected, atol=4 * 0.5 / np.sqrt(20_000))
+
+
+@given(
+    logits=st.lists(st.integers(-400, 400).map(lambda x: x / 100), min_size=1, max_size=18),
+    percentile=st.sampled_from([0.0, 25.0, 50.0, 75.0]),
+)
+@settings(deadline=None, max_examples=60)
+def test_actions_above_the_percentile_are_played_in_proportion(logits, percentile):
+    policy = np.exp(dt.top_actions(jnp.array(logits, jnp.float32), percentile))
+    exact = np.float32(logits).astype(np.float64)
+    place = percentile / 100 * (len(exact) - 1)
+    low, high = np.sort(exact)[[int(np.floor(place)), int(np.ceil(place))]]
+    threshold = low + (place - np.floor(place)) * (high - low)
+    near = np.abs(exact - threshold) < 1e-5  # float32 may see them on either side
+    kept = (exact > threshold) | (exact == exact.max()) | (percentile == 0)
+    assert ((policy > 0) == kept)[~near | (percentile == 0) | (exact == exact.max())].all()
+    kept = policy > 0
+    np.testing.assert_allclose(policy[kept], np.exp(exact[kept]) / np.exp(exact[kept]).sum(), rtol=1e-4)
+
+
+def test_tokens():
+    reward = jnp.array([0, 0.5, -1, 1, 0, -1.0])
+    assert dt.reward_tokens(reward, jnp.array([0, 0, 0, 1, 1, 0], bool)).tolist() == [0, 1, 3, 2, 2, 3]
+    returns = jnp.array([-30, -20, -19.6, 0, 3.4, 99, 100, 1e6])
+    assert dt.return_tokens(returns, -20, 99).tolist() == [0, 0, 0, 20, 23, 119, 119, 119]
+
+
+# The loss.
+
+
+def test_a_windows_losses_equal_a_reference():
+    rng, mask = np.random.default_rng(0), np.array([False, True, True])
+    returns, actions, rewards = rng.normal(size=(3, 5)), rng.normal(size=(3, 18)), rng.normal(size=(3, 4))
+    action, reward = np.array([3, 17, 0]), np.array([1, 0, 2])
+    predictions = Predictions(*(jnp.array(x, jnp.float32) for x in (returns, actions, rewards)))
+    found = dt.window_losses(predictions, jnp.int32(4), jnp.array(action), jnp.array(reward), jnp.array(mask))
+
+    def nll(logits, label):
+        return np.log(np.exp(logits).sum()) - logits[label]
+
+    assert found["return_nll"] == pytest.approx(nll(returns[0], 4), rel=1e-5), "padding, too, has a return"
+    assert found["nll"] == pytest.approx((nll(actions[1], 17) + nll(actions[2], 0)) / 2, rel=1e-5)
+    assert found["reward_nll"] == pytest.approx((nll(rewards[1], 0) + nll(rewards[2], 2)) / 2, rel=1e-5)
+    assert found["accuracy"] == ((actions[1].argmax() == 17) + (actions[2].argmax() == 0)) / 2
+
+
+HOW = {"transformer": "tiny", "sequence_length": 2}
+
+
+def windows(size=6, length=2, seed=0):
+    rng = np.random.default_rng(seed)
+    mask = np.ones((size, length), bool)
+    mask[::2, 0] = False
+    return Sequences(
+        frames=rng.integers(256, size=(size, length, 84, 84), dtype=np.uint8),
+        action=np.where(mask, rng.integers(18, size=(size, length)), 0).astype(np.int32),
+        reward=np.where(mask, rng.integers(-1, 2, size=(size, length)), 0).astype(np.float32),
+        return_to_go=rng.integers(-5, 6, size=(size, length)).astype(np.float32),
+        terminal=np.zeros((size, length), bool),
+        mask=mask,
+        game=(np.arange(size) % 2).astype(np.int32),
+    )
+
+
+def made(method, seed=0):
+    network = method.build("resnet101", 2, seed, dtype="float32", hidden_sizes=[1])
+    optimizer = training.make_optimizer(1e-3, 1e-8)
+    graph, state = training.init_state(network, optimizer)
+    return network, optimizer, graph, state
+
+
+@pytest.mark.parametrize("name", ["dt", "bc_transformer"])
+def test_the_objective_is_the_mean_of_its_cross_entropies(name):
+    method = methods.METHODS[name](**HOW, **({"return_low": -2, "return_high": 3} if name == "dt" else {}))
+    network, _, graph, state = made(method)
+    batch, key = windows(), jax.random.key(5)
+    loss, metrics = jax.jit(checked_objective(method.objective(graph, [18, 4])))(state.params, None, batch, key)
+    dropout = jax.random.split(key)[1]
+    token = np.clip(batch.return_to_go[:, 0], -2, 3).astype(int) + 2 if name == "dt" else None
+    rewards = np.select([batch.reward > 0, batch.reward < 0], [1, 3], 0)
+    outputs = nnx.jit(lambda net: net(batch.frames, token, batch.action, rewards, dropout))(network)
+    expected, nll = {"nll": [], "reward_nll": [], "return_nll": []}, jax.nn.log_softmax
+    for row in range(6):
+        own = [(-nll(outputs.actions[row, t])[batch.action[row, t]], -nll(outputs.rewards[row, t])[rewards[row, t]])
+               for t in range(2) if batch.mask[row, t]]  # fmt: skip
+        expected["nll"].append(np.mean([x for x, _ in own]))
+        expected["reward_nll"].append(np.mean([x for _, x in own]))
+        if name == "dt":
+            expected["return_nll"].append(-nll(outputs.returns[row, 0])[token[row]])
+    for part, values in expected.items():
+        assert (part in metrics) == bool(values)
+        if values:
+            assert metrics[part] == pytest.approx(np.mean(values), rel=1e-4)
+    assert loss == metrics["loss"] == pytest.approx(np.mean([np.mean(x) for x in expected.values() if x]), rel=1e-4)
+    np.testing.assert_allclose(metrics["nll_sum"], [np.sum(expected["nll"][g::2]) for g in (0, 1)], rtol=1e-4)
+    assert metrics["nll_count"].tolist() == [3, 3]
+    if name == "dt":
+        assert metrics["clipped"] == np.mean((batch.return_to_go[:, 0] < -2) | (batch.return_to_go[:, 0] > 3)) > 0
+        forgotten = batch._replace(return_to_go=np.full((6, 2), np.nan, np.float32))
+        assert np.isnan(method.objective(graph, [18, 4])(state.params, None, forgotten, key)[0])
+
+
+def test_a_control_tells_nothing_of_rewards():
+    seen = []
+
+    def objective(params, target_params, batch, key):
+        seen.append(batch)
+        return 0.0, {}
+
+    batch = jax.tree.map(jnp.asarray, windows(40))
+    methods.without_rewards(objective, "zero")(None, None, batch, jax.random.key(0))
+    assert not seen[-1].reward.any() and not seen[-1].return_to_go.any()
+    methods.without_rewards(objective, "shuffled")(None, None, batch, jax.random.key(0))
+    both = lambda x: np.column_stack([x.reward, x.return_to_go])  # noqa: E731
+    assert (both(seen[-1]) != both(batch)).any()
+    for game in (0, 1):
+        rows = [sorted(map(tuple, both(x)[np.asarray(batch.game) == game])) for x in (batch, seen[-1])]
+        assert rows[0] == rows[1], "other windows' of the same game, whole"
+
+
+# Play.
+
+
+def test_an_action_that_the_game_lacks_is_played_as_noop():
+    rng = np.random.default_rng(0)
+    policy = jax.nn.log_softmax(rng.normal(size=(3, 18)))
+    policy = np.array(policy.at[1, 0].set(-jnp.inf), np.float32)
+    player = evaluation.MemoryPlayer(lambda *_: policy, None, 0, action_names("Breakout"), 2)
+    values = player(windows(3), np.zeros((3, 3), np.int32))
+    own = [FULL_ACTIONS.index(name) for name in ("NOOP", "FIRE", "RIGHT", "LEFT")]
+    expected = np.exp(policy[:, own])
+    expected[:, 0] += np.exp(np.delete(policy, own, axis=1)).sum(1)
+    np.testing.assert_allclose(np.exp(values), expected, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(values).sum(1), 1, rtol=1e-5)
+
+
+class Watching(evaluation.MemoryPlayer):
+    """Records what it is shown, and plays by a script."""
+
+    def __init__(self, choose, length):
+        super().__init__(None, None, 0, action_names("Breakout"), length)
+        self.choose, self.seen = choose, []
+
+    def __call__(self, windows, draw):
+        self.seen.append((windows, draw))
+        return np.eye(4, dtype=np.float32)[self.choose(len(self.seen), len(draw))]
+
+
+class Numbered(test_evaluation.Scripted):
+    """Frames that tell slot, episode and step; rewards that differ by step."""
+
+    step = 0
+
+    def reset(self, seed):
+        stacks = np.zeros((len(self.lengths), 4, 84, 84), np.uint8)
+        for slot, left in enumerate(self.left):
+            length = self.lengths[slot][self.episode[slot] % len(self.lengths[slot])]
+            stacks[slot, -1, 0, :3] = 1 + slot, 1 + self.episode[slot], 1 + length - left
+        return stacks, {}
+
+    def recv(self):
+        stacks, reward, ended, truncated, info = super().recv()
+        self.step += 1
+        return stacks, np.where(reward > 1, reward, self.step % 4 - 1.0), ended, truncated, info
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 6), min_size=3, max_size=3), min_size=1, max_size=3),
+    length=st.integers(1, 4),
+)
+def test_a_player_with_a_memory_sees_its_episodes_last_steps_and_no_other_episode(lengths, length):
+    environments = Numbered(lengths)
+    environments.left = np.array([row[0] for row in lengths])
+    choices = np.random.default_rng(0).integers(4, size=(200, len(lengths)))
+    player = Watching(lambda moment, slots: choices[moment], length)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "make_vector_environment", lambda game, slots, **options: environments)
+        how = {"episodes": 3 * len(lengths), "seed": 7, "epsilon": 0.0, "num_environments": len(lengths)}
+        evaluation.evaluate(player, "Breakout", **how)
+    full = [FULL_ACTIONS.index(name) for name in action_names("Breakout")]
+    histories = [[] for _ in lengths]
+    for moment, (seen, draw) in enumerate(player.seen):
+        assert draw.tolist() == [[7, slot, moment] for slot in range(len(lengths))]
+        for slot in range(len(lengths)):
+            if environments.sent[moment][1][slot]:  # the step that resets: its action is ignored
+                histories[slot] = []
+                continue
+            history = histories[slot]
+            recent = history[-(length - 1) :] if length > 1 else []
+            padding = length - 1 - len(recent)
+            assert seen.mask[slot].tolist() == [False] * padding + [True] * (length - padding)
+            shown = seen.frames[slot, :, 0, :3].tolist()
+            assert shown[:padding] == [[0, 0, 0]] * padding
+            steps = [len(history) - len(recent) + 1 + k for k in range(len(recent) + 1)]
+            assert [frame[2] for frame in shown[padding:]] == steps
+            assert len({tuple(frame[:2]) for frame in shown[padding:]}) == 1, "one episode"
+            assert seen.action[slot].tolist() == [0] * padding + [full[a] for a, _ in recent] + [0]
+            assert seen.reward[slot].tolist() == [0] * padding + [r for _, r in recent] + [0]
+            collected = -np.cumsum([0.0] + [r for _, r in history])
+            assert seen.return_to_go[slot, padding:].tolist() == collected[len(history) - len(recent) :].tolist()
+            history.append((choices[moment + 1, slot], float(np.clip((moment + 1) % 4 - 1, -1, 1))))
+
+
+@functools.cache
+def trained_like(name="dt", **settings):
+    method = methods.METHODS[name](**HOW, **settings)
+    _, _, graph, state = made(method)
+    return method, method.preferences(graph, [4]), state.params
+
+
+def test_a_film_shows_what_the_player_saw_and_chose(tmp_path):
+    method, prefer, params = trained_like()
+    player = evaluation.make_player(method, prefer, params, 0, action_names("Breakout"))
+    shared = {"seed": 4, "sticky_actions": 0.25, "max_steps": 40}
+    seen = []
+
+    class Recorded(evaluation.MemoryPlayer):
+        def __init__(self):
+            vars(self).update(vars(player))
+
+        def __call__(self, windows, draw):
+            values = super().__call__(windows, draw)
+            seen.extend(zip(draw.tolist(), values))
+            return values
+
+    played = evaluation.evaluate(
+        Recorded(),
+        "Breakout",
+        episodes=3,
+        num_environments=2,
+        epsilon=0.2,
+        temperature=1.0,
+        keep_actions=True,
+        **shared,
+    )
+    in_play, number = dict((tuple(draw), values) for draw, values in seen), played.index[-1]
+    assert (played["environment"] == played.loc[number, "environment"]).sum() == 2, "not its environment's first"
+    seen.clear()
+    score = evaluation.record_film(
+        Recorded(), "Breakout", played, number, tmp_path / "film.mp4", num_steps=30, **shared
+    )
+    assert score == played.loc[number, "episode_return"]
+    assert len({tuple(draw) for draw, _ in seen}) == 30
+    for draw, values in seen:
+        np.testing.assert_allclose(values, in_play[tuple(draw)], atol=1e-4)
+
+
+def test_play_is_a_function_of_its_numbers_and_asks_for_the_target():
+    """The return drawn differs with the numbers; a number as a target is reached less what was collected."""
+    batch, draw = windows(4), np.array([[0, 0, 0], [0, 0, 1], [0, 1, 0], [1, 0, 0]], np.int32)
+    _, prefer, params = trained_like("dt", action_percentile=0.0)
+    one = batch._replace(**{name: np.repeat(x[:1], 4, 0) for name, x in batch._asdict().items()})
+    policies = np.asarray(prefer(params, one, draw))
+    np.testing.assert_allclose(np.exp(policies).sum(1), 1, rtol=1e-4)
+    np.testing.assert_array_equal(policies, prefer(params, one, draw))
+    _, prefer, params = trained_like("dt", target_return=5.0, action_percentile=0.0)
+    given = one._replace(return_to_go=np.repeat(np.float32([[0], [-3], [-3], [0]]), 2, 1))
+    policies = np.asarray(prefer(params, given, draw))
+    np.testing.assert_array_equal(policies[[0, 1]], policies[[3, 2]])
+    assert np.abs(policies[0] - policies[1]).max() > 0
