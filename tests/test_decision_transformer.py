@@ -291,7 +291,7 @@ def test_a_film_shows_what_the_player_saw_and_chose(tmp_path):
         keep_actions=True,
         **shared,
     )
-    in_play, number = dict((tuple(draw), values) for draw, values in seen), played.index[-1]
+    in_play, number = {tuple(draw): values for draw, values in seen}, played.index[-1]
     assert (played["environment"] == played.loc[number, "environment"]).sum() == 2, "not its environment's first"
     seen.clear()
     score = evaluation.record_film(
