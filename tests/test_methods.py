@@ -16,7 +16,7 @@ import scipy.stats
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
-from stacks import batch_of_stacks
+from stacks import batch_of_stacks, windows
 from test_losses import (
     PRECISIONS,
     arrays,
@@ -961,12 +961,14 @@ def test_a_method_gives_the_metrics_that_it_names_and_builds_its_network_from_pa
     params = nnx.to_pure_dict(variables)
     images = np.zeros((ROWS, 84, 84, 4), np.uint8)
     batch = show(single(linear_batch()), images, images)
+    batch = windows(ROWS, 4, games=len(NUM_GAME_ACTIONS)) if method.batches == "sequences" else batch
     objective = common.checked_objective(method.objective(graph, NUM_GAME_ACTIONS))
     _, metrics = jax.eval_shape(objective, params, params, batch, jax.random.key(0))
     summed = {name for name, value in metrics.items() if value.shape}
     assert summed == {f"{next(iter(method.metrics))}{suffix}" for suffix in ("_sum", "_count")}
     assert metrics.keys() & method.metrics.keys() >= method.metrics.keys() - {"dr3_penalty"}
-    preferred = jax.eval_shape(method.preferences(graph, NUM_GAME_ACTIONS), params, images, batch.game)
+    seen = (batch, np.zeros((ROWS, 3), np.int32)) if method.memory else (images, batch.game)
+    preferred = jax.eval_shape(method.preferences(graph, NUM_GAME_ACTIONS), params, *seen)
     assert preferred.shape == (ROWS, NUM_ACTIONS)
     assert [folder for folder, *_ in method.stages(network)] == (["behaviour", ""] if name == "bcq" else [""])
     assert method.scales_rewards == (name in ("cql", "bcq") and p.head == "mse")

@@ -127,6 +127,20 @@ def test_transfers_defaults_are_the_papers() -> None:
     assert check("06_transfer", {"mode": 0, "difficulty": 1}).variant == {"mode": 0, "difficulty": 1}
 
 
+def test_a_transformers_parameters_belong_to_its_methods() -> None:
+    with pytest.raises(ParameterError, match=r"transformer, sequence_length: without effect in method 'cql'"):
+        check("04_scaled_training", {"transformer": "tiny", "sequence_length": 8})
+    with pytest.raises(ParameterError, match=r"target_return: without effect in method 'bc_transformer'"):
+        check("04_scaled_training", {"method": "bc_transformer", "target_return": 5})
+    with pytest.raises(ParameterError, match=r"return_low \(5\) must be below return_high \(5\)"):
+        check("04_scaled_training", {"method": "dt", "return_low": 5, "return_high": 5})
+    for value in ("notebook", "paper", 90, -3.5):
+        assert check("04_scaled_training", {"method": "dt", "target_return": value}).target_return == value
+    for value in ("best", True, float("nan"), None):
+        with pytest.raises(ParameterError, match="target_return: expected notebook, paper or a number, got"):
+            check("04_scaled_training", {"method": "dt", "target_return": value})
+
+
 def test_any_number_of_steps_works() -> None:
     check("04_scaled_training", {"num_steps": 600})
     check("04_scaled_training", {"num_steps": 10_501, "checkpoint_every": 1_500, "log_every": 400})

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from stacks import batch_of_stacks
+from stacks import batch_of_stacks, windows
 
 from scaled_ql import plots
 from scaled_ql.games import TRAINING_GAMES
@@ -163,6 +163,17 @@ def test_transitions_say_action_reward_and_whether_there_is_a_bootstrap() -> Non
     assert below == ["reward 0.5\ndiscount 0.970", "reward 0\nterminal: no bootstrap", "reward -1\ndiscount 0.970"]
     shown = figure.axes[1].images[0].get_array()
     np.testing.assert_array_equal(shown, frames[0, 1, :, :, -1])
+
+
+def test_windows_say_what_was_done_in_each_step_and_what_is_to_come() -> None:
+    batch = windows(2, 2)
+    batch.action[:], batch.reward[:], batch.return_to_go[:] = [[0, 3], [1, 2]], [[0, 1], [-1, 0]], [[1, 1], [4, 5]]
+    batch.terminal[0, 1] = True
+    titles = [axis.get_title() for axis in plots.batch(batch, ["Pong", "Qbert"], {}).axes]
+    assert titles == [
+        "Pong\nbefore the episode\nreward 0, to go 1", "RIGHT\nreward 1, end, to go 1",
+        "Qbert\nFIRE\nreward -1, to go 4", "UP\nreward 0, to go 5",
+    ]  # fmt: skip
 
 
 def test_predicted_and_target_distributions_share_a_panel() -> None:

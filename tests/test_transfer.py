@@ -61,6 +61,12 @@ def run(tmp_path_factory):
     return folder, *write_run(folder, grey=100)
 
 
+def test_a_transformers_checkpoint_is_no_q_network(tmp_path):
+    write_run(tmp_path, "dt", ABOUT | {"transformer": "tiny"})
+    with pytest.raises(CheckpointError, match=r"holds a transformer that dt trained; it has no Q-values.*such as cql"):
+        transfer.load(tmp_path)
+
+
 def start(source, parts="encoder", freeze=True):
     """A new network for one game, with parts of the source: objective, optimizer, state."""
     optimizer = training.make_optimizer(0.01, frozen=source.names(parts) if freeze else ())
