@@ -17,7 +17,7 @@ ORDER = (
     "replay.formats", "replay.formats.importing", "replay.formats.dqn_replay", "replay.formats.export",
     "replay.formats.rl_unplugged", "replay.formats.minari", "collect", "networks.layers", "networks.vit",
     "networks.encoders", "networks.q_network", "networks", "losses", "methods.common", "methods.cloning",
-    "methods.q_learning", "methods", "devices", "training",
+    "methods.mae", "methods.q_learning", "methods", "devices", "training",
     "evaluation", "transfer", "probe", "walkthrough", "online", "online.ring", "online.log", "online.agents",
     "online.play", "benchmarks", "torch_step", "performance", "paper", "recorder", "equations", "runs", "batches",
     "ablations", "reward_control", "transfer_report", "grids", "explore", "command",

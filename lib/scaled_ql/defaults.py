@@ -25,7 +25,7 @@ ENCODERS = {
     "impala_x16": ("impala", 16),
     "nature": ("nature",),
     "nature_narrow": ("nature_narrow",),
-    "vit_narrow": ("vit", 96, 4, 3),  # width, blocks, attention heads
+    "vit_narrow": ("vit", 96, 3, 3),  # width, blocks, attention heads
     "vit_tiny": ("vit", 192, 12, 3),
     "vit_small": ("vit", 384, 12, 6),
     "vit_base": ("vit", 768, 12, 12),
@@ -39,6 +39,7 @@ METHODS = {
     "bcq": ("q_learning", (*_Q_LEARNING, "tau")),
     "bc": ("cloning", ("random_shift",)),
     "return_bc": ("cloning", ("rewards", "atoms", "kappa", "random_shift")),
+    "mae": ("mae", ("random_shift",)),
 }
 
 Head = Literal["c51", "hl_gauss", "two_hot", "mse"]

@@ -44,6 +44,8 @@ class Method(NamedTuple):
         samples: whether the policy softmax(preferences) is evaluated, too.
         distributions: (graph, sizes, reward scale) -> (params, target_params, batch) -> predicted and target
             distribution of the data's actions, each float32 [B, N]; None: there are none to compare.
+        pictures: graph -> (params, batch, key) -> what the network sees and paints, by title, each float32 [B, 84, 84]
+            from 0 to 255; None: it paints nothing.
     """
 
     minimises: str
@@ -57,6 +59,7 @@ class Method(NamedTuple):
     values: str = "Q(s, a)"
     samples: bool = False
     distributions: Callable[..., Callable] | None = None
+    pictures: Callable[[nnx.GraphDef], Callable] | None = None
 
     def stages(self, network: nnx.Module) -> list[tuple[str, "Method", nnx.Module]]:
         """Stages of training, in order: (folder below the run's, method, network or part of it)."""

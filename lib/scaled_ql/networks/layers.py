@@ -42,12 +42,16 @@ def channels_to_squares(x: jax.Array, side: int) -> jax.Array:
 def run_blocks(blocks: nnx.Sequential, x: jax.Array, remat: bool) -> jax.Array:
     """Run the blocks in order; with `remat` only the values between them are kept for the backward pass."""
     for block in blocks.layers:
-        if remat:
-            graph, variables = nnx.split(block)
-            x = jax.checkpoint(lambda variables, x, graph=graph: nnx.merge(graph, variables)(x))(variables, x)
-        else:
-            x = block(x)
+        x = run_block(block, x, remat=remat)
     return x
+
+
+def run_block(block: nnx.Module, *inputs: jax.Array | None, remat: bool) -> jax.Array:
+    """Run a block; with `remat` only its inputs are kept for the backward pass."""
+    if not remat:
+        return block(*inputs)
+    graph, variables = nnx.split(block)
+    return jax.checkpoint(lambda variables, *inputs: nnx.merge(graph, variables)(*inputs))(variables, *inputs)
 
 
 class TransformerBlock(nnx.Module):

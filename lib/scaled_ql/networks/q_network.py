@@ -102,6 +102,11 @@ class QNetwork(nnx.Module):
         bias = jnp.zeros(num_outputs) if head_bias is None else head_bias
         self.head_bias = nnx.Param(jnp.tile(bias, (num_games, NUM_ACTIONS)))
 
+    @property
+    def published(self) -> tuple[nnx.Module, ...]:
+        """The parts whose parameters the paper counts."""
+        return self.encoder, self.embedding, self.hidden[0]
+
     def features(
         self, observation: jax.Array, game: jax.Array, augment: Callable[[jax.Array], jax.Array] | None = None
     ) -> jax.Array:
@@ -238,6 +243,7 @@ def count_parameters(*modules: Any) -> int:
     return sum(leaf.size for path, leaf in leaves if "mean_frames" not in jax.tree_util.keystr(path))
 
 
+@functools.singledispatch
 def layers(network: QNetwork, stack_size: int = 4) -> pd.DataFrame:
     """The parts of a network in their order, from the observation to the heads.
 
@@ -253,7 +259,11 @@ def layers(network: QNetwork, stack_size: int = 4) -> pd.DataFrame:
     pixels = "pixels" if network.mean_frames is None else "pixels less their mean"
     rows = [
         (f"observation, {pixels}", image.shape[1:], ()),
-        ("encoder", jax.eval_shape(network.encoder, image).shape[1:], (network.encoder,)),
+        (
+            "encoder",
+            jax.eval_shape(network.encoder, image).shape[1:],
+            (network.encoder,),
+        ),
         (f"spatial embedding: {network.embedding.kind}", (network.embedding.features,), (network.embedding,)),
     ]
     for number, layer in enumerate(network.hidden):
