@@ -43,6 +43,6 @@ METHODS = {
 }
 
 Head = Literal["c51", "hl_gauss", "two_hot", "mse"]
-Embedding = Literal["pointwise", "sum", "none"]
+Embedding = Literal["pointwise", "sum", "attention", "none"]
 Rewards = Literal["real", "zero", "shuffled"]
 Parts = Literal["encoder", "encoder + embedding", "all but the head"]  # that are transferred
