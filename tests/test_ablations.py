@@ -68,10 +68,12 @@ def test_unfinished_and_failed_runs_are_named_and_left_out(outputs: Path) -> Non
     write(outputs, "half", {})
     (outputs / "04_scaled_training" / "half" / "status.json").write_text("")
     write(outputs, "nothing", {}, state="failed")  # it failed before it recorded anything: no run
+    write(outputs, "encoder", {}, method="mae", encoder="vit_tiny")
     gathered = ablations.gather(outputs)
     assert len(gathered.runs) == 6
     why = gathered.left_out.set_index("run")["why"]
-    assert set(why.index) == {"under-way", "broken", "old", "half"}
+    assert set(why.index) == {"under-way", "broken", "old", "half", "encoder"}
+    assert why["encoder"] == "its network cannot play"
     assert "status.json: cannot be read as JSON" in why["half"]
     assert why["under-way"] == "running" and why["broken"] == "failed" and "did you mean head" in why["old"]
     assert len(gathered.scores) == 18

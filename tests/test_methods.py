@@ -954,9 +954,15 @@ def test_the_papers_alpha_is_table_b1s_and_none_with_bcq():
 
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_a_method_gives_the_metrics_that_it_names_and_builds_its_network_from_parameters(name):
-    p = parameters.check("04_scaled_training", {"method": name, "v_min": -2.0, "v_max": 2.0, "num_atoms": 5})
+    values = {
+        "encoder": "vit_narrow" if name == "mae" else "nature_narrow",
+        "v_min": -2.0,
+        "v_max": 2.0,
+        "num_atoms": 5,
+    }
+    p = parameters.check("04_scaled_training", values | {"method": name})
     method = methods.make(p)
-    network = nnx.eval_shape(lambda: method.build("nature_narrow", 2, 3, num_atoms=5, hidden_sizes=(4,)))
+    network = nnx.eval_shape(lambda: method.build(p.encoder, 2, 3, num_atoms=5, hidden_sizes=(4,)))
     graph, variables = nnx.split(network, nnx.Param)
     params = nnx.to_pure_dict(variables)
     images = np.zeros((ROWS, 84, 84, 4), np.uint8)
@@ -967,9 +973,11 @@ def test_a_method_gives_the_metrics_that_it_names_and_builds_its_network_from_pa
     summed = {name for name, value in metrics.items() if value.shape}
     assert summed == {f"{next(iter(method.metrics))}{suffix}" for suffix in ("_sum", "_count")}
     assert metrics.keys() & method.metrics.keys() >= method.metrics.keys() - {"dr3_penalty"}
-    seen = (batch, np.zeros((ROWS, 3), np.int32)) if method.memory else (images, batch.game)
-    preferred = jax.eval_shape(method.preferences(graph, NUM_GAME_ACTIONS), params, *seen)
-    assert preferred.shape == (ROWS, NUM_ACTIONS)
+    assert bool(method.preferences) == (name != "mae"), "what makes no player"
+    if method.preferences:
+        seen = (batch, np.zeros((ROWS, 3), np.int32)) if method.memory else (images, batch.game)
+        preferred = jax.eval_shape(method.preferences(graph, NUM_GAME_ACTIONS), params, *seen)
+        assert preferred.shape == (ROWS, NUM_ACTIONS)
     assert [folder for folder, *_ in method.stages(network)] == (["behaviour", ""] if name == "bcq" else [""])
     assert method.scales_rewards == (name in ("cql", "bcq") and p.head == "mse")
 

@@ -244,26 +244,31 @@ def test_embeddings_equal_loops():
     x = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype(np.float32)
     start = SpatialEmbedding("pointwise", 3, 4, 5, dtype=jnp.float32, rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(call(start, x), x.reshape(2, 60))
-    pointwise, summed, pooled = (
+    pointwise, summed, attended, pooled = (
         filled(lambda kind=kind: SpatialEmbedding(kind, 3, 4, 5, dtype=jnp.float32, rngs=nnx.Rngs(0)))
-        for kind in ("pointwise", "sum", "none")
+        for kind in ("pointwise", "sum", "attention", "none")
     )
-    assert (pointwise.features, summed.features, pooled.features) == (60, 40, 5)
-    expected = {"pointwise": np.zeros((2, 60)), "sum": np.zeros((2, 40)), "none": np.zeros((2, 5))}
+    assert (pointwise.features, summed.features, attended.features, pooled.features) == (60, 40, 40, 5)
+    expected = {"pointwise": np.zeros((2, 60)), "none": np.zeros((2, 5))}
+    expected |= {"sum": np.zeros((2, 40)), "attention": np.zeros((2, 40))}
+    weights = np.exp(x.astype(np.float64) @ value(attended.kernel))  # [2, 3, 4, 8]
     for b, h, w, c in np.ndindex(x.shape):
         expected["pointwise"][b, (h * 4 + w) * 5 + c] = x[b, h, w, c] * value(pointwise.kernel)[h, w, c]
         expected["none"][b, c] += x[b, h, w, c] / 12
         for f in range(8):
             expected["sum"][b, c * 8 + f] += x[b, h, w, c] * value(summed.kernel)[h, w, c, f]
-    for module in (pointwise, summed, pooled):
+            expected["attention"][b, c * 8 + f] += x[b, h, w, c] * weights[b, h, w, f] / weights[b, :, :, f].sum()
+    for module in (pointwise, summed, attended, pooled):
         np.testing.assert_allclose(call(module, x), expected[module.kind], atol=1e-5)
-    assert [len(jax.tree.leaves(nnx.state(m, nnx.Param))) for m in (pointwise, summed, pooled)] == [1, 1, 0]
+    assert [len(jax.tree.leaves(nnx.state(m, nnx.Param))) for m in (pointwise, summed, attended, pooled)] == [
+        1, 1, 1, 0,
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize("embedding", ["sum", "none"])
+@pytest.mark.parametrize("embedding", ["sum", "attention", "none"])
 def test_networks_of_the_other_embeddings_have_their_widths(embedding):
     network = nnx.eval_shape(lambda: small("resnet_narrow", embedding=embedding))
-    assert network.hidden[0].kernel.shape == (128 * (8 if embedding == "sum" else 1), 16)
+    assert network.hidden[0].kernel.shape == (128 * (1 if embedding == "none" else 8), 16)
 
 
 # Feature normalisation.
@@ -419,7 +424,7 @@ def test_head_bias_is_every_actions_start_and_changes_nothing_else(head):
         (lambda: make_q_network("resnet18", 3), ["resnet18", *ENCODERS]),
         (lambda: networks.make_encoder("vgg", rngs=nnx.Rngs(0)), ["vgg", *ENCODERS]),
         (lambda: make_q_network("nature", 3, "iqn"), ["iqn", "c51", "mse"]),
-        (lambda: small(embedding="max"), ["max", "pointwise", "sum", "none"]),
+        (lambda: small(embedding="max"), ["max", "pointwise", "sum", "attention", "none"]),
     ],
 )
 def test_unknown_names_are_refused_with_the_choices(make, names):

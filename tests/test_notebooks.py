@@ -45,7 +45,13 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("file", [*TINY.values(), "params/06_transfer/tiny_online.yaml"])
+MORE = [
+    "params/04_scaled_training/tiny_mae.yaml",
+    *(f"params/06_transfer/tiny_{kind}.yaml" for kind in ("online", "mae")),
+]
+
+
+@pytest.mark.parametrize("file", [*TINY.values(), *MORE])
 def test_every_notebook_runs_and_leaves_its_report(outputs: Path, file: str) -> None:
     notebook, run = Path(file).parts[1], Path(file).stem
     folder = outputs / notebook / run
@@ -56,7 +62,7 @@ def test_every_notebook_runs_and_leaves_its_report(outputs: Path, file: str) -> 
     for word in ('src="http', 'href="http', "@import", "url(http"):
         assert word not in html
     assert html.count(str(outputs)) == 1, "a path of this machine, beside the parameter that asked for it"
-    films = {"04_scaled_training": 2, "06_transfer": 1}.get(notebook, 0)
+    films = {"04_scaled_training": 0 if run == "tiny_mae" else 2, "06_transfer": 1}.get(notebook, 0)
     assert html.count("data:video/mp4;base64") == html.count('poster="data:image/jpeg;base64') == films
 
 
@@ -66,6 +72,17 @@ def test_the_summary_compares_agent_dataset_and_random_player(outputs: Path) -> 
     for row in summary["games"].values():
         assert row["agent_episodes"] == 2
         assert all(np.isfinite(row[name]) for name in ("random_return", "dataset_return", "agent_return"))
+
+
+def test_what_cannot_play_says_so_and_its_encoder_is_frozen_in_a_q_network(outputs: Path) -> None:
+    folder = outputs / "04_scaled_training" / "tiny_mae"
+    said = "The network of <code>mae</code> cannot play: nothing is evaluated and nothing is filmed in this run."
+    assert (folder / "run.html").read_text().count(said) == 2, "at the beginning, and where scores would be"
+    assert not (folder / "evaluation").exists() and json.loads((folder / "summary.json").read_text())["games"] == {}
+    assert [row["step"] for row in metrics(folder)] == [5, 10, 15, 20]
+    summary = json.loads((outputs / "06_transfer" / "tiny_mae" / "summary.json").read_text())
+    assert summary["pretrained"]["method"] == "mae" and summary["network"]["encoder"] == "vit_narrow"
+    assert summary["trained_parameters"] < summary["parameters"]
 
 
 def test_finished_runs_are_recognised(outputs: Path, tmp_path: Path) -> None:

@@ -196,6 +196,36 @@ def test_a_decaying_rate_and_frozen_parts_work_together():
     np.testing.assert_allclose(steps, [-0.1, -0.075, -0.05, -0.025, 0], atol=1e-6)  # Adam of a constant gradient: -rate
 
 
+def test_a_warm_up_comes_first_and_weights_decay_as_in_adamw():
+    """Against a loop over float64 numbers; biases, mean frames and what is frozen do not decay."""
+    rng, rate, decay, epsilon = np.random.default_rng(0), 0.1, 0.3, 1e-8
+    optimizer = training.make_optimizer(rate, epsilon, 6, ("encoder",), warmup_steps=2, weight_decay=decay)
+    params = {"hidden": {"kernel": rng.normal(size=(2, 2)), "bias": rng.normal(size=2)}}
+    params |= {"mean_frames": np.full((1, 2, 2), 9.0), "encoder": {"kernel": np.ones((2, 2))}}
+    params = jax.tree.map(np.float32, params)
+    kernel, bias = (params["hidden"][name].astype(np.float64) for name in ("kernel", "bias"))
+    state, moments = optimizer.init(params), [[np.zeros_like(x), np.zeros_like(x)] for x in (kernel, bias)]
+    for step, share in enumerate([0, 0.5, 1, 0.75, 0.5, 0.25, 0], 1):
+        gradients = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
+        gradients["mean_frames"] *= 0
+        updates, state = optimizer.update(gradients, state, params)
+        params = jax.tree.map(lambda x, y: np.asarray(x + y), params, updates)
+        for number, (name, own, shrinks) in enumerate((("kernel", kernel, decay), ("bias", bias, 0))):
+            gradient, (first, second) = gradients["hidden"][name].astype(np.float64), moments[number]
+            first += 0.1 * (gradient - first)
+            second += 0.001 * (gradient**2 - second)
+            move = first / (1 - 0.9**step) / (np.sqrt(second / (1 - 0.999**step)) + epsilon)
+            own -= share * rate * (move + shrinks * own)
+            np.testing.assert_allclose(params["hidden"][name], own, atol=1e-5)
+    assert np.unique(params["mean_frames"]) == 9 and np.unique(params["encoder"]["kernel"]) == 1
+    constant = training.make_optimizer(0.1, 1e-8, warmup_steps=2)
+    state, steps = constant.init(jnp.zeros(1)), []
+    for _ in range(4):
+        updates, state = constant.update(jnp.ones(1), state, jnp.zeros(1))
+        steps.append(float(updates[0]))
+    np.testing.assert_allclose(steps, [0, -0.05, -0.1, -0.1], atol=1e-6)
+
+
 def test_epsilon_warning():
     said = training.epsilon_warning(2.8e-6, 3.125e-4)
     assert said == (

@@ -268,3 +268,19 @@ def test_it_is_transferred_and_frozen(shallow, tmp_path):
 def test_the_names_are_the_encoders():
     named = {name for name, (family, *_) in defaults.ENCODERS.items() if family == "vit"}
     assert named == {"vit_narrow", "vit_tiny", "vit_small", "vit_base"} <= set(networks.ENCODERS)
+
+
+def test_the_small_comparison_is_one_of_equal_sizes():
+    """Of encoder and first dense layer, as the paper counts; `params/batches/transformer_small.yaml`."""
+    sizes = {}
+    for encoder, embedding in (
+        ("resnet_narrow", "pointwise"),
+        ("vit_narrow", "attention"),
+        ("vit_narrow", "pointwise"),
+    ):
+        how = {"hidden_sizes": (256, 256), "embedding": embedding}
+        network = nnx.eval_shape(lambda encoder=encoder, how=how: networks.make_q_network(encoder, 2, **how))
+        sizes[encoder, embedding] = count_parameters(network.encoder, network.embedding, network.hidden[0])
+    resnet, attention, pointwise = sizes.values()
+    assert attention == pytest.approx(resnet, rel=0.01)
+    assert (resnet / 1e6, pointwise / 1e6) == pytest.approx((0.61, 1.30), abs=0.005)

@@ -43,7 +43,8 @@ class Gathered(NamedTuple):
             episodes, truncated (share of them), cut (whether most were truncated before the protocol's limit), actions
             (by name, their shares of the agent's own choices; empty where there is no table of its episodes), and
             whatever else the run's summary says of the game.
-        left_out: columns run, why: unfinished, failed or unreadable runs, and those with a loss of their own.
+        left_out: columns run, why: unfinished, failed or unreadable runs, those with a loss of their own, those whose
+            network cannot play.
     """
 
     runs: pd.DataFrame
@@ -81,6 +82,9 @@ def gather(folder: Path, notebook: str = NOTEBOOK, asking: str = "") -> Gathered
         summary = runs.read_json(place.parent / "summary.json")
         if not summary.get("as_parameters_say", True):
             left_out.append({"run": name, "why": "trained with a loss that its parameters do not name"})
+            continue
+        if not summary["games"]:
+            left_out.append({"run": name, "why": "its network cannot play"})
             continue
         sizes = {"num_parameters": summary["parameters"], "paper_parameters": summary.get("paper_parameters", np.nan)}
         found[name] = values | {"data_id": summary["dataset"]} | sizes

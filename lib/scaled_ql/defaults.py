@@ -25,7 +25,7 @@ ENCODERS = {
     "impala_x16": ("impala", 16),
     "nature": ("nature",),
     "nature_narrow": ("nature_narrow",),
-    "vit_narrow": ("vit", 96, 4, 3),  # width, blocks, attention heads
+    "vit_narrow": ("vit", 96, 3, 3),  # width, blocks, attention heads
     "vit_tiny": ("vit", 192, 12, 3),
     "vit_small": ("vit", 384, 12, 6),
     "vit_base": ("vit", 768, 12, 12),
@@ -53,9 +53,10 @@ METHODS = {
          "return_samples", "return_temperature", "action_percentile", "random_shift"),
     ),
     "bc_transformer": ("decision_transformer", ("rewards", "transformer", "sequence_length", "random_shift")),
+    "mae": ("mae", ("random_shift",)),
 }  # fmt: skip
 
 Head = Literal["c51", "hl_gauss", "two_hot", "mse"]
-Embedding = Literal["pointwise", "sum", "none"]
+Embedding = Literal["pointwise", "sum", "attention", "none"]
 Rewards = Literal["real", "zero", "shuffled"]
 Parts = Literal["encoder", "encoder + embedding", "all but the head"]  # that are transferred

@@ -243,6 +243,29 @@ def dr3_penalty(features_t: jax.Array, features_tn: jax.Array) -> jax.Array:
     return features_t @ features_tn
 
 
+def masked_patch_loss(predicted: jax.Array, patches: jax.Array, hidden: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+    """Squared error of an image's hidden patches, each less its mean and divided by its standard deviation.
+
+    He et al. (2021), section 4: "normalized pixels". A patch of one grey level has the target 0.
+
+    Args:
+        predicted: float [N, D], of N patches of D pixels.
+        patches: float [N, D], the image, in units of the full range from black to white.
+        hidden: bool [N]; at least one.
+        epsilon: added to the variance.
+    """
+    chex.assert_rank([predicted, patches, hidden], [2, 2, 1])
+    chex.assert_type([predicted, patches, hidden], [float, float, bool])
+    target = normalized_patches(patches, epsilon)
+    return jnp.where(hidden, jnp.square(predicted - target).mean(-1), 0).sum() / hidden.sum()
+
+
+def normalized_patches(patches: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+    """Patches [..., D] less their mean, divided by the root of their variance plus epsilon."""
+    centred = patches - patches.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
+
+
 def random_offsets(key: jax.Array, number: int, pixels: int) -> jax.Array:
     """Vertical and horizontal shifts of images, int32 [number, 2], uniform in -pixels..pixels."""
     return jax.random.randint(key, (number, 2), -pixels, pixels + 1)

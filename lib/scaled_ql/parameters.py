@@ -211,6 +211,8 @@ class ScaledTraining(Parameters):
     random_shift: Annotated[int, Field(ge=0, le=42)] = 0
     learning_rate: Annotated[float, Field(gt=0)] = defaults.LEARNING_RATE
     decay_learning_rate: bool = False
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
     adam_epsilon: Annotated[float, Field(gt=0)] = defaults.ADAM_EPSILON
     target_update_period: Count = defaults.TARGET_UPDATE_PERIOD
     games_per_batch: Count = 128
@@ -246,6 +248,11 @@ class ScaledTraining(Parameters):
         ]
         if idle:
             raise ValueError(f"{', '.join(idle)}: without effect in method {self.method!r}; leave out")
+        vits = [name for name, (family, *_) in defaults.ENCODERS.items() if family == "vit"]
+        if self.method == "mae" and self.encoder not in vits:
+            raise ValueError(f"encoder ({self.encoder!r}): method 'mae' needs one of {', '.join(vits)}")
+        if self.warmup_steps >= self.num_steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below num_steps ({self.num_steps})")
         return self
 
 

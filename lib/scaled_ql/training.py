@@ -114,24 +114,35 @@ def make_optimizer(
     adam_epsilon: float = ADAM_EPSILON,
     decay_steps: int = 0,
     frozen: tuple[str, ...] = (),
+    warmup_steps: int = 0,
+    weight_decay: float = 0.0,
 ) -> Optimizer:
-    """Adam; its learning rate is constant, or falls linearly to 0 over `decay_steps`.
+    """Adam; its learning rate is constant, or falls linearly to 0 until `decay_steps`, after a warm-up.
 
     The paper does not give epsilon. Its single-game ancestors use 0.01 / 32 at batch 32; the same rule gives 0.01 / 512
     for the paper's batch. Either can exceed the head's gradients by far: see `epsilon_warning`.
 
     Args:
-        learning_rate: initial learning rate.
+        learning_rate: initial, or after the warm-up, learning rate.
         adam_epsilon: added to the root of the second moment.
-        decay_steps: steps until the learning rate is 0; 0: it is constant.
+        decay_steps: the step at which the learning rate is 0 again; 0: it stays constant.
         frozen: names of parameters, or of parts of the network, that are not updated and have neither gradients nor
             moments: ``("behaviour",)`` in BCQ, ``("encoder", "embedding")`` or ``("q/encoder",)`` in transfer.
+        warmup_steps: steps over which the learning rate rises linearly from 0.
+        weight_decay: share of a kernel that is subtracted from it in every step, times the learning rate (AdamW,
+            Loshchilov & Hutter, 2019); what is not named a kernel keeps its size: biases, scales, mean frames.
 
     Raises:
         ValueError: when the state is made, a frozen name is not among the parameters, or all of them are frozen.
     """
-    rate = optax.linear_schedule(learning_rate, 0.0, decay_steps) if decay_steps else learning_rate
+    rate: Any = optax.linear_schedule(learning_rate, 0.0, decay_steps - warmup_steps) if decay_steps else learning_rate
+    if warmup_steps:
+        after = rate if decay_steps else optax.constant_schedule(learning_rate)
+        rate = optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup_steps), after], [warmup_steps])
     adam = optax.adam(rate, eps=adam_epsilon)
+    if weight_decay:
+        kernels = partial(jax.tree_util.tree_map_with_path, lambda path, _: _path_name(path).endswith("kernel"))
+        adam = optax.adamw(rate, eps=adam_epsilon, weight_decay=weight_decay, mask=kernels)
     if not frozen:
         return Optimizer(*adam)
 

@@ -42,7 +42,7 @@ class TransferError(ValueError):
 
 
 class Source(NamedTuple):
-    """A trained Q-network, or cloning network.
+    """A trained Q-network, cloning network or masked autoencoder.
 
     Attributes:
         folder: of the checkpoint, named after its step.
@@ -86,6 +86,8 @@ def _modules(parts: Parts) -> tuple[str, ...]:
 
 def load(run: str | Path) -> Source:
     """Read the network of a run's newest checkpoint; of ``bcq`` the Q-network.
+
+    A masked autoencoder (``mae``) has no more than the encoder in common with a Q-network: `graft` takes nothing else.
 
     Args:
         run: the folder of a run of `04_scaled_training`, or of its checkpoints.

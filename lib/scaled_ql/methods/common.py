@@ -49,6 +49,8 @@ class Method(NamedTuple):
         temperature: of its actions in evaluation, see `evaluation.evaluate`; 0: the largest is played.
         distributions: (graph, sizes, reward scale) -> (params, target_params, batch) -> predicted and target
             distribution of the data's actions, each float32 [B, N]; None: there are none to compare.
+        pictures: graph -> (params, batch, key) -> what the network sees and paints, by title, each float32 [B, 84, 84]
+            from 0 to 255; None: it paints nothing.
     """
 
     minimises: str
@@ -64,6 +66,7 @@ class Method(NamedTuple):
     memory: int = 0
     temperature: float = 0.0
     distributions: Callable[..., Callable] | None = None
+    pictures: Callable[[nnx.GraphDef], Callable] | None = None
 
     def stages(self, network: nnx.Module) -> list[tuple[str, "Method", nnx.Module]]:
         """Stages of training, in order: (folder below the run's, method, network or part of it)."""

@@ -22,6 +22,8 @@ class SpatialEmbedding(nnx.Module):
 
     - ``pointwise``: times a learned [H, W, C], then flattened (appendix B.1; the paper's parameter counts agree).
     - ``sum``: times a learned [H, W, C, 8], summed over space: [B, 8 C] (as in PTR, Kumar et al., 2022).
+    - ``attention``: 8 averages over space, weighted by a softmax of the features' products with 8 learned queries:
+      [B, 8 C]. Not in the paper; with a ViT, values come from tokens that attention pools.
     - ``none``: mean over space (global pooling, the ablation of Table A.1).
 
     The pointwise embedding starts at ones, a plain flattening.
@@ -36,10 +38,14 @@ class SpatialEmbedding(nnx.Module):
             init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=3)
             self.kernel = nnx.Param(init(rngs.params(), (height, width, channels, 8)))
             self.features = channels * 8
+        elif kind == "attention":
+            init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+            self.kernel = nnx.Param(init(rngs.params(), (channels, 8)))
+            self.features = channels * 8
         elif kind == "none":
             self.features = channels
         else:
-            raise ValueError(f"unknown embedding {kind!r}; there are pointwise, sum, none.")
+            raise ValueError(f"unknown embedding {kind!r}; there are pointwise, sum, attention, none.")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, features]."""
@@ -48,6 +54,10 @@ class SpatialEmbedding(nnx.Module):
         kernel = self.kernel[...].astype(self.dtype)
         if self.kind == "sum":
             return jnp.einsum("bhwc,hwcf->bcf", x, kernel).reshape(len(x), -1)
+        if self.kind == "attention":
+            places = x.reshape(len(x), -1, x.shape[-1])
+            weights = jax.nn.softmax(jnp.einsum("bpc,cf->bpf", places, kernel).astype(jnp.float32), axis=1)
+            return jnp.einsum("bpc,bpf->bcf", places, weights.astype(self.dtype)).reshape(len(x), -1)
         return (x * kernel).reshape(len(x), -1)
 
 
@@ -195,7 +205,7 @@ def make_q_network(
         seed: seed of the initial parameters.
         num_atoms: atoms of a categorical head.
         hidden_sizes: sizes of the fully connected layers.
-        embedding: ``pointwise``, ``sum`` or ``none``; see `SpatialEmbedding`.
+        embedding: ``pointwise``, ``sum``, ``attention`` or ``none``; see `SpatialEmbedding`.
         normalize_features: divide the representation by its L2 norm.
         group_size: channels per group of the ResNets' group normalisation.
         stack_size: frames in an observation.
@@ -259,7 +269,11 @@ def layers(network: QNetwork, stack_size: int = 4) -> pd.DataFrame:
     pixels = "pixels" if network.mean_frames is None else "pixels less their mean"
     rows = [
         (f"observation, {pixels}", image.shape[1:], ()),
-        ("encoder", jax.eval_shape(network.encoder, image).shape[1:], (network.encoder,)),
+        (
+            "encoder",
+            jax.eval_shape(network.encoder, image).shape[1:],
+            (network.encoder,),
+        ),
         (f"spatial embedding: {network.embedding.kind}", (network.embedding.features,), (network.embedding,)),
     ]
     for number, layer in enumerate(network.hidden):
