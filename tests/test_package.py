@@ -19,8 +19,8 @@ ORDER = (
     "networks", "losses", "methods.common", "methods.cloning", "methods.q_learning", "methods", "devices", "training",
     "evaluation", "transfer", "probe", "walkthrough", "online", "online.ring", "online.log", "online.agents",
     "online.play", "benchmarks", "torch_step", "performance", "paper", "recorder", "equations", "runs", "batches",
-    "ablations", "reward_control", "transfer_report", "grids", "trained_agent", "episodes", "controls", "browsers",
-    "explore", "command",
+    "ablations", "reward_control", "transfer_report", "grids", "trained_agent", "episodes", "saliency", "state_map",
+    "controls", "browsers", "play_along", "explore", "command",
 )  # fmt: skip
 WITHOUT_JAX = (
     "defaults", "documents", "games", "processes", "environments", "replay", "replay.formats.minari", "collect",
