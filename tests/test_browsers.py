@@ -1,18 +1,21 @@
 """Episodes of agents and of recordings, and the widgets and figures that show them."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
+from scipy.ndimage import gaussian_filter
 from written import write_run
 
-from scaled_ql import browsers, environments, episodes, evaluation, explore
+from scaled_ql import browsers, environments, episodes, evaluation, explore, saliency, state_map
 from scaled_ql.controls import Steps, next_event
 from scaled_ql.games import action_names
-from scaled_ql.replay import open_replay
-from scaled_ql.trained_agent import Agent
+from scaled_ql.replay import View, open_replay
+from scaled_ql.replay.returns import returns_to_go
+from scaled_ql.trained_agent import Agent, Look
 
 GAMES = ["Breakout", "Freeway"]  # those of the recording
 
@@ -138,6 +141,68 @@ def test_two_agents_are_browsed_where_they_disagree(agents: list[Agent]) -> None
     disagreement.click()
     assert browser.steps.slider.value == different[different > 0][0]
     assert agents[0].name in browser.words.value and agents[2].name in browser.words.value
+    cases = episodes.disagreements(browser.episode, *looks)
+    assert [step for _, step in browser.cases.options] == cases["step"].tolist() and browser.cases.value is None
+    browser.cases.value = int(cases["step"].iloc[-1])
+    assert browser.steps.slider.value == cases["step"].iloc[-1]
+
+
+def test_the_clearest_disagreement_comes_first_whatever_the_scale(agents: list[Agent]) -> None:
+    rng, frames = np.random.default_rng(0), np.zeros((200, 84, 84), np.uint8)
+    episode = episodes.Episode("Breakout", "", frames, np.zeros(200, int), np.zeros(200), ["data"] * 200, "")
+    first, second = (Look(rng.normal(size=(200, 4)), None, np.zeros((200, 1))) for _ in range(2))
+    table = episodes.disagreements(episode, first, second, apart=1)
+    expected = []
+    for step in range(200):
+        a, b = max(range(4), key=first.values[step].__getitem__), max(range(4), key=second.values[step].__getitem__)
+        costs = first.values[step][a] - first.values[step][b], second.values[step][b] - second.values[step][a]
+        if a != b:
+            expected.append((step, action_names("Breakout")[a], action_names("Breakout")[b], *costs))
+    expected.sort(key=lambda row: -row[3] * row[4])
+    assert [tuple(row) for row in table.to_numpy()] == expected
+    scaled = episodes.disagreements(episode, first, second._replace(values=7 * second.values - 3), apart=1)
+    assert scaled["step"].tolist() == table["step"].tolist()
+    spread = episodes.disagreements(episode, first, second)["step"].to_numpy()
+    assert spread[0] == expected[0][0] and np.diff(np.sort(spread)).min() >= 8
+    assert all(np.abs(spread - step).min() < 8 for step, *_ in expected)
+    assert not len(episodes.disagreements(episode, first, first))
+
+
+def test_saliency_is_what_blurring_each_spot_changes(agents: list[Agent]) -> None:
+    stack = np.random.default_rng(1).integers(0, 256, (4, 84, 84), np.uint8)
+    scores = saliency.saliency(agents[2], "Pong", stack, grid=3)
+    assert scores.shape == (3, 3)
+    before = np.float64(agents[2].look("Pong", stack[None]).values[0])
+    for row, column in ((0, 0), (1, 2)):
+        changed = stack.copy()
+        for age, frame in enumerate(stack.astype(float)):
+            soft = gaussian_filter(frame, 3)
+            for y in range(84):
+                for x in range(84):
+                    share = np.exp(-((y - 13.5 - 28 * row) ** 2 + (x - 13.5 - 28 * column) ** 2) / 50)
+                    changed[age, y, x] = round((1 - share) * frame[y, x] + share * soft[y, x])
+        after = np.float64(agents[2].look("Pong", changed[None]).values[0])
+        assert scores[row, column] == pytest.approx(0.5 * ((after - before) ** 2).sum(), rel=0.02)
+    flat = saliency.saliency(agents[2], "Pong", np.full((4, 84, 84), 7, np.uint8), grid=3)
+    np.testing.assert_allclose(flat, 0, atol=1e-9)
+
+
+def test_what_is_looked_at_is_red() -> None:
+    score = np.zeros((3, 3))
+    score[0, 2] = 5
+    picture = saliency.highlight(np.full((84, 84), 100, np.uint8), score).astype(int)
+    redness = picture[..., 0] - picture[..., 1]
+    assert redness[5, 78] > 150 and abs(redness[78, 5]) == 0
+    assert (saliency.highlight(np.full((84, 84), 9, np.uint8), np.zeros((3, 3))) == 9).all()
+
+
+def test_the_browser_shows_where_the_agent_looks(agents: list[Agent]) -> None:
+    browser = explore.agent_browser(agents[1], max_steps=10)
+    before = bytes(browser.picture.value)
+    browser.looks_at.value = True
+    assert bytes(browser.picture.value) != before
+    browser.looks_at.value = False
+    assert bytes(browser.picture.value) == before
 
 
 def test_agents_without_a_common_game_are_refused(agents: list[Agent], tmp_path: Path) -> None:
@@ -172,6 +237,54 @@ def test_the_static_twin_has_an_alternative_text(agents: list[Agent]) -> None:
     with capture_output(stdout=False, stderr=False) as captured:
         explore.show_moments([agents[2]], episode, [3, 4])
     InteractiveShell.clear_instance()
-    shown = [(output.data["image/png"], output.metadata["image/png"]["alt"]) for output in captured.outputs]
+    shown = [
+        re.search('base64,([^"]*)" alt="([^"]*)"', output.data["text/html"]).groups() for output in captured.outputs
+    ]
     assert [f"step {step} of 29" in words for step, (_, words) in zip((3, 4), shown)] == [True, True]
     assert shown[0][0] != shown[1][0]
+
+
+def test_principal_components_are_those_of_the_covariance() -> None:
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(50, 6)) * [5, 3, 1, 1, 0.5, 0.1] @ np.linalg.qr(rng.normal(size=(6, 6)))[0] + 7
+    places, explained = state_map.principal_components(x.astype(np.float32))
+    variances, axes = np.linalg.eigh(np.cov(x.T))
+    for column in (0, 1):
+        along = (x - x.mean(0)) @ axes[:, -1 - column]
+        assert abs(np.corrcoef(places[:, column], along)[0, 1]) == pytest.approx(1, abs=1e-6)
+        assert places[:, column].std(ddof=1) == pytest.approx(np.sqrt(variances[-1 - column]), rel=1e-4)
+        assert explained[column] == pytest.approx(variances[-1 - column] / variances.sum(), rel=1e-4)
+
+
+def test_a_map_holds_what_agent_and_recording_say_of_its_states(agents: list[Agent], recording: Path) -> None:
+    data = open_replay(recording)
+    states = state_map.map_states(agents[1], data, 30, seed=4)
+    table = states.table
+    assert table["game"].value_counts().to_dict() == {"Breakout": 15, "Freeway": 15}
+    last = table.iloc[-1]
+    batch = data.batch("Freeway", [last["time"]], n_step=1)
+    np.testing.assert_array_equal(np.moveaxis(states.stacks[-1], 0, -1), batch.observation[0])
+    assert last["value"] == pytest.approx(agents[1].look("Freeway", states.stacks[-1:]).values.max(), abs=1e-5)
+    assert last["return"] == returns_to_go(data, "Freeway", agents[1].discount)[last["time"]]
+    with pytest.raises(ValueError, match=r"has Freeway; .* plays Breakout, Pong\."):
+        state_map.map_states(agents[2], open_replay(recording, View(games=["Freeway"])), 30, seed=0)
+
+
+def test_states_far_apart_cover_the_map() -> None:
+    places = np.array([[0, 0], [0.1, 0], [9, 0], [-1, 0], [9, 0.1]])
+    assert state_map.far_apart(places, 3) == [1, 4, 3]
+    assert len(state_map.far_apart(places, 9)) == 5
+
+
+def test_a_click_on_the_map_opens_the_state_under_it(agents: list[Agent], recording: Path) -> None:
+    states = state_map.map_states(agents[1], open_replay(recording), 30, seed=4)
+    browser = explore.state_map_browser(states)
+    browser.by.value = "game"
+    before, row = bytes(browser.view.value), int((browser.state.value + 7) % 30)
+    width, height = browser._canvas.get_width_height()
+    x, y = browser._axis.transData.transform(states.table[["x", "y"]].iloc[row])
+    browser.clicked.value = f"{x / width} {1 - y / height}"
+    place = states.table[["x", "y"]]
+    np.testing.assert_allclose(place.iloc[browser.state.value], place.iloc[row])
+    assert f"transition {states.table['time'].iloc[browser.state.value]:,}" in browser.words.value
+    assert bytes(browser.view.value) != before and "alt=" in browser.picture.value

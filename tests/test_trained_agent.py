@@ -58,7 +58,7 @@ def test_values_and_distributions_are_those_of_the_network_at_its_checkpoint(out
 
 def test_an_earlier_checkpoint_is_another_agent(outputs: Path, c51: list) -> None:
     agent = explore.load_agent(outputs / "04_scaled_training" / "c51", step=10)
-    assert agent.step == 10
+    assert (agent.step, agent.checkpoints) == (10, [10, 20])
     expected = softmax(by_hand(c51[0], STACKS[:2], 1))[:, :6] @ agent.atoms
     np.testing.assert_allclose(agent.look("Pong", STACKS[:2]).values, expected, atol=1e-5)
     assert np.abs(expected - softmax(by_hand(c51[1], STACKS[:2], 1))[:, :6] @ agent.atoms).max() > 1e-3

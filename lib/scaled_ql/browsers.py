@@ -3,6 +3,7 @@
 A step is drawn in some 40 ms of a core: what stays is drawn once per episode, and only what moves is drawn on top.
 """
 
+import base64
 import html
 import io
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
-from IPython.display import Image, display
+from IPython.display import HTML, display
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -19,20 +20,24 @@ from PIL import Image as Picture
 
 from scaled_ql.controls import Steps
 from scaled_ql.environments import STACK_SIZE
-from scaled_ql.episodes import Episode, play, recorded, telling_moments, watch
+from scaled_ql.episodes import Episode, disagreements, play, recorded, telling_moments, watch
 from scaled_ql.games import action_names
-from scaled_ql.plots import action_colors
+from scaled_ql.plots import action_colors, scatter_states, state_map
 from scaled_ql.replay import Replay
+from scaled_ql.saliency import highlight, saliency
+from scaled_ql.state_map import StateMap, far_apart
 from scaled_ql.trained_agent import Agent, Look, load_agent
 
-__all__ = ["Moments", "agent_browser", "load_agent", "show_moments"]
+__all__ = [
+    "Moments", "agent_browser", "load_agent", "show_moments", "show_picture", "show_state_map", "state_map_browser",
+]  # fmt: skip
 
 
 class Moments:
     """A figure of one step of an episode, for one or two agents, which moves quickly to another step.
 
     Attributes:
-        figure: the figure, of the last step that was drawn.
+        title: text above the figure, empty at first.
     """
 
     def __init__(self, agents: Sequence[Agent], episode: Episode, looks: Sequence[Look]):
@@ -46,17 +51,20 @@ class Moments:
         self._agents, self._episode, self._looks = agents, episode, looks
         self._names, rows = action_names(episode.game), len(agents)
         with plt.rc_context({"figure.constrained_layout.use": False}):
-            self.figure = Figure(figsize=(12, 5.9 if rows == 1 else 8.2), dpi=80)
-        self._canvas = FigureCanvasAgg(self.figure)  # not pyplot's: no cell shows it by itself
-        below = self.figure.add_gridspec(1, 1, left=0.055, right=0.945, bottom=0.09, top=0.2 if rows == 2 else 0.26)
-        frames = self.figure.add_gridspec(2, 2, left=0.01, right=0.34, bottom=0.34, top=0.93, wspace=0.02, hspace=0.16)
-        panels = self.figure.add_gridspec(rows, 1, left=0.39, right=0.99, bottom=0.36, top=0.9, hspace=0.42)
+            self._figure = Figure(figsize=(12, 5.9 if rows == 1 else 8.2), dpi=80)
+        self._canvas = FigureCanvasAgg(self._figure)  # not pyplot's: no cell shows it by itself
+        bottom, top, low = (0.09, 0.26, 0.36) if rows == 1 else (0.065, 0.18, 0.27)
+        grid = self._figure.add_gridspec
+        below = grid(1, 1, left=0.055, right=0.945, bottom=bottom, top=top)
+        frames = grid(2, 2, left=0.01, right=0.34, bottom=low - 0.02, top=0.93, wspace=0.02, hspace=0.16)
+        panels = grid(rows, 1, left=0.39, right=0.99, bottom=low, top=0.9, hspace=0.42)
         self._moving: list[Any] = []
-        self._frames = [self._frame(self.figure.add_subplot(frames[age // 2, age % 2]), age) for age in range(4)]
+        self.title = self._move(self._figure.text(0.01, 0.965, "", fontsize="medium"))
+        self._frames = [self._frame(self._figure.add_subplot(frames[age // 2, age % 2]), age) for age in range(4)]
         self._lines, self._bars, self._marks = [], [], []
         for row, (agent, look) in enumerate(zip(agents, looks)):
-            self._distributions(self.figure, panels[row], agent, look)
-        self._timeline(self.figure.add_subplot(below[0]))
+            self._distributions(self._figure, panels[row], agent, look)
+        self._timeline(self._figure.add_subplot(below[0]))
         self._background: Any = None
 
     def _move(self, artist: Any) -> Any:
@@ -128,11 +136,13 @@ class Moments:
         axis.legend(fontsize="x-small", loc="lower left", bbox_to_anchor=(0, 0.97), ncols=5, frameon=False)
         self._now = self._move(axis.axvline(0, color="black", lw=1.5))
 
-    def set_step(self, step: int) -> None:
-        """Put everything that moves where it is at a step."""
+    def set_step(self, step: int, score: np.ndarray | None = None) -> None:
+        """Put everything that moves where it is at a step; a score of `saliency` is shown in the newest frame."""
         stack = self._episode.stacks(np.s_[step : step + 1])[0]
         for picture, frame in zip(self._frames, stack):
             picture.set_data(np.repeat(frame[..., None], 3, axis=-1))
+        if score is not None:
+            self._frames[-1].set_data(highlight(stack[-1], score))
         chosen = int(self._episode.actions[step])
         for look, lines, bars, marks in zip(self._looks, self._lines, self._bars, self._marks):
             best = int(look.best[step])
@@ -153,13 +163,11 @@ class Moments:
         canvas = self._canvas
         if self._background is None:
             canvas.draw()
-            self._background = canvas.copy_from_bbox(self.figure.bbox)
+            self._background = canvas.copy_from_bbox(self._figure.bbox)
         canvas.restore_region(self._background)
         for artist in sorted(self._moving, key=lambda artist: artist.get_zorder()):
-            artist.axes.draw_artist(artist)
-        buffer = io.BytesIO()
-        Picture.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(buffer, "PNG", compress_level=1)
-        return buffer.getvalue()
+            self._figure.draw_artist(artist)
+        return to_picture(np.asarray(canvas.buffer_rgba())[..., :3])
 
 
 def moment_in_words(agents: Sequence[Agent], episode: Episode, looks: Sequence[Look], step: int) -> str:
@@ -180,6 +188,12 @@ def moment_in_words(agents: Sequence[Agent], episode: Episode, looks: Sequence[L
     )
 
 
+def show_picture(png: bytes, words: str) -> None:
+    """Show a picture with an alternative text, which reports drop from an output of type PNG."""
+    data = base64.b64encode(png).decode()
+    display(HTML(f'<img src="data:image/png;base64,{data}" alt="{html.escape(words)}" style="max-width: 100%">'))
+
+
 def show_moments(agents: Sequence[Agent], episode: Episode, steps: Sequence[int] = ()) -> None:
     """The static twin of `agent_browser`: figures of a few steps, with an alternative text each.
 
@@ -193,11 +207,8 @@ def show_moments(agents: Sequence[Agent], episode: Episode, steps: Sequence[int]
     for step in steps or telling_moments(episode, looks[0]).values():
         moments.set_step(step)
         words = moment_in_words(agents, episode, looks, step)
-        title = moments.figure.suptitle(words.split("; best ")[0], fontsize="medium", x=0.01, ha="left")
-        buffer = io.BytesIO()
-        moments.figure.savefig(buffer, format="png", dpi=90)
-        title.remove()
-        display(Image(buffer.getvalue(), alt=words))
+        moments.title.set_text(words.split("; best ")[0])
+        show_picture(moments.png(), words)
 
 
 class AgentBrowser(widgets.VBox):
@@ -205,6 +216,8 @@ class AgentBrowser(widgets.VBox):
 
     Attributes:
         game, source, number: whose episode is shown: the game, ``agent`` or ``recording``, its seed or its row.
+        looks_at: whether the newest frame shows where the first agent looks (`saliency`).
+        cases: with two agents, where they disagree most clearly; choosing one goes there.
         steps: the controls over its steps.
         picture, words: the step as a figure, and in a sentence.
         episode: the episode.
@@ -223,14 +236,20 @@ class AgentBrowser(widgets.VBox):
         self.steps = Steps()
         self.picture = widgets.Image(format="png", layout=widgets.Layout(max_width="960px"))
         self.words = widgets.HTML()
+        self.looks_at = widgets.ToggleButton(description="where it looks", tooltip="blur spots; slower")
+        self.cases = widgets.Select(description="disagree", rows=6, layout=widgets.Layout(width="34em"))
         self.episode: Episode
-        super().__init__([widgets.HBox([self.game, self.source, self.number]), self.steps, self.picture, self.words])
+        below = [self.words, self.cases] if len(agents) == 2 else [self.words]
+        chosen = widgets.HBox([self.game, self.source, self.number, self.looks_at])
+        super().__init__([chosen, self.steps, self.picture, *below])
         self._observed: list[tuple[Any, Callable]] = [
             (self.game, self._set_game), (self.source, self._set_source), (self.number, self._set_episode),
+            (self.cases, self._set_case),
         ]  # fmt: skip
         for widget, call in self._observed:
             widget.observe(call, "value")
         self.steps.slider.observe(self._show, "value")
+        self.looks_at.observe(self._show, "value")
         self._set_game()
 
     def _quietly(self, widget: Any, **values: Any) -> None:
@@ -272,11 +291,20 @@ class AgentBrowser(widgets.VBox):
         events = {"reward": np.flatnonzero(self.episode.rewards)}
         if len(self._looks) == 2:
             events["disagreement"] = np.flatnonzero(self._looks[0].best != self._looks[1].best)
+            table = disagreements(self.episode, *self._looks)
+            cases = [(f"step {row.step}: {row.first} or {row.second}", row.step) for row in table.itertuples()]
+            self._quietly(self.cases, options=cases, value=None)
         return events
+
+    def _set_case(self, _: object = None) -> None:
+        if self.cases.value is not None:
+            self.steps.slider.value = self.cases.value
 
     def _show(self, _: object = None) -> None:
         step = self.steps.slider.value
-        self._moments.set_step(step)
+        agent, stack = self._agents[0], self.episode.stacks(np.s_[step : step + 1])[0]
+        score = saliency(agent, self.episode.game, stack) if self.looks_at.value else None
+        self._moments.set_step(step, score)
         self.picture.value = self._moments.png()
         words = html.escape(moment_in_words(self._agents, self.episode, self._looks, step))
         self.words.value = f'<div role="status">{words}</div>'
@@ -286,7 +314,8 @@ def agent_browser(*agents: Agent, data: Replay | None = None, **protocol: Any) -
     """Browse an agent step by step, or two agents on the same states, in JupyterLab.
 
     The first agent plays, with a seed; or episodes of a recording are shown, and what the agents make of them. After a
-    click on the slider, arrow keys move it; the play button plays at the game's speed.
+    click on the slider, arrow keys move it; the play button plays at the game's speed. With two agents, the clearest
+    cases in which they disagree are listed.
 
     Args:
         agents: one or two, from `load_agent`.
@@ -300,3 +329,100 @@ def agent_browser(*agents: Agent, data: Replay | None = None, **protocol: Any) -
     if len(agents) not in (1, 2):
         raise ValueError(f"one agent or two can be browsed, got {len(agents)}.")
     return AgentBrowser(agents, data, protocol)
+
+
+# A click on a picture in an HTML widget: its place, as shares of width and height, goes to the kernel by a text field.
+CLICK = """
+const field = this.closest('.scaled-ql-clicked').querySelector('.scaled-ql-click input');
+field.value = event.offsetX / this.clientWidth + ' ' + event.offsetY / this.clientHeight;
+field.dispatchEvent(new Event('change', {bubbles: true}));
+"""
+
+
+class StateMapBrowser(widgets.VBox):
+    """See `state_map_browser`.
+
+    Attributes:
+        by: what the colours show.
+        state: row of the state that is shown.
+        clicked: where the map was clicked: shares of its width and height from the top left, in text.
+        picture, view, words: the map, the state's frames, the state in a sentence.
+    """
+
+    def __init__(self, states: StateMap):
+        """Show the state in the middle of the map."""
+        self._states, self._canvas = states, FigureCanvasAgg(Figure(figsize=(7.5, 5), dpi=80))
+        self.by = widgets.Dropdown(options=["value", "return", "game"], description="colour")
+        self.state = widgets.BoundedIntText(min=0, max=len(states.table) - 1, description="state")
+        self.clicked = widgets.Text()
+        hidden = widgets.Box([self.clicked], layout=widgets.Layout(display="none"))
+        hidden.add_class("scaled-ql-click")
+        self.picture, self.view, self.words = widgets.HTML(), widgets.Image(format="png", width=320), widgets.HTML()
+        places = states.table[["x", "y"]].to_numpy()
+        self.state.value = far_apart(places, 1)[0]
+        beside = widgets.VBox([self.view, self.words])
+        super().__init__([widgets.HBox([self.by, self.state]), widgets.HBox([self.picture, beside]), hidden])
+        self.add_class("scaled-ql-clicked")
+        self.by.observe(self._show, "value")
+        self.state.observe(self._show, "value")
+        self.clicked.observe(self._click, "value")
+        self._show()
+
+    def _click(self, _: object = None) -> None:
+        """Choose the state nearest to the click."""
+        across, down = map(float, self.clicked.value.split())
+        width, height = self._canvas.get_width_height()
+        clicked = np.array([across * width, (1 - down) * height])
+        places = self._axis.transData.transform(self._states.table[["x", "y"]].to_numpy())
+        self.state.value = int(np.linalg.norm(places - clicked, axis=1).argmin())
+
+    def _show(self, _: object = None) -> None:
+        table, row = self._states.table, self.state.value
+        state, figure = table.iloc[row], self._canvas.figure
+        figure.clear()
+        self._axis = figure.add_subplot()
+        scatter_states(self._axis, table, self.by.value)
+        self._axis.plot(state["x"], state["y"], "o", ms=13, mfc="none", mec="#d55e00", mew=2.5)
+        self._canvas.draw()
+        words = (
+            f"{state['game']}, transition {state['time']:,}: value {state['value']:.2f}, "
+            f"discounted return that followed {state['return']:.2f}"
+        )
+        data = base64.b64encode(to_picture(np.asarray(self._canvas.buffer_rgba())[..., :3])).decode()
+        alternative = f"map of {len(table)} states coloured by {self.by.value}; marked: {words}"
+        self.picture.value = (
+            f'<img src="data:image/png;base64,{data}" alt="{html.escape(alternative)}" onclick="{html.escape(CLICK)}" '
+            'style="cursor: crosshair; max-width: none">'
+        )
+        older, newer = (np.concatenate(list(pair), axis=1) for pair in np.split(self._states.stacks[row], 2))
+        self.view.value = to_picture(np.concatenate([older, newer]).repeat(2, 0).repeat(2, 1))
+        self.words.value = f'<div role="status">{html.escape(words)}; oldest frame first</div>'
+
+
+def to_picture(picture: np.ndarray) -> bytes:
+    """Encode uint8 [H, W] or [H, W, 3] as PNG, quickly."""
+    buffer = io.BytesIO()
+    Picture.fromarray(np.ascontiguousarray(picture)).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def state_map_browser(states: StateMap) -> StateMapBrowser:
+    """A map of states in JupyterLab: a click, or the number of a state, opens its frames."""
+    return StateMapBrowser(states)
+
+
+def show_state_map(states: StateMap, frames: int = 6) -> None:
+    """The static twin of `state_map_browser`, with an alternative text: three colourings and some states' frames."""
+    table = states.table
+    rows = far_apart(table[["x", "y"]].to_numpy(), frames)
+    figure = state_map(table, states.explained, {row: states.stacks[row, -1] for row in rows})
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=90)
+    plt.close(figure)
+    together = table[["value", "return"]].corr().iloc[0, 1]
+    show_picture(
+        buffer.getvalue(),
+        f"Map of {len(table)} states of {', '.join(table['game'].unique())} by the first two principal components of "
+        f"the agent's features, {states.explained.sum():.0%} of their variance, coloured by value, return and game. "
+        f"Correlation of value and return: {together:.2f}.",
+    )

@@ -5,6 +5,7 @@ from contextlib import closing
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from scaled_ql.environments import MAX_STEPS, STACK_SIZE, make_vector_environment
 from scaled_ql.evaluation import QFunction
@@ -170,3 +171,40 @@ def telling_moments(episode: Episode, look: Look) -> dict[str, int]:
     if len(rewarded):
         moments["before the first reward"] = int(rewarded[0])
     return dict(sorted(moments.items(), key=lambda item: item[1]))
+
+
+def disagreements(episode: Episode, first: Look, second: Look, apart: int = 8) -> pd.DataFrame:
+    """Where two agents would act differently on the same states, the clearest case first.
+
+    A case is clear if each agent thinks that the other's action costs much: cases are ordered by the product of the two
+    costs, which does not depend on the scale of either's values.
+
+    Args:
+        episode: whose states they are.
+        first, second: from `watch`.
+        apart: of cases less than so many steps apart, only the clearest is listed.
+
+    Returns:
+        columns step, first, second (names of their actions), first_cost, second_cost: by the agent's own values, of its
+        best action less that of the other's best action.
+    """
+    names, steps = np.array(action_names(episode.game)), np.flatnonzero(first.best != second.best)
+
+    def cost(own: Look, other: Look) -> np.ndarray:
+        return own.values[steps, own.best[steps]] - own.values[steps, other.best[steps]]
+
+    table = pd.DataFrame(
+        {
+            "step": steps,
+            "first": names[first.best[steps]],
+            "second": names[second.best[steps]],
+            "first_cost": cost(first, second),
+            "second_cost": cost(second, first),
+        }
+    )
+    table = table.iloc[np.argsort(-(table["first_cost"] * table["second_cost"]), kind="stable")]
+    kept: list[int] = []
+    for step in table["step"]:
+        if all(abs(step - other) >= apart for other in kept):
+            kept.append(step)
+    return table[table["step"].isin(kept)].reset_index(drop=True)

@@ -25,15 +25,18 @@ from scaled_ql.replay import Replay
 from scaled_ql.replay.views import View
 from scaled_ql.runs import Run
 
-AGENTS = ("agent_browser", "load_agent", "show_moments")  # need JAX, which notebooks about data do not load
+# They need JAX, which notebooks about data do not load.
+AGENTS = (
+    "agent_browser", "load_agent", "play_along", "show_moments", "show_picture", "show_state_map", "state_map_browser",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """What of `browsers` notebooks call."""
+    """What notebooks call of `browsers` and `play_along`."""
     if name in AGENTS:
-        from scaled_ql import browsers
+        from scaled_ql import browsers, play_along
 
-        return getattr(browsers, name)
+        return getattr(play_along if name == "play_along" else browsers, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -356,6 +356,9 @@ class Agents(Parameters):
     seed: Seed = 0
     max_steps: Count = 1_000
     dataset: str = ""
+    other: str = ""
+    other_step: Annotated[int, Field(ge=-1)] = -1
+    map_states: Annotated[int, Field(ge=4)] = 600
 
 
 class PaperReport(Parameters):

@@ -756,6 +756,72 @@ def frames(pictures: Mapping[str, np.ndarray]) -> Figure:
     return figure
 
 
+def taken_over(values: np.ndarray, rewards: np.ndarray, by: Sequence[str], label: str) -> Figure:
+    """The largest value over an episode that an agent and somebody else played in turns, their part shaded.
+
+    Args:
+        values: [T].
+        rewards: [T].
+        by: who chose each action; ``you`` is shaded.
+        label: name of the values.
+    """
+    figure, axis = plt.subplots(figsize=(11, 2.8))
+    steps, yours = np.arange(len(values)), np.array([who == "you" for who in by])
+    edges = np.flatnonzero(np.diff(yours.astype(int), prepend=0, append=0))
+    for first, stop in zip(edges[::2], edges[1::2]):
+        name = "you play" if first == edges[0] else None
+        axis.axvspan(first - 0.5, stop - 0.5, color="#e69f00", alpha=0.25, lw=0, label=name)
+    if len(at := steps[rewards != 0]):
+        axis.vlines(at, 0, 1, transform=axis.get_xaxis_transform(), color="#009e73", lw=1.5, alpha=0.7, label="reward")
+    axis.plot(steps, values, color="#0072b2", lw=1.3, label=f"largest {label}")
+    axis.set(xlabel="step", ylabel=label, xlim=(-0.5, len(values) - 0.5))
+    axis.grid(False, axis="x")
+    axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def scatter_states(axis: Axes, table: pd.DataFrame, by: str) -> None:
+    """Places x, y of states, coloured by a column: a game by its colour, a number on a scale from its 1% to its 99%."""
+    look = {"s": 14, "alpha": 0.8, "lw": 0}
+    if by == "game":
+        for game, color in game_colors(list(table["game"].unique())).items():
+            own = table[table["game"] == game]
+            axis.scatter(own["x"], own["y"], color=[color], label=game, **look)
+        axis.legend(fontsize="x-small", markerscale=1.5)
+    else:
+        low, high = np.quantile(table[by], [0.01, 0.99])  # a few large returns would leave all others in one colour
+        dots = axis.scatter(table["x"], table["y"], c=table[by], cmap="viridis", vmin=low, vmax=high, **look)
+        bar = axis.figure.colorbar(dots, ax=axis, extend="both")
+        bar.ax.tick_params(labelsize="x-small")
+    axis.set_title(by)
+    axis.tick_params(labelsize="x-small")
+
+
+def state_map(table: pd.DataFrame, explained: np.ndarray, shown: Mapping[int, np.ndarray]) -> Figure:
+    """A map of states, coloured by value, by return and by game, with the frames of some of them.
+
+    Args:
+        table: columns x, y, value, return, game.
+        explained: [2], share of the variance along x and y.
+        shown: frames [84, 84] by row of the table; numbered in the map in this order.
+    """
+    figure = plt.figure(figsize=(12.4, 6.4))
+    above, below = figure.subfigures(2, 1, height_ratios=(1.7, 1))
+    for axis, by in zip(above.subplots(1, 3), ("value", "return", "game")):
+        scatter_states(axis, table, by)
+        axis.set(xlabel=f"PC 1 ({explained[0]:.0%} of the variance)", ylabel=f"PC 2 ({explained[1]:.0%})")
+        for number, row in enumerate(shown, start=1):
+            place = (table["x"].iloc[row], table["y"].iloc[row])
+            box = {"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": "black", "lw": 0.8, "alpha": 0.85}
+            axis.annotate(str(number), place, fontsize="x-small", ha="center", va="center", bbox=box)
+    for number, (axis, (row, frame)) in enumerate(zip(below.subplots(1, len(shown)), shown.items()), start=1):
+        axis.imshow(frame, cmap="gray", vmin=0, vmax=255)
+        axis.set_axis_off()
+        state = table.iloc[row]
+        axis.set_title(f"{number}: value {state['value']:.2f}\nreturn {state['return']:.2f}", fontsize="small")
+    return figure
+
+
 def network(layers: pd.DataFrame, heads: Sequence[str]) -> Figure:
     """The network from left to right as in the paper's Figure 3, with each part's output and number of parameters.
 

@@ -75,18 +75,23 @@ class Agent:
     Attributes:
         name: notebook and name of its run, and the checkpoint's step, in words.
         step: gradient steps of the checkpoint.
+        checkpoints: steps of all checkpoints of its run when this one was read, ascending.
         games: games that it was trained on.
         atoms: float32 [N], the support of its return distributions; None if it has none.
         values_name: what its values are, such as ``Q(s, a)``.
         protocol: how its run evaluates: epsilon, sticky_actions, max_steps, mode, difficulty; for `episodes.play`.
+        discount: per step, of the returns that it predicts.
         dataset: what it was trained on, as its run names it; "" if it made its own experience.
     """
 
     def __init__(
-        self, name: str, step: int, games: Sequence[str], built: _Built, params: PyTree, p: parameters.Parameters
-    ):
+        self, name: str, step: int, games: Sequence[str], built: _Built, params: PyTree, p: parameters.Parameters,
+        checkpoints: Sequence[int],
+    ):  # fmt: skip
         self.name, self.step, self.games = f"{name}, step {step:,}", step, list(games)
+        self.checkpoints = sorted(checkpoints)
         self.atoms, self.values_name, self.protocol = built.atoms, built.method.values, _protocol(p)
+        self.discount: float = p.discount
         self.dataset = "" if getattr(p, "setting", "") == "online" else getattr(p, "dataset", "")
         self._built, self._params = built, params
         sizes = [len(action_names(game)) for game in self.games]
@@ -146,7 +151,7 @@ def _make_forward(built: _Built, num_actions: list[int]) -> Any:
 def _protocol(p: parameters.Parameters) -> dict[str, Any]:
     """How a run evaluates, as keyword arguments of `episodes.play`."""
     if isinstance(p, parameters.OnlineAgents):
-        protocol = {"epsilon": 0.001, "sticky_actions": 0.0, "max_steps": p.max_steps}
+        protocol = {"epsilon": 0.001, "sticky_actions": p.sticky_actions, "max_steps": p.max_steps}
     else:
         names = ("epsilon", "sticky_actions", "max_steps")
         protocol = {name: getattr(p, f"eval_{name}") for name in names}
@@ -179,7 +184,8 @@ def load_agent(run: str | Path, step: int | None = None, outputs: str | Path = "
     built = _online(p) if "learner" in about else _offline(p, transfer.Source(where, about, params))
     if built.method.preferences is None:
         raise runs.RunError(f"{name}: a network trained by {about['method']} cannot play. Choose another run.")
-    return Agent(name, int(where.name), about["games"], built, _fill(where, built, params, len(about["games"])), p)
+    filled, kept = _fill(where, built, params, len(about["games"])), training.checkpoint_steps(where.parent)
+    return Agent(name, int(where.name), about["games"], built, filled, p, kept)
 
 
 def _find(run: str | Path, home: Path) -> Path:

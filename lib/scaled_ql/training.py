@@ -860,6 +860,11 @@ class Checkpoints:
             )
 
 
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder of `Checkpoints`, ascending; none if it does not exist."""
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+
+
 def read_params(folder: str | Path, step: int | None = None) -> tuple[Path, dict[str, Any], dict[str, np.ndarray]]:
     """A checkpoint's parameters, whatever network they are of; the folder may be a running run's.
 
@@ -875,13 +880,13 @@ def read_params(folder: str | Path, step: int | None = None) -> tuple[Path, dict
         CheckpointError: there is none, or none of that step; it is not one of ours, or it is damaged.
     """
     folder = Path(folder).resolve()
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    steps = checkpoint_steps(folder)
     if not steps:
         raise CheckpointError(f"{folder}: there is no checkpoint. Name a run that has trained until its first one.")
     if step is not None and step not in steps:
-        kept = ", ".join(map(str, sorted(steps)))
+        kept = ", ".join(map(str, steps))
         raise CheckpointError(f"{folder}: there is no checkpoint of step {step}, only of {kept}. Choose one of these.")
-    where = folder / str(max(steps) if step is None else step)
+    where = folder / str(steps[-1] if step is None else step)
     try:
         stored = json.loads((where / "about" / "metadata").read_text(encoding="utf-8"))
         about = stored["run"]

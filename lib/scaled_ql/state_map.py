@@ -1,0 +1,77 @@
+"""A map of states: an agent's features of a recording's states, in two dimensions."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from scaled_ql.replay import Replay
+from scaled_ql.replay.returns import returns_to_go
+from scaled_ql.trained_agent import Agent
+
+
+class StateMap(NamedTuple):
+    """N states of a recording.
+
+    Attributes:
+        table: a row per state: game, time (index of its transition), x, y (place on the map), value (the largest of the
+            agent's), return (discounted sum of the clipped rewards that followed in the recording).
+        explained: float64 [2], share of the features' variance along x and along y.
+        stacks: uint8 [N, 4, 84, 84].
+    """
+
+    table: pd.DataFrame
+    explained: np.ndarray
+    stacks: np.ndarray
+
+
+def principal_components(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first two principal components, from [N, F], N and F at least 2.
+
+    Returns:
+        places float64 [N, 2], and the share of the variance along each. Of each axis the feature with the largest
+        weight has a positive one, so that the map does not flip.
+    """
+    centred = features.astype(np.float64) - features.mean(0, dtype=np.float64)
+    _, scale, axes = np.linalg.svd(centred, full_matrices=False)
+    axes = axes[:2]
+    axes *= np.sign(axes[np.arange(2), np.abs(axes).argmax(1)])[:, None]
+    return centred @ axes.T, np.square(scale[:2]) / max(np.square(scale).sum(), 1e-300)
+
+
+def map_states(agent: Agent, data: Replay, number: int, seed: int) -> StateMap:
+    """Draw states uniformly from each game that agent and recording share, and map them together.
+
+    Args:
+        agent: from `load_agent`.
+        data: an open store.
+        number: states in all, shared equally by the games.
+        seed: seed of the draw.
+
+    Raises:
+        ValueError: they share no game.
+    """
+    games = [game for game in agent.games if game in data.games]
+    if not games:
+        raise ValueError(f"{data.path} has {', '.join(data.games)}; {agent.name} plays {', '.join(agent.games)}.")
+    rng, tables, stacks, features = np.random.default_rng(seed), [], [], []
+    for game in games:
+        time = np.sort(data.draw(game, rng.random(max(2, number // len(games))), n_step=1))
+        stacks.append(np.moveaxis(data.batch(game, time, n_step=1).observation, -1, 1))
+        look = agent.look(game, stacks[-1])
+        features.append(look.features)
+        known = {"value": look.values.max(1), "return": returns_to_go(data, game, agent.discount)[time]}
+        tables.append(pd.DataFrame({"game": game, "time": time} | known))
+    places, explained = principal_components(np.concatenate(features))
+    table = pd.concat(tables, ignore_index=True).assign(x=places[:, 0], y=places[:, 1])
+    return StateMap(table, explained, np.concatenate(stacks))
+
+
+def far_apart(places: np.ndarray, number: int) -> list[int]:
+    """Rows of places [N, 2] that cover a map: the nearest to its middle, then each the farthest from those before."""
+    distance = np.linalg.norm(places - places.mean(0), axis=1)
+    rows = [int(distance.argmin())]
+    while len(rows) < min(number, len(places)):
+        nearest = np.linalg.norm(places[:, None] - places[rows], axis=-1).min(1)
+        rows.append(int(nearest.argmax()))
+    return rows
