@@ -125,8 +125,22 @@ def test_a_damaged_run_is_refused(outputs: Path) -> None:
         explore.load_agent(folder)
     stored.write_text(documents.dump(values))
     largest = max((folder / "checkpoints" / "20" / "state").rglob("*"), key=lambda file: file.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 255
-    largest.write_bytes(content)
+    content = np.frombuffer(largest.read_bytes(), np.uint8).copy()
+    content[::97] ^= 255  # wherever the parameters are in it
+    largest.write_bytes(content.tobytes())
     with pytest.raises(training.CheckpointError, match=r"Move this folder elsewhere|cannot be read as a checkpoint"):
+        explore.load_agent(folder)
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"method": "mae", "encoder": "vit_narrow"}, "cannot play"),
+        ({"method": "dt", "transformer": "tiny", "sequence_length": 2}, "sees the last 2 steps of an episode"),
+    ],
+)
+def test_what_is_no_player_of_single_states_is_refused(tmp_path: Path, values: dict, said: str) -> None:
+    folder = tmp_path / "04_scaled_training" / "run"
+    write_run(folder, ["Pong"], **values, subtract_mean_frames=False)
+    with pytest.raises(RunError, match=said):
         explore.load_agent(folder)

@@ -184,6 +184,11 @@ def load_agent(run: str | Path, step: int | None = None, outputs: str | Path = "
     built = _online(p) if "learner" in about else _offline(p, transfer.Source(where, about, params))
     if built.method.preferences is None:
         raise runs.RunError(f"{name}: a network trained by {about['method']} cannot play. Choose another run.")
+    if built.method.memory:
+        raise runs.RunError(
+            f"{name}: a network trained by {about['method']} sees the last {built.method.memory} steps of an episode, "
+            "an agent here one state alone. Its run evaluates and films it. Choose a run of a Q-network or a clone."
+        )
     filled, kept = _fill(where, built, params, len(about["games"])), training.checkpoint_steps(where.parent)
     return Agent(name, int(where.name), about["games"], built, filled, p, kept)
 
