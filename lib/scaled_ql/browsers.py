@@ -29,7 +29,7 @@ from scaled_ql.state_map import StateMap, far_apart
 from scaled_ql.trained_agent import Agent, Look, load_agent
 
 __all__ = [
-    "Moments", "agent_browser", "load_agent", "show_moments", "show_picture", "show_state_map", "state_map_browser",
+    "Moments", "agent_browser", "load_agent", "show_figure", "show_moments", "show_state_map", "state_map_browser",
 ]  # fmt: skip
 
 
@@ -192,6 +192,14 @@ def show_picture(png: bytes, words: str) -> None:
     """Show a picture with an alternative text, which reports drop from an output of type PNG."""
     data = base64.b64encode(png).decode()
     display(HTML(f'<img src="data:image/png;base64,{data}" alt="{html.escape(words)}" style="max-width: 100%">'))
+
+
+def show_figure(figure: Figure, words: str) -> None:
+    """Show a figure, and close it, with an alternative text."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    show_picture(buffer.getvalue(), words)
 
 
 def show_moments(agents: Sequence[Agent], episode: Episode, steps: Sequence[int] = ()) -> None:
@@ -416,12 +424,9 @@ def show_state_map(states: StateMap, frames: int = 6) -> None:
     table = states.table
     rows = far_apart(table[["x", "y"]].to_numpy(), frames)
     figure = state_map(table, states.explained, {row: states.stacks[row, -1] for row in rows})
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=90)
-    plt.close(figure)
     together = table[["value", "return"]].corr().iloc[0, 1]
-    show_picture(
-        buffer.getvalue(),
+    show_figure(
+        figure,
         f"Map of {len(table)} states of {', '.join(table['game'].unique())} by the first two principal components of "
         f"the agent's features, {states.explained.sum():.0%} of their variance, coloured by value, return and game. "
         f"Correlation of value and return: {together:.2f}.",

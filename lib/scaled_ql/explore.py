@@ -27,7 +27,7 @@ from scaled_ql.runs import Run
 
 # They need JAX, which notebooks about data do not load.
 AGENTS = (
-    "agent_browser", "load_agent", "play_along", "show_moments", "show_picture", "show_state_map", "state_map_browser",
+    "agent_browser", "load_agent", "play_along", "show_figure", "show_moments", "show_state_map", "state_map_browser",
 )  # fmt: skip
 
 
