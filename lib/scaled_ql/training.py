@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,8 +114,12 @@ def make_optimizer(
     adam_epsilon: float = ADAM_EPSILON,
     decay_steps: int = 0,
     frozen: tuple[str, ...] = (),
+    *,
+    kind: Literal["adam", "lamb"] = "adam",
+    warmup_steps: int = 0,
+    max_grad_norm: float = 0.0,
 ) -> Optimizer:
-    """Adam; its learning rate is constant, or falls linearly to 0 over `decay_steps`.
+    """Adam or LAMB; the learning rate is constant, or falls linearly to 0 over `decay_steps`.
 
     The paper does not give epsilon. Its single-game ancestors use 0.01 / 32 at batch 32; the same rule gives 0.01 / 512
     for the paper's batch. Either can exceed the head's gradients by far: see `epsilon_warning`.
@@ -126,12 +130,21 @@ def make_optimizer(
         decay_steps: steps until the learning rate is 0; 0: it is constant.
         frozen: names of parameters, or of parts of the network, that are not updated and have neither gradients nor
             moments: ``("behaviour",)`` in BCQ, ``("encoder", "embedding")`` or ``("q/encoder",)`` in transfer.
+        kind: ``lamb`` scales Adam's step of each array by the array's norm (You et al., 2020), for the large batches of
+            transformers.
+        warmup_steps: steps in which the learning rate rises linearly from 0; they count among `decay_steps`.
+        max_grad_norm: longer gradients, of all trained parameters together, are shortened to it; 0: none is.
 
     Raises:
         ValueError: when the state is made, a frozen name is not among the parameters, or all of them are frozen.
     """
     rate = optax.linear_schedule(learning_rate, 0.0, decay_steps) if decay_steps else learning_rate
-    adam = optax.adam(rate, eps=adam_epsilon)
+    if warmup_steps:
+        steady = rate if decay_steps else optax.constant_schedule(rate)
+        rate = lambda step: steady(step) * jnp.minimum(step / warmup_steps, 1)  # noqa: E731
+    adam = {"adam": optax.adam, "lamb": optax.lamb}[kind](rate, eps=adam_epsilon)
+    if max_grad_norm:
+        adam = optax.chain(optax.clip_by_global_norm(max_grad_norm), adam)
     if not frozen:
         return Optimizer(*adam)
 
