@@ -226,6 +226,24 @@ def test_a_warm_up_comes_first_and_weights_decay_as_in_adamw():
     np.testing.assert_allclose(steps, [0, -0.05, -0.1, -0.1], atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["adam", "lamb"])
+def test_a_rate_rises_falls_and_a_long_gradient_is_cut(kind):
+    """Adam's step of a constant gradient is the rate; LAMB's is the rate times the parameter's norm, per its length."""
+    params, gradients = {"w": jnp.full(4, 3.0)}, {"w": jnp.full(4, 50.0)}
+    for cut in (0.0, 1.0):
+        optimizer = training.make_optimizer(0.1, 1e-8, 8, kind=kind, warmup_steps=2, max_grad_norm=cut)
+        state, steps = optimizer.init(params), []
+        for _ in range(4):
+            updates, state = optimizer.update(gradients, state, params)
+            steps.append(float(updates["w"][0]))
+        scale = 3.0 if kind == "lamb" else 1.0
+        np.testing.assert_allclose(steps, scale * np.array([0, -0.05, -0.1, -0.1 * 5 / 6]), rtol=1e-4)
+        first = training.make_optimizer(0.1, 1.0, kind="adam", max_grad_norm=cut)
+        update = first.update(gradients, first.init(params), params)[0]["w"][0]
+        size = 0.5 if cut else 50.0  # a gradient of norm 100, cut to norm 1
+        assert update == pytest.approx(-0.1 * size / (size + 1), rel=1e-4)
+
+
 def test_epsilon_warning():
     said = training.epsilon_warning(2.8e-6, 3.125e-4)
     assert said == (

@@ -209,10 +209,12 @@ class ScaledTraining(Parameters):
     scale_rewards: Literal["auto", "yes", "no"] = "auto"
     dr3: Annotated[float, Field(ge=0)] = 0.0
     random_shift: Annotated[int, Field(ge=0, le=42)] = 0
+    optimizer: Literal["adam", "lamb"] = "adam"
     learning_rate: Annotated[float, Field(gt=0)] = defaults.LEARNING_RATE
-    decay_learning_rate: bool = False
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    decay_learning_rate: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0)] = 0.0
     adam_epsilon: Annotated[float, Field(gt=0)] = defaults.ADAM_EPSILON
     target_update_period: Count = defaults.TARGET_UPDATE_PERIOD
     games_per_batch: Count = 128

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,10 +114,13 @@ def make_optimizer(
     adam_epsilon: float = ADAM_EPSILON,
     decay_steps: int = 0,
     frozen: tuple[str, ...] = (),
+    *,
+    kind: Literal["adam", "lamb"] = "adam",
     warmup_steps: int = 0,
     weight_decay: float = 0.0,
+    max_grad_norm: float = 0.0,
 ) -> Optimizer:
-    """Adam; its learning rate is constant, or falls linearly to 0 until `decay_steps`, after a warm-up.
+    """Adam or LAMB; the learning rate is constant, or falls linearly to 0 until `decay_steps`, after a warm-up.
 
     The paper does not give epsilon. Its single-game ancestors use 0.01 / 32 at batch 32; the same rule gives 0.01 / 512
     for the paper's batch. Either can exceed the head's gradients by far: see `epsilon_warning`.
@@ -128,9 +131,12 @@ def make_optimizer(
         decay_steps: the step at which the learning rate is 0 again; 0: it stays constant.
         frozen: names of parameters, or of parts of the network, that are not updated and have neither gradients nor
             moments: ``("behaviour",)`` in BCQ, ``("encoder", "embedding")`` or ``("q/encoder",)`` in transfer.
+        kind: ``lamb`` scales Adam's step of each array by the array's norm (You et al., 2020), for the large batches of
+            transformers.
         warmup_steps: steps over which the learning rate rises linearly from 0.
         weight_decay: share of a kernel that is subtracted from it in every step, times the learning rate (AdamW,
             Loshchilov & Hutter, 2019); what is not named a kernel keeps its size: biases, scales, mean frames.
+        max_grad_norm: longer gradients, of all trained parameters together, are shortened to it; 0: none is.
 
     Raises:
         ValueError: when the state is made, a frozen name is not among the parameters, or all of them are frozen.
@@ -139,10 +145,13 @@ def make_optimizer(
     if warmup_steps:
         after = rate if decay_steps else optax.constant_schedule(learning_rate)
         rate = optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup_steps), after], [warmup_steps])
-    adam = optax.adam(rate, eps=adam_epsilon)
+    decay = {}
     if weight_decay:
         kernels = partial(jax.tree_util.tree_map_with_path, lambda path, _: _path_name(path).endswith("kernel"))
-        adam = optax.adamw(rate, eps=adam_epsilon, weight_decay=weight_decay, mask=kernels)
+        decay = {"weight_decay": weight_decay, "mask": kernels}
+    adam = {"adam": optax.adamw if decay else optax.adam, "lamb": optax.lamb}[kind](rate, eps=adam_epsilon, **decay)
+    if max_grad_norm:
+        adam = optax.chain(optax.clip_by_global_norm(max_grad_norm), adam)
     if not frozen:
         return Optimizer(*adam)
 
