@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scipy import special
 
 from scaled_ql import networks
 from scaled_ql.networks.transformer import token_mask
@@ -76,7 +77,7 @@ def by_hand(net, frames, first_return, action, reward):
         return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * layer["scale"] + layer["bias"]
 
     def gelu(x):
-        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+        return x * (1 + special.erf(x / np.sqrt(2))) / 2
 
     per_step, outputs = net.per_step, ([], [], [])
     for row in range(len(action)):
@@ -92,15 +93,15 @@ def by_hand(net, frames, first_return, action, reward):
         x = np.array(tokens) + tree["position"][: len(tokens)]
         mask = token_mask(action.shape[1], bool(net.num_returns))
         for block in tree["blocks"].values():
-            q, k, v = np.split(dense(block["qkv"], norm(block["norm1"], x)), 3, axis=1)
+            q, k, v = np.split(dense(block["attention"], norm(block["norm1"], x)), 3, axis=1)
             seen = np.zeros_like(x)
             for head in range(2):
                 part = slice(64 * head, 64 * head + 64)
                 for token in range(len(x)):
                     weights = np.exp(k[mask[token]][:, part] @ q[token, part] / 8)
                     seen[token, part] = weights @ v[mask[token]][:, part] / weights.sum()
-            x = x + dense(block["project"], seen)
-            x = x + dense(block["contract"], gelu(dense(block["expand"], norm(block["norm2"], x))))
+            x = x + dense(block["projection"], seen)
+            x = x + dense(block["contraction"], gelu(dense(block["expansion"], norm(block["norm2"], x))))
         x = norm(tree["norm"], x)
         if net.num_returns:
             outputs[0].append(dense(tree["return_head"], x[35::per_step]))

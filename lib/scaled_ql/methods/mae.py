@@ -18,7 +18,7 @@ from scaled_ql import losses
 from scaled_ql.methods import common
 from scaled_ql.methods.common import Method, Metrics, Objective, PyTree
 from scaled_ql.networks import count_parameters, layers, make_encoder
-from scaled_ql.networks.layers import Dtype, TransformerBlock, channels_to_squares, pixels, run_blocks
+from scaled_ql.networks.layers import Dtype, TransformerBlock, channels_to_squares, pixels, run_blocks, xavier
 from scaled_ql.networks.vit import PATCH, ViT, patches, sine_positions
 from scaled_ql.replay.batch import Batch
 
@@ -44,7 +44,7 @@ class MaskedAutoencoder(nnx.Module):
             raise ValueError(f"a masked autoencoder's encoder must be a ViT, such as vit_base, got {encoder!r}.")
         heads = round(self.encoder.width / 48)
         self.width = 32 * heads
-        linear = partial(nnx.Linear, kernel_init=nnx.initializers.xavier_uniform(), dtype=dtype, rngs=rngs)
+        linear = partial(nnx.Linear, kernel_init=xavier, dtype=dtype, rngs=rngs)
         self.narrowing = linear(self.encoder.width, self.width)
         self.mask_token = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (self.width,)))
         depth = round(2 / 3 * self.encoder.depth)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 Dtype = Any
+xavier = nnx.initializers.xavier_uniform()
 
 
 def pixels(observation: jax.Array, game: jax.Array, mean_frames: jax.Array | None, dtype: Dtype) -> jax.Array:
@@ -57,27 +58,35 @@ def run_block(block: nnx.Module, *inputs: jax.Array | None, remat: bool) -> jax.
 class TransformerBlock(nnx.Module):
     """Self-attention and a GELU layer of four times the width, each normalised before and added to its input.
 
-    Kernels start as Xavier's, uniform, and biases at 0, as in He et al. (2021); GELU is the exact one.
+    Kernels start as Xavier's, uniform, in a ViT (He et al., 2021); biases at 0; GELU is the exact one.
     """
 
-    def __init__(self, width: int, heads: int, *, dtype: Dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, heads: int, *, kernel_init: nnx.Initializer = xavier,
+        dropout: float = 0.0, dtype: Dtype, rngs: nnx.Rngs,
+    ):  # fmt: skip
         if width % heads:
             raise ValueError(f"a width of {width} cannot be divided among {heads} attention heads.")
-        self.heads = heads
+        self.heads, self.dropout = heads, nnx.Dropout(dropout)
         norm = partial(nnx.LayerNorm, width, epsilon=1e-6, dtype=dtype, rngs=rngs)
-        linear = partial(nnx.Linear, kernel_init=nnx.initializers.xavier_uniform(), dtype=dtype, rngs=rngs)
+        linear = partial(nnx.Linear, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
         self.norm1, self.attention, self.projection = norm(), linear(width, 3 * width), linear(width, width)
         self.norm2, self.expansion, self.contraction = norm(), linear(width, 4 * width), linear(4 * width, width)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
         """[B, T, width] -> the same shape.
 
         Args:
             x: tokens.
             mask: bool, broadcast to [B, heads, T, T]: whether a token (row) attends to another one (column); None:
                 to all.
+            key: of the dropout of attention's and the layer's outputs; None: nothing is dropped.
         """
-        query, key, value = jnp.split(self.attention(self.norm1(x)).reshape(*x.shape[:2], 3 * self.heads, -1), 3, 2)
-        attended = jax.nn.dot_product_attention(query, key, value, mask=mask)  # softmax in float32
-        x = x + self.projection(attended.reshape(x.shape))
-        return x + self.contraction(nnx.gelu(self.expansion(self.norm2(x)), approximate=False))
+        first, second = (None, None) if key is None else jax.random.split(key)
+        query, keys, value = jnp.split(self.attention(self.norm1(x)).reshape(*x.shape[:2], 3 * self.heads, -1), 3, 2)
+        attended = jax.nn.dot_product_attention(query, keys, value, mask=mask)  # softmax in float32
+        x = x + self._dropped(self.projection(attended.reshape(x.shape)), first)
+        return x + self._dropped(self.contraction(nnx.gelu(self.expansion(self.norm2(x)), approximate=False)), second)
+
+    def _dropped(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        return self.dropout(x, deterministic=key is None, rngs=key)

@@ -10,10 +10,10 @@ from flax import nnx
 
 from scaled_ql.defaults import DROPOUT, RETURN_HIGH, RETURN_LOW, TRANSFORMERS
 from scaled_ql.games import NUM_ACTIONS
-from scaled_ql.networks.layers import Dtype, run_block, squares_to_channels
+from scaled_ql.networks.layers import Dtype, TransformerBlock, run_block, squares_to_channels
 from scaled_ql.networks.q_network import count_parameters, layers
+from scaled_ql.networks.vit import PATCH
 
-PATCH = 14  # pixels a side
 PATCHES = (84 // PATCH) ** 2  # of a frame
 NUM_REWARDS = 4  # tokens: no reward, positive, end of the game, negative
 normal = nnx.initializers.normal(0.02)
@@ -52,40 +52,6 @@ def token_mask(length: int, has_returns: bool) -> np.ndarray:
     return (causal | same_frame) & ~(is_return & (step > 0))
 
 
-class Block(nnx.Module):
-    """Pre-normalised attention and MLP, each with a shortcut (GPT-2); heads of width / `heads` features."""
-
-    def __init__(self, width: int, heads: int, num_layers: int, *, dropout: float, dtype: Dtype, rngs: nnx.Rngs):
-        self.heads = heads
-        init = nnx.initializers.variance_scaling(2 / num_layers, "fan_in", "truncated_normal")
-
-        def linear(inputs: int, outputs: int) -> nnx.Linear:
-            return nnx.Linear(inputs, outputs, kernel_init=init, dtype=dtype, rngs=rngs)
-
-        self.norm1, self.norm2 = (nnx.LayerNorm(width, dtype=dtype, rngs=rngs) for _ in range(2))
-        self.qkv, self.project = linear(width, 3 * width), linear(width, width)
-        self.expand, self.contract = linear(width, 4 * width), linear(4 * width, width)
-        self.dropout = nnx.Dropout(dropout)
-
-    def __call__(self, x: jax.Array, mask: jax.Array, key: jax.Array | None) -> jax.Array:
-        """[B, tokens, width] -> the same shape.
-
-        Args:
-            x: [B, tokens, width].
-            mask: bool [tokens, tokens], true where a row's token sees a column's.
-            key: of the dropout; None: nothing is dropped.
-        """
-        first, second = (None, None) if key is None else jax.random.split(key)
-        size, tokens, width = x.shape
-        q, k, v = jnp.split(self.qkv(self.norm1(x)).reshape(size, tokens, 3 * self.heads, -1), 3, axis=2)
-        seen = jax.nn.dot_product_attention(q, k, v, mask=mask[None, None])
-        x = x + self._dropped(self.project(seen.reshape(size, tokens, width)), first)
-        return x + self._dropped(self.contract(nnx.gelu(self.expand(self.norm2(x)))), second)
-
-    def _dropped(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        return self.dropout(x, deterministic=key is None, rngs=key)
-
-
 class DecisionTransformer(nnx.Module):
     """A causal transformer over T steps of 36 patches, a return, an action and a reward each.
 
@@ -117,8 +83,9 @@ class DecisionTransformer(nnx.Module):
         self.returns = table(num_returns) if num_returns else None
         self.actions, self.rewards = table(NUM_ACTIONS), table(NUM_REWARDS)
         self.dropout = nnx.Dropout(dropout)
-        how = {"dropout": dropout, "dtype": dtype, "rngs": rngs}
-        self.blocks = nnx.List(Block(width, heads, num_layers, **how) for _ in range(num_layers))
+        init = nnx.initializers.variance_scaling(2 / num_layers, "fan_in", "truncated_normal")
+        how = {"kernel_init": init, "dropout": dropout, "dtype": dtype, "rngs": rngs}
+        self.blocks = nnx.List(TransformerBlock(width, heads, **how) for _ in range(num_layers))
         self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
         self.return_head = nnx.Linear(width, num_returns, rngs=rngs) if num_returns else None
         self.action_head = nnx.Linear(width, NUM_ACTIONS, rngs=rngs)
@@ -156,7 +123,7 @@ class DecisionTransformer(nnx.Module):
         x = self._embedded(frames, first_return, action, reward).reshape(size, length * self.per_step, -1)
         x = (x + self.position[...][: x.shape[1]]).astype(self.dtype)
         x = self.dropout(x, deterministic=key is None, rngs=keys[-1])
-        mask = jnp.asarray(token_mask(length, bool(self.num_returns)))
+        mask = jnp.asarray(token_mask(length, bool(self.num_returns)))[None, None]
         for block, of_block in zip(self.blocks, keys):
             x = run_block(block, x, mask, of_block, remat=self.remat)
         x = self.norm(x).reshape(size, length, self.per_step, -1).astype(jnp.float32)  # so that logits are not rounded

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from scaled_ql.networks.layers import Dtype, TransformerBlock, run_blocks, squares_to_channels
+from scaled_ql.networks.layers import Dtype, TransformerBlock, run_blocks, squares_to_channels, xavier
 
 PATCH = 14  # pixels; the 16 of the literature do not divide 84
 
@@ -53,7 +53,6 @@ class ViT(nnx.Module):
     ):  # fmt: skip
         del group_size  # the family has no group normalisation
         self.width, self.depth, self.remat, self.dtype = width, depth, remat, dtype
-        xavier = nnx.initializers.xavier_uniform()
         self.patch = nnx.Linear(PATCH**2 * channels, width, kernel_init=xavier, dtype=dtype, rngs=rngs)
         self.class_token = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (width,)))
         self.blocks = nnx.Sequential(*(TransformerBlock(width, heads, dtype=dtype, rngs=rngs) for _ in range(depth)))
