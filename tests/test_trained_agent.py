@@ -8,7 +8,7 @@ from written import write_online_run, write_run
 
 from scaled_ql import documents, explore, losses, training
 from scaled_ql.games import action_names
-from scaled_ql.parameters import ParameterError
+from scaled_ql.parameters import ParameterError, check
 from scaled_ql.runs import RunError
 
 GAMES = ["Breakout", "Pong"]
@@ -94,6 +94,19 @@ def test_independent_online_agents_play_their_own_games(outputs: Path) -> None:
         used = len(action_names(game))
         expected = np.asarray(losses.expected_q(by_hand(own[number], STACKS[:2], 0), agent.atoms))[:, :used]
         np.testing.assert_allclose(agent.look(game, STACKS[:2]).values, expected, atol=1e-5)
+
+
+def test_a_transferred_agent_plays_its_variant_with_the_networks_own_support(outputs: Path) -> None:
+    folder = outputs / "06_transfer" / "variant"
+    (network,) = write_run(folder, ["Breakout"])
+    values = {"run": "variant", "game": "Breakout", "mode": 12, "setting": "online", "eval_epsilon": 0.2}
+    p = check("06_transfer", {"adam_epsilon": 1e-5, "v_min": -1.0, "v_max": 3.0} | values)
+    (folder / "parameters.yaml").write_text(documents.dump(p.model_dump()))
+    agent = explore.load_agent("06_transfer/variant", outputs=outputs)
+    assert (agent.protocol["mode"], agent.protocol["difficulty"], agent.protocol["epsilon"]) == (12, None, 0.2)
+    assert agent.dataset == "", "it made its own experience"
+    expected = softmax(by_hand(network, STACKS[:2], 0))[:, :4] @ [-1, 0, 1, 2, 3]
+    np.testing.assert_allclose(agent.look("Breakout", STACKS[:2]).values, expected, atol=1e-5)
 
 
 def test_what_cannot_be_loaded_is_named_with_a_remedy(outputs: Path, c51: list, tmp_path: Path) -> None:

@@ -47,7 +47,9 @@ class Steps(widgets.HBox):
             button.disabled = not len(steps)
 
     def _button(self, name: str) -> widgets.Button:
-        button = widgets.Button(description=f"next {name}", tooltip=f"jump to the next {name}")
+        button = widgets.Button(
+            description=f"next {name}", tooltip=f"jump to the next {name}", layout=widgets.Layout(width="auto")
+        )
 
         def jump(_: object) -> None:
             self.slider.value = next_event(self._events[name], self.slider.value)

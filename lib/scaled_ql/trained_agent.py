@@ -93,9 +93,13 @@ class Agent:
         self.atoms, self.values_name, self.protocol = built.atoms, built.method.values, _protocol(p)
         self.discount: float = p.discount
         self.dataset = "" if getattr(p, "setting", "") == "online" else getattr(p, "dataset", "")
-        self._built, self._params = built, params
+        own = built.own_networks
+        self._parts = {
+            game: (jax.tree.map(lambda x, number=number: x[number], params), 0) if own else (params, number)
+            for number, game in enumerate(self.games)
+        }
         sizes = [len(action_names(game)) for game in self.games]
-        shared = None if built.own_networks else _make_forward(built, sizes)
+        shared = None if own else _make_forward(built, sizes)
         self._forwards = {game: shared or _make_forward(built, [size]) for game, size in zip(self.games, sizes)}
 
     def __repr__(self) -> str:
@@ -113,9 +117,7 @@ class Agent:
         """
         if game not in self._forwards:
             raise ValueError(f"{self.name} does not play {game!r}; it was trained on {', '.join(self.games)}.")
-        number = self.games.index(game)
-        own = self._built.own_networks
-        params, head = (jax.tree.map(lambda x: x[number], self._params), 0) if own else (self._params, number)
+        params, head = self._parts[game]
         size = 1 if len(stacks) == 1 else TOGETHER
         padded = np.concatenate([stacks, np.zeros((-len(stacks) % size, *stacks.shape[1:]), np.uint8)])
         heads = np.full(size, head, np.int32)
