@@ -35,6 +35,7 @@ def outputs(tmp_path: Path) -> Path:
     (write(tmp_path, training, "killed", "running", alpha=1.0) / "metrics.jsonl").write_text('{"step": 30}\n')
     write(tmp_path, training, "broken", "failed")
     write(tmp_path, "06_transfer", "seed0", "finished", {"games": {"Qbert": {"agent_return": 321.09}}}, dataset="x")
+    write(tmp_path, "03_data_exploration", "data", "finished", {"games": [{"game": "Pong", "transitions": 3}]})
     return tmp_path
 
 
@@ -44,15 +45,18 @@ def call(outputs: Path, *arguments: object, **more: str) -> Result:
 
 def test_states_scores_and_differences(outputs: Path) -> None:
     table = run_table.gather(outputs)
-    assert table["run"].tolist() == ["seed0", "broken", "killed", "seed1", "seed0"], "the one updated last first"
-    assert table["state"].tolist() == ["finished", "failed", "stopped", "finished", "finished"]
+    assert table["run"].tolist() == ["data", "seed0", "broken", "killed", "seed1", "seed0"], (
+        "the one updated last first"
+    )
+    assert table["state"].tolist() == ["finished", "finished", "failed", "stopped", "finished", "finished"]
     words = run_table.in_words(table, now=1e9 + 3 * 86_400)
     assert words["differs"].tolist() == [
         "",
+        "",
         *(f"alpha {a}, seed {s}" for s, a in ((0, 0.05), (0, 1.0), (1, 0.05), (0, 0.05))),
     ]
-    assert words["score"].tolist() == ["Qbert 321.1", "", "", "50.0%", "40.0%"]
-    assert words["progress"].tolist() == ["", "30 of 40", "30 of 40", "", ""]
+    assert words["score"].tolist() == ["", "Qbert 321.1", "", "", "50.0%", "40.0%"]
+    assert words["progress"].tolist() == ["", "", "30 of 40", "30 of 40", "", ""]
     assert set(words["age"]) == {"2 d"}
 
 
@@ -69,7 +73,7 @@ def test_the_command_lists_and_filters(outputs: Path) -> None:
     assert (row["run"], row["done"], row["total"], row["parameters"]["alpha"]) == ("killed", 30, 40, 1.0)
     assert row["updated"].startswith("2001-09-09T")
     everything = call(outputs, "runs")
-    assert everything.exit_code == 0 and "5 runs" in everything.output and "Qbert 321.1" in everything.output
+    assert everything.exit_code == 0 and "6 runs" in everything.output and "Qbert 321.1" in everything.output
     nothing = call(outputs, "runs", "--state", "finisht")
     assert "no runs with state 'finisht'; there are failed, finished, stopped" in nothing.output
     assert call(outputs / "absent", "runs").exit_code == 0

@@ -20,10 +20,16 @@ def last_score(folder: Path) -> str:
 
     A game whose episodes were mostly truncated has no score.
     """
-    games = runs.read_json(folder / "summary.json").get("games", {})
+    games = _games(runs.read_json(folder / "summary.json"))
     scores = [row.get("human-normalised %") for row in games.values()]
     known = [score for score in scores if score is not None]
     return f"{metrics.iqm(known):.1f}%" if known else ""
+
+
+def _games(summary: dict[str, Any]) -> dict[str, dict]:
+    """What a summary says of each game that was played; reports about data list games otherwise."""
+    games = summary.get("games", {})
+    return games if isinstance(games, dict) else {}
 
 
 def describe(folder: Path) -> dict[str, str]:
@@ -63,7 +69,7 @@ def gather(outputs: Path) -> pd.DataFrame:
                 row | {"state": "unreadable", "error": str(error), "score": "", "parameters": {}, "returns": {}}
             )
             continue
-        played = {game: of.get("agent_return") for game, of in summary.get("games", {}).items() if isinstance(of, dict)}
+        played = {game: of.get("agent_return") for game, of in _games(summary).items()}
         row |= {name: status.get(name) for name in ("done", "total", "updated")} | {"error": status.get("error", "")}
         rows.append(row | {"returns": {game: mean for game, mean in played.items() if mean is not None}})
     columns = ["notebook", "run", "state", "done", "total", "updated", "score", "returns", "parameters", "error"]
@@ -157,7 +163,7 @@ def compare_scores(folders: Sequence[Path]) -> pd.DataFrame:
     rows: dict[str, dict[str, str]] = {}
     for folder in folders:
         summary = runs.read_json(folder / "summary.json")
-        for game in summary.get("games", {}):
+        for game in _games(summary):
             file = folder / "evaluation" / f"step-{summary.get('steps')}" / f"{game}.csv"
             if file.exists():
                 returns = pd.read_csv(file)["episode_return"]
