@@ -75,6 +75,18 @@ def test_a_run_does_not_change_its_parameters(tmp_path: Path) -> None:
     runs.start("01_data_collection", namespace(tmp_path, run="b", seed=5)).finish({})
 
 
+def test_a_run_from_before_a_parameter_existed_had_its_default(tmp_path: Path) -> None:
+    run = runs.start("01_data_collection", namespace(tmp_path, run="a", seed=4))
+    run.finish({})
+    file = run.folder / "parameters.yaml"
+    lines = [line for line in file.read_text().splitlines(keepends=True) if not line.startswith("export:")]
+    assert len(lines) == len(file.read_text().splitlines()) - 1
+    file.write_text("".join(lines))
+    with pytest.raises(runs.RunError, match="export: False stored, True now"):
+        runs.start("01_data_collection", namespace(tmp_path, run="a", seed=4, export=True))
+    runs.start("01_data_collection", namespace(tmp_path, run="a", seed=4)).finish({})
+
+
 def test_starting_again_in_the_same_kernel_goes_on(tmp_path: Path) -> None:
     runs.start("01_data_collection", namespace(tmp_path))
     runs.start("01_data_collection", namespace(tmp_path)).finish({})

@@ -502,6 +502,7 @@ def compare_parameters(notebook: str, values: Parameters) -> bool:
     stored, ours = parameters.load(file), values.model_dump()
     if not stored:
         raise RunError(f"{file}: empty; expected the parameters of a run. Restore it, or choose another run name.")
+    stored = type(values)().model_dump() | stored  # a parameter that came later had its default's effect
     differences = [
         f"{name}: {stored.get(name)!r} stored, {ours.get(name)!r} now"
         for name in sorted(stored.keys() | ours.keys() - {"outputs"})

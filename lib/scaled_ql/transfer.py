@@ -119,7 +119,8 @@ def load(run: str | Path) -> Source:
 def training_of(source: Source) -> dict[str, Any]:
     """How a network was trained: its run's parameters, what its checkpoint says, and `steps`; for comparisons."""
     file = source.folder.parent.parent / "parameters.yaml"
-    stored = parameters.load(file) if file.exists() else {}
+    # A parameter that came after the run had its default's effect.
+    stored = parameters.ScaledTraining().model_dump() | parameters.load(file) if file.exists() else {}
     learned = {name: value for name, value in stored.items() if name not in parameters.INCIDENTAL}
     return learned | source.about | {"steps": int(source.folder.name)}
 
