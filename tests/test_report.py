@@ -107,6 +107,7 @@ def test_a_report_begins_with_title_run_result_and_film() -> None:
 def test_the_page() -> None:
     html, _ = ReportExporter(embed_images=True).from_notebook_node(executed(), {"about": ABOUT})
     page = html.split("<body", 1)[1]
+    assert "<title>04 · A title: mine</title>" in html
     for _, _, anchor in arrange(executed(), {}).metadata["contents"]:
         assert f'id="{anchor}"' in page and f'href="#{anchor}"' in page
     (alt,) = re.findall('<img alt="([^"]*)" src="data:image/png', page)

@@ -21,7 +21,7 @@ def outputs(tmp_path: Path) -> Path:
         folder.mkdir(parents=True)
         (folder / "parameters.yaml").write_text(f"run: {run}\nseed: 3\n")
         (folder / "status.json").write_text(json.dumps({"state": state}))
-        (folder / "summary.json").write_text(json.dumps({"verdict": "- **Pong: 3** is < 4"}))
+        (folder / "summary.json").write_text(json.dumps({"verdict": "- **Pong: 3** is < 4 <script>"}))
         nbformat.write(executed(), folder / "run.ipynb")
         runs.render(folder / "run.ipynb")
     return tmp_path / "outputs"
@@ -34,7 +34,7 @@ def test_an_index_has_title_picture_verdict_and_link_of_every_report(outputs: Pa
     links = re.findall(r'<h2><a href="([^"]+)">([^<]+)</a>', page)
     assert links == [(f"04_scaled_training.{run}.html", f"04 · A title: {run}") for run in ("first", "second")]
     assert all((outputs / "site" / link).exists() for link, _ in links)
-    assert page.count("<li><strong>Pong: 3</strong> is &lt; 4</li>") == page.count("seed 3") == 2
+    assert page.count("<li><strong>Pong: 3</strong> is &lt; 4 &lt;script&gt;</li>") == page.count("seed 3") == 2
     assert page.count('<img src="data:image/jpeg;base64,') == 2
     assert not re.search(r'(src|href)="(http|/)', page), "it needs no network"
 

@@ -100,7 +100,9 @@ def arrange(book: NotebookNode, about: Mapping[str, Any]) -> NotebookNode:
     top = []
     if book.cells and book.cells[0].cell_type == "markdown" and book.cells[0].source.startswith("# "):
         title, _, rest = book.cells[0].source.partition("\n")
-        top.append(new_markdown_cell(f"{title}: {about['run']}" if about else title))
+        title += f": {about['run']}" if about else ""
+        top.append(new_markdown_cell(title))
+        book.metadata["title"] = re.sub(r"[*`]", "", title.removeprefix("# "))  # of the page
         book.cells[0].source = rest.strip("\n")
     if about:
         top.append(new_markdown_cell(_about(about)))

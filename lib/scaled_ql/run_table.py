@@ -20,7 +20,11 @@ def last_score(folder: Path) -> str:
 
     A game whose episodes were mostly truncated has no score.
     """
-    games = _games(runs.read_json(folder / "summary.json"))
+    return _score(runs.read_json(folder / "summary.json"))
+
+
+def _score(summary: dict[str, Any]) -> str:
+    games = _games(summary)
     scores = [row.get("human-normalised %") for row in games.values()]
     known = [score for score in scores if score is not None]
     return f"{metrics.iqm(known):.1f}%" if known else ""
@@ -63,7 +67,7 @@ def gather(outputs: Path) -> pd.DataFrame:
         try:
             status = runs.read_json(folder / "status.json")
             summary = runs.read_json(folder / "summary.json")
-            row |= {"state": state(folder), "score": last_score(folder), "parameters": parameters.load(file)}
+            row |= {"state": state(folder), "score": _score(summary), "parameters": parameters.load(file)}
         except (runs.RunError, parameters.ParameterError) as error:
             rows.append(
                 row | {"state": "unreadable", "error": str(error), "score": "", "parameters": {}, "returns": {}}

@@ -670,17 +670,11 @@ def render(notebook: Path) -> Path:
     exporter = ReportExporter(
         embed_images=True, mathjax_url="", require_js_url="", jquery_url="", widget_renderer_url="", theme="light"
     )
-    resources = {"metadata": {"name": _title(content, notebook.parent.name)}, "about": _about(notebook.parent)}
+    resources = {"metadata": {"name": notebook.parent.name}, "about": _about(notebook.parent)}
     html, _ = exporter.from_notebook_node(content, resources)
     file = notebook.with_suffix(".html")
     _write_text(file, html)
     return file
-
-
-def _title(book: Any, run: str) -> str:
-    """A report's title: that of its notebook, and the run."""
-    first = book.cells[0].source.partition("\n")[0] if book.cells else ""
-    return f"{first.removeprefix('# ')}: {run}" if first.startswith("# ") else run
 
 
 def _about(folder: Path) -> dict[str, Any]:

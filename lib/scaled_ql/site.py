@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import mistune
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from PIL import Image
 
 from scaled_ql import run_table, runs
@@ -66,7 +66,7 @@ def describe(file: Path) -> dict[str, str]:
         "file": file.name,
         "title": title,
         "line": about.get("line", ""),
-        "verdict": str(mistune.html(about.get("verdict", ""))),
+        "verdict": MarkdownWithMath(renderer=IPythonRenderer(escape=True)).render(about.get("verdict", "")),
         "picture": _smaller(picture[1]) if picture else "",
         "alt": html.unescape(alt[1]) if alt else "",
     }
