@@ -157,14 +157,21 @@ def test_a_control_tells_nothing_of_rewards():
         return 0.0, {}
 
     batch = jax.tree.map(jnp.asarray, windows(40))
+    batch = batch._replace(return_to_go=batch.return_to_go + 100 * jnp.arange(40)[:, None])  # no two alike
     methods.without_rewards(objective, "zero")(None, None, batch, jax.random.key(0))
     assert not seen[-1].reward.any() and not seen[-1].return_to_go.any()
     methods.without_rewards(objective, "shuffled")(None, None, batch, jax.random.key(0))
-    both = lambda x: np.column_stack([x.reward, x.return_to_go])  # noqa: E731
-    assert (both(seen[-1]) != both(batch)).any()
+    shuffled, mask = seen[-1], np.asarray(batch.mask)
+    assert (shuffled.return_to_go != batch.return_to_go).any()
+    assert not np.asarray(shuffled.reward)[~mask].any() and not mask.all(), "padding has no rewards, in play neither"
     for game in (0, 1):
-        rows = [sorted(map(tuple, both(x)[np.asarray(batch.game) == game])) for x in (batch, seen[-1])]
+        own = np.asarray(batch.game) == game
+        told = {tuple(to_go): reward for to_go, reward in zip(*(np.asarray(x)[own] for x in batch[3:1:-1]))}
+        rows = [sorted(map(tuple, np.asarray(x.return_to_go)[own])) for x in (batch, shuffled)]
         assert rows[0] == rows[1], "other windows' of the same game, whole"
+        for number in np.flatnonzero(own):
+            theirs = told[tuple(np.asarray(shuffled.return_to_go)[number])]
+            np.testing.assert_array_equal(shuffled.reward[number], np.where(mask[number], theirs, 0))
 
 
 # Play.

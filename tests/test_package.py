@@ -15,7 +15,7 @@ ORDER = (
     "replay.chunks", "replay.shared", "replay.batch", "replay.recording", "replay.store", "replay.writer",
     "replay.sampling", "replay.sequences", "replay.workers", "replay.returns", "replay", "replay.memory",
     "replay.device", "replay.formats", "replay.formats.importing", "replay.formats.dqn_replay", "replay.formats.export",
-    "replay.formats.rl_unplugged", "replay.formats.minari", "collect", "networks.layers", "networks.vit",
+    "replay.formats.rl_unplugged", "replay.formats.minari", "collect", "networks.parts", "networks.vit",
     "networks.encoders", "networks.q_network", "networks.transformer", "networks", "losses", "methods.common",
     "methods.cloning", "methods.decision_transformer", "methods.mae", "methods.q_learning", "methods", "devices",
     "training",

@@ -116,6 +116,20 @@ def test_only_what_holds_nothing_is_deleted_and_only_if_asked(outputs: Path) -> 
     assert "nothing to delete" in call(outputs, "clean", "--yes").output
 
 
+def test_what_begins_while_it_asks_is_not_deleted(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = filelock.FileLock(outputs / "04_scaled_training" / "broken" / ".lock")
+    monkeypatch.setattr("click.confirm", lambda *_: lock.acquire() and True)
+    assert call(outputs, "clean").exit_code == 0
+    lock.release()
+    assert (outputs / "04_scaled_training" / "broken").exists()
+
+
+def test_a_log_that_is_being_written_is_read_without_its_last_line(outputs: Path) -> None:
+    with (outputs / "04_scaled_training" / "seed0" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 60, "lo')
+    assert run_table.learning_curves([outputs / "04_scaled_training" / "seed0"])["step"].tolist() == [20, 40]
+
+
 def test_a_report_is_rendered_again(outputs: Path) -> None:
     import nbformat
 

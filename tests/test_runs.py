@@ -319,3 +319,10 @@ def test_a_path_that_the_locale_does_not_know_is_one_line(tmp_path: Path) -> Non
     done = command("run", "01_data_collection", "--outputs", tmp_path / "é", **ASCII)
     assert done.returncode == 1 and "Set PYTHONUTF8=1" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "é").exists()
+
+
+def test_a_dataset_given_to_agents_is_opened_and_a_wrong_one_named(recording: Path, tmp_path: Path) -> None:
+    given = {"run": "looked_at", "outputs": str(tmp_path), "agent": "x"}
+    runs.check_inputs(parameters.check("07_agents", given | {"dataset": str(recording)}))
+    with pytest.raises(runs.RunError, match="run looked_at: .*nowhere"):
+        runs.check_inputs(parameters.check("07_agents", given | {"dataset": "nowhere"}))

@@ -12,7 +12,7 @@ from stacks import batch_of_stacks
 
 from scaled_ql import defaults, methods, networks, training, transfer
 from scaled_ql.networks import count_parameters, make_encoder
-from scaled_ql.networks.layers import TransformerBlock
+from scaled_ql.networks.parts import TransformerBlock
 from scaled_ql.networks.vit import ViT, patches, sine_positions
 
 call = jax.jit(lambda module, *inputs: module(*inputs))

@@ -231,14 +231,14 @@ class AgentBrowser(widgets.VBox):
         episode: the episode.
     """
 
-    def __init__(self, agents: Sequence[Agent], data: Replay | None, protocol: dict[str, Any]):
+    def __init__(self, agents: Sequence[Agent], data: Replay | None, game: str, seed: int, protocol: dict[str, Any]):
         """Play the first episode and show it."""
         self._agents, self._data, self._protocol = agents, data, protocol
         shared = [game for game in agents[0].games if all(game in agent.games for agent in agents)]
         if not shared:
             played = "; ".join(f"{agent.name}: {', '.join(agent.games)}" for agent in agents)
             raise ValueError(f"these agents play no game together ({played}). Choose runs with a common game.")
-        self.game = widgets.Dropdown(options=shared, description="game")
+        self.game = widgets.Dropdown(options=shared, value=game if game in shared else shared[0], description="game")
         self.source = widgets.Dropdown(options=["agent"], description="played by")
         self.number = widgets.BoundedIntText(min=0, max=2**30, description="seed")
         self.steps = Steps()
@@ -258,7 +258,7 @@ class AgentBrowser(widgets.VBox):
             widget.observe(call, "value")
         self.steps.slider.observe(self._show, "value")
         self.looks_at.observe(self._show, "value")
-        self._set_game()
+        self._set_game(number=seed)
 
     def _quietly(self, widget: Any, **values: Any) -> None:
         """Set a widget without showing an episode that was not asked for."""
@@ -268,17 +268,17 @@ class AgentBrowser(widgets.VBox):
             setattr(widget, name, value)
         widget.observe(call, "value")
 
-    def _set_game(self, _: object = None) -> None:
+    def _set_game(self, _: object = None, number: int = 0) -> None:
         there = self._data is not None and self.game.value in self._data.games
         options = ["agent", "recording"] if there else ["agent"]
         if list(self.source.options) != options:
             self._quietly(self.source, options=options, value="agent")
-        self._set_source()
+        self._set_source(number=number)
 
-    def _set_source(self, _: object = None) -> None:
+    def _set_source(self, _: object = None, number: int = 0) -> None:
         by_agent = self.source.value == "agent"
         last = 2**30 if by_agent else len(self._data.episodes(self.game.value)) - 1
-        self._quietly(self.number, value=0, max=last, description="seed" if by_agent else "episode")
+        self._quietly(self.number, value=number, max=last, description="seed" if by_agent else "episode")
         self._set_episode()
 
     def _set_episode(self, _: object = None) -> None:
@@ -318,7 +318,9 @@ class AgentBrowser(widgets.VBox):
         self.words.value = f'<div role="status">{words}</div>'
 
 
-def agent_browser(*agents: Agent, data: Replay | None = None, **protocol: Any) -> AgentBrowser:
+def agent_browser(
+    *agents: Agent, data: Replay | None = None, game: str = "", seed: int = 0, **protocol: Any
+) -> AgentBrowser:
     """Browse an agent step by step, or two agents on the same states, in JupyterLab.
 
     The first agent plays, with a seed; or episodes of a recording are shown, and what the agents make of them. After a
@@ -328,6 +330,7 @@ def agent_browser(*agents: Agent, data: Replay | None = None, **protocol: Any) -
     Args:
         agents: one or two, from `load_agent`.
         data: an open store with recorded episodes.
+        game, seed: of the episode that is shown first; "": the first game that the agents share.
         protocol: changes to the way in which the first agent's run evaluates it, such as ``max_steps=500``;
             see `Agent.protocol`.
 
@@ -336,7 +339,7 @@ def agent_browser(*agents: Agent, data: Replay | None = None, **protocol: Any) -
     """
     if len(agents) not in (1, 2):
         raise ValueError(f"one agent or two can be browsed, got {len(agents)}.")
-    return AgentBrowser(agents, data, protocol)
+    return AgentBrowser(agents, data, game, seed, protocol)
 
 
 # A click on a picture in an HTML widget: its place, as shares of width and height, goes to the kernel by a text field.
@@ -402,8 +405,7 @@ class StateMapBrowser(widgets.VBox):
             f'<img src="data:image/png;base64,{data}" alt="{html.escape(alternative)}" onclick="{html.escape(CLICK)}" '
             'style="cursor: crosshair; max-width: none">'
         )
-        older, newer = (np.concatenate(list(pair), axis=1) for pair in np.split(self._states.stacks[row], 2))
-        self.view.value = to_picture(np.concatenate([older, newer]).repeat(2, 0).repeat(2, 1))
+        self.view.value = stack_picture(self._states.stacks[row])
         self.words.value = f'<div role="status">{html.escape(words)}; oldest frame first</div>'
 
 
@@ -412,6 +414,12 @@ def to_picture(picture: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Picture.fromarray(np.ascontiguousarray(picture)).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def stack_picture(stack: np.ndarray) -> bytes:
+    """A frame stack, uint8 [4, 84, 84], as one PNG of twice the size, oldest frame first, two in a row."""
+    older, newer = (np.concatenate(list(pair), axis=1) for pair in np.split(stack, 2))
+    return to_picture(np.concatenate([older, newer]).repeat(2, 0).repeat(2, 1))
 
 
 def state_map_browser(states: StateMap) -> StateMapBrowser:

@@ -177,7 +177,7 @@ def clean(yes: bool, outputs: str) -> None:
         for path, why in found.items():
             click.echo(f"{path}: {why}")
         if found and (yes or click.confirm(f"Delete these {len(found)}?")):
-            run_table.delete(found)
+            run_table.delete(found.keys() & run_table.leftovers(_folder(outputs)).keys())  # not what began meanwhile
             click.echo("deleted")
     if not found:
         click.echo("nothing to delete")

@@ -56,6 +56,8 @@ METHODS = {
     "mae": ("mae", ("random_shift",)),
 }  # fmt: skip
 
+EVAL_EPSILON = 0.001  # share of random moves in evaluation (Table B.1)
+
 Head = Literal["c51", "hl_gauss", "two_hot", "mse"]
 Embedding = Literal["pointwise", "sum", "attention", "none"]
 Rewards = Literal["real", "zero", "shuffled"]

@@ -105,6 +105,23 @@ class Emulation:
         self._environment.close()
 
 
+class Chance:
+    """The random choices of an episode, drawn as `evaluation.evaluate` draws them with one environment.
+
+    Attributes:
+        emulator_seed: seed of the emulator.
+    """
+
+    def __init__(self, seed: int, epsilon: float, num_actions: int):
+        self._rng, self._epsilon, self._num_actions = np.random.default_rng(seed), epsilon, num_actions
+        self.emulator_seed = int(self._rng.integers(2**30))
+
+    def choose(self, greedy: int) -> tuple[int, str]:
+        """The action to take, and who chose it: ``chance`` or ``agent``."""
+        by_chance, random = self._rng.random() < self._epsilon, int(self._rng.integers(self._num_actions))
+        return (random, "chance") if by_chance else (greedy, "agent")
+
+
 def play(
     q_function: QFunction, game: str, *, seed: int, epsilon: float = 0.0, title: str = "agent", **rules: Any
 ) -> Episode:
@@ -118,12 +135,10 @@ def play(
         title: see `Episode`.
         rules: as of `Emulation`.
     """
-    rng, num_actions = np.random.default_rng(seed), len(action_names(game))
-    with closing(Emulation(game, int(rng.integers(2**30)), **rules)) as emulation:
+    chance = Chance(seed, epsilon, len(action_names(game)))
+    with closing(Emulation(game, chance.emulator_seed, **rules)) as emulation:
         while not emulation.over:
-            action = int(q_function(emulation.stack[None])[0].argmax())
-            by_chance, random = rng.random() < epsilon, int(rng.integers(num_actions))
-            emulation.step(random if by_chance else action, "chance" if by_chance else "agent")
+            emulation.step(*chance.choose(int(q_function(emulation.stack[None])[0].argmax())))
     return emulation.episode(f"{title}, seed {seed}")
 
 

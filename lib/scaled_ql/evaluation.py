@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
+from scaled_ql.defaults import EVAL_EPSILON
 from scaled_ql.environments import MAX_STEPS, make_vector_environment
 from scaled_ql.games import NUM_ACTIONS, action_names, full_actions
 from scaled_ql.methods.common import Method, Preferences, PyTree
@@ -193,7 +194,7 @@ def evaluate(
     episodes: int,
     seed: int,
     min_steps: int = 0,
-    epsilon: float = 0.001,
+    epsilon: float = EVAL_EPSILON,
     temperature: float = 0.0,
     max_steps: int = MAX_STEPS,
     num_environments: int = 16,

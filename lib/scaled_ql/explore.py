@@ -1,6 +1,7 @@
 """Interactive views for notebooks; each widget has a static twin for rendered reports."""
 
 import base64
+import html
 import io
 import json
 import time
@@ -212,7 +213,9 @@ def table(data: pd.DataFrame, decimals: int = 1, caption: str = "", none: Sequen
     floats = data.select_dtypes("float").columns
     data = data.copy()
     data[floats] = data[floats].round(decimals) + 0.0  # no -0.0
-    style = data.style.format(precision=decimals, thousands=",", na_rep="–", escape="html").set_caption(caption)
+    style = data.style.format(precision=decimals, thousands=",", na_rep="–", escape="html")
+    style = style.set_caption(html.escape(caption, quote=False))
+    style = style.format_index(escape="html", axis=0).format_index(escape="html", axis=1)
     if len(none):
         style = style.format(precision=decimals, thousands=",", na_rep="none", escape="html", subset=list(none))
     words = [i for i, column in enumerate(data.columns) if not pd.api.types.is_numeric_dtype(data[column])]

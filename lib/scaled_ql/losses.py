@@ -256,14 +256,15 @@ def masked_patch_loss(predicted: jax.Array, patches: jax.Array, hidden: jax.Arra
     """
     chex.assert_rank([predicted, patches, hidden], [2, 2, 1])
     chex.assert_type([predicted, patches, hidden], [float, float, bool])
-    target = normalized_patches(patches, epsilon)
+    mean, deviation = patch_statistics(patches, epsilon)
+    target = (patches - mean) / deviation
     return jnp.where(hidden, jnp.square(predicted - target).mean(-1), 0).sum() / hidden.sum()
 
 
-def normalized_patches(patches: jax.Array, epsilon: float = 1e-6) -> jax.Array:
-    """Patches [..., D] less their mean, divided by the root of their variance plus epsilon."""
-    centred = patches - patches.mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
+def patch_statistics(patches: jax.Array, epsilon: float = 1e-6) -> tuple[jax.Array, jax.Array]:
+    """Mean of patches [..., D], and the root of their variance plus epsilon, each [..., 1]."""
+    mean = patches.mean(-1, keepdims=True)
+    return mean, jnp.sqrt(jnp.square(patches - mean).mean(-1, keepdims=True) + epsilon)
 
 
 def random_offsets(key: jax.Array, number: int, pixels: int) -> jax.Array:

@@ -228,7 +228,7 @@ class ScaledTraining(Parameters):
     eval_episodes: Count = 10
     eval_min_steps: Annotated[int, Field(ge=0)] = 0
     eval_every: Annotated[int, Field(ge=0)] = 0
-    eval_epsilon: Share = 0.001
+    eval_epsilon: Share = defaults.EVAL_EPSILON
     eval_sticky_actions: Share = 0.0
     eval_max_steps: Count = MAX_STEPS
     eval_seed: Seed = 0
@@ -304,7 +304,7 @@ class Transfer(Parameters):
     eval_episodes: Count = 10
     eval_min_steps: Annotated[int, Field(ge=0)] = 0
     eval_every: Annotated[int, Field(ge=0)] = 0
-    eval_epsilon: Share = 0.001
+    eval_epsilon: Share = defaults.EVAL_EPSILON
     eval_sticky_actions: Share = 0.0
     eval_max_steps: Count = MAX_STEPS
     eval_seed: Seed = 0
@@ -358,6 +358,7 @@ class Agents(Parameters):
     seed: Seed = 0
     max_steps: Count = 1_000
     dataset: str = ""
+    view: str = ""
     other: str = ""
     other_step: Annotated[int, Field(ge=-1)] = -1
     map_states: Annotated[int, Field(ge=4)] = 600

@@ -7,9 +7,9 @@ from typing import Any
 import ipywidgets as widgets
 import numpy as np
 
-from scaled_ql.browsers import to_picture
+from scaled_ql.browsers import stack_picture
 from scaled_ql.controls import GAME_SPEED
-from scaled_ql.episodes import Emulation, Episode
+from scaled_ql.episodes import Chance, Emulation, Episode
 from scaled_ql.games import action_names
 from scaled_ql.trained_agent import Agent
 
@@ -83,10 +83,7 @@ class PlayAlong(widgets.VBox):
         for _ in range(steps):
             if self._emulation.over:
                 return
-            if self._rng.random() < self._epsilon:
-                self._step(int(self._rng.integers(len(self._names))), "chance")
-            else:
-                self._step(int(self._look.best[0]), "agent")
+            self._step(*self._chance.choose(int(self._look.best[0])))
 
     def by_you(self, action: str, steps: int = 1) -> None:
         """Take an action by its name, so many times or to the episode's end."""
@@ -99,8 +96,8 @@ class PlayAlong(widgets.VBox):
             emulation.close()
         self.play.playing, self.player.value = False, "agent"
         self._names, self._held, self._return = action_names(self.game.value), 0, 0.0  # 0 is NOOP in every game
-        self._emulations[:] = [Emulation(self.game.value, self.seed.value, **self._rules)]
-        self._rng = np.random.default_rng(self.seed.value)
+        self._chance = Chance(self.seed.value, self._epsilon, len(self._names))
+        self._emulations[:] = [Emulation(self.game.value, self._chance.emulator_seed, **self._rules)]
         self.moves.children = [self._button(number) for number in range(len(self._names))]
         self._show()
 
@@ -145,8 +142,7 @@ class PlayAlong(widgets.VBox):
         for number, (button, name, value) in enumerate(zip(self.moves.children, self._names, values)):
             button.description = f"{name}  {value:.2f}" if np.isfinite(value) else f"{name}  not allowed"
             button.button_style = "success" if number == best else ""
-        older, newer = (np.concatenate(list(pair), axis=1) for pair in np.split(stack, 2))
-        self.view.value = to_picture(np.concatenate([older, newer]).repeat(2, 0).repeat(2, 1))
+        self.view.value = stack_picture(stack)
         over = f" Over: {self._emulation.over}." if self._emulation.over else ""
         words = f"Step {len(self._emulation)}, return {self._return:g}; the agent would play {self._names[best]}.{over}"
         self.words.value = f'<div role="status">{html.escape(words)}</div>'
@@ -154,6 +150,8 @@ class PlayAlong(widgets.VBox):
 
 def play_along(agent: Agent, **protocol: Any) -> PlayAlong:
     """Play yourself in JupyterLab, by buttons or keys, and let the agent take over or hand back at any moment.
+
+    As long as the agent alone plays, it is the episode of `episodes.play` with this seed.
 
     Args:
         agent: whose games are played, and whose values are shown.

@@ -100,7 +100,7 @@ def arrange(book: NotebookNode, about: Mapping[str, Any]) -> NotebookNode:
     top = []
     if book.cells and book.cells[0].cell_type == "markdown" and book.cells[0].source.startswith("# "):
         title, _, rest = book.cells[0].source.partition("\n")
-        title += f": {about['run']}" if about else ""
+        title += f": {html.escape(about['run'])}" if about else ""
         top.append(new_markdown_cell(title))
         book.metadata["title"] = re.sub(r"[*`]", "", title.removeprefix("# "))  # of the page
         book.cells[0].source = rest.strip("\n")
@@ -122,7 +122,8 @@ def arrange(book: NotebookNode, about: Mapping[str, Any]) -> NotebookNode:
             films.append(new_code_cell(outputs=[shown], metadata=hidden))
     book.cells = [*top, *results[:1], *films, *results[1:], *book.cells]
     book.metadata["contents"] = [heading for cell in book.cells for heading in _headings(cell) if heading[0] > 1]
-    book.metadata["report"] = {name: about[name] for name in ("run", "line", "verdict") if name in about}
+    book.metadata["report"] = {name: about[name] for name in ("line", "verdict") if name in about}
+    book.metadata["report"]["title"] = book.metadata.get("title", "")
     return book
 
 

@@ -168,7 +168,8 @@ def compare_scores(folders: Sequence[Path]) -> pd.DataFrame:
     for folder in folders:
         summary = runs.read_json(folder / "summary.json")
         for game in _games(summary):
-            file = folder / "evaluation" / f"step-{summary.get('steps')}" / f"{game}.csv"
+            played = folder / "evaluation"
+            file = played / f"step-{summary['steps']}" / f"{game}.csv" if "steps" in summary else played / f"{game}.csv"
             if file.exists():
                 returns = pd.read_csv(file)["episode_return"]
                 low, high = evaluation.mean_interval(returns)
@@ -184,7 +185,9 @@ def learning_curves(folders: Sequence[Path]) -> pd.DataFrame:
     for folder in folders:
         file = folder / "metrics.jsonl"
         if file.exists():
-            tables.append(pd.read_json(file, lines=True).assign(run=_name(folder)))
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            complete = [json.loads(line) for line in lines if line.endswith("\n")]  # a process may be writing the last
+            tables.append(pd.DataFrame(complete).assign(run=_name(folder)))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["run", "step"])
 
 

@@ -406,6 +406,8 @@ def _has_runner(folder: Path) -> bool:
 
 def is_locked(file: Path) -> bool:
     """Whether a process holds a lock of a run's folder: `.lock`, its kernel; `.runner.lock`, its `execute`."""
+    if not file.exists():
+        return False
     try:
         with filelock.FileLock(file, timeout=0, fallback_to_soft=False):
             return False

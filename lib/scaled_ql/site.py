@@ -56,10 +56,10 @@ def build(source: Path, destination: Path) -> Path:
 def describe(file: Path) -> dict[str, str]:
     """A report's entry: file, title, line, verdict (HTML), picture (data URL or "") and alt."""
     page = file.read_text(encoding="utf-8")
-    heading = re.search(r"<h1[^>]*>(.*?)<a", page, re.DOTALL)
-    title = html.unescape(re.sub("<[^>]+>", "", heading[1])) if heading else file.stem
     found = re.search(r'<script id="report" type="application/json">(.*?)</script>', page, re.DOTALL)
-    about: dict[str, Any] = json.loads(html.unescape(found[1])) if found else {}
+    about: dict[str, Any] = json.loads(found[1]) if found else {}
+    heading = re.search(r"<title>(.*?)</title>", page, re.DOTALL)
+    title = about.get("title") or (html.unescape(heading[1]).strip() if heading else file.stem)
     picture = re.search(r'<img [^>]*src="(data:image/(?:png|jpeg);base64,[^"]+)"', page)
     alt = re.search(r'alt="([^"]*)"', picture[0]) if picture else None
     return {

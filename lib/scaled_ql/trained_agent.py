@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from scaled_ql import losses, methods, networks, parameters, runs, training, transfer
+from scaled_ql.defaults import EVAL_EPSILON
 from scaled_ql.evaluation import QFunction
 from scaled_ql.games import action_names
 from scaled_ql.methods import Method, PyTree
@@ -81,7 +82,7 @@ class Agent:
         values_name: what its values are, such as ``Q(s, a)``.
         protocol: how its run evaluates: epsilon, sticky_actions, max_steps, mode, difficulty; for `episodes.play`.
         discount: per step, of the returns that it predicts.
-        dataset: what it was trained on, as its run names it; "" if it made its own experience.
+        dataset, view: what it was trained on, as its run names it; "" if it made its own experience.
     """
 
     def __init__(
@@ -92,7 +93,8 @@ class Agent:
         self.checkpoints = sorted(checkpoints)
         self.atoms, self.values_name, self.protocol = built.atoms, built.method.values, _protocol(p)
         self.discount: float = p.discount
-        self.dataset = "" if getattr(p, "setting", "") == "online" else getattr(p, "dataset", "")
+        online = getattr(p, "setting", "") == "online"
+        self.dataset, self.view = ("" if online else getattr(p, name, "") for name in ("dataset", "view"))
         own = built.own_networks
         self._parts = {
             game: (jax.tree.map(lambda x, number=number: x[number], params), 0) if own else (params, number)
@@ -153,7 +155,7 @@ def _make_forward(built: _Built, num_actions: list[int]) -> Any:
 def _protocol(p: parameters.Parameters) -> dict[str, Any]:
     """How a run evaluates, as keyword arguments of `episodes.play`."""
     if isinstance(p, parameters.OnlineAgents):
-        protocol = {"epsilon": 0.001, "sticky_actions": p.sticky_actions, "max_steps": p.max_steps}
+        protocol = {"epsilon": EVAL_EPSILON, "sticky_actions": p.sticky_actions, "max_steps": p.max_steps}
     else:
         names = ("epsilon", "sticky_actions", "max_steps")
         protocol = {name: getattr(p, f"eval_{name}") for name in names}
@@ -170,16 +172,19 @@ def load_agent(run: str | Path, step: int | None = None, outputs: str | Path = "
         outputs: the outputs folder; "" is the workspace's.
 
     Raises:
-        RunError: there is no such run, or its network cannot play.
-        CheckpointError: it has no checkpoint, or none of that step, or it is damaged or of another network than the
-            run's parameters describe.
+        RunError: there is no such run; its network cannot play, or sees more than one state (transformers).
+        CheckpointError: it has no checkpoint, or none of that step; it names no games, is damaged, or of another
+            network than the run's parameters describe.
         ParameterError: its parameters cannot be read.
     """
     folder = _find(run, Path(outputs) if outputs else runs.workspace() / "outputs")
     name = f"{folder.parent.name}/{folder.name}"
     where, about, params = training.read_params(folder / "checkpoints", step)
     if "games" not in about:
-        raise CheckpointError(f"{where}: does not name the games of its heads. Choose a run of 04_scaled_training.")
+        raise CheckpointError(
+            f"{where}: does not name the games of its heads. Choose a run of 04_scaled_training, 06_transfer or "
+            "02_online_agents."
+        )
     stored = parameters.load(folder / "parameters.yaml")
     trained = "06_transfer" if "initial" in stored else "04_scaled_training"
     p = parameters.check("02_online_agents" if "learner" in about else trained, stored, str(folder / "parameters.yaml"))

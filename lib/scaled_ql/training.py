@@ -10,7 +10,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,7 +33,8 @@ from scaled_ql.replay.store import Replay
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every save
 
 
-HEADS = {"head_kernel", "q/head_kernel"}  # in the parameters of a `QNetwork`, of a `BCQNetwork`
+# In the parameters of a `QNetwork`, a `BCQNetwork`, a decision transformer, a masked autoencoder.
+HEADS = {"head_kernel", "q/head_kernel", "action_head/kernel", "painting/kernel"}
 
 
 class TrainState(NamedTuple):
@@ -577,6 +578,10 @@ class Trainer:
         self.p, self.data, self.mesh, self.folder, self.own = p, data, mesh, folder, own
         self.share = (jax.process_index(), jax.process_count())
         self._shape = {name: getattr(p, name) for name in ("games_per_batch", "transitions_per_game")}
+        # Of each game, by discount; all rewards are read for them.
+        self._returns_to_go = cache(
+            lambda discount: [replay.returns_to_go(data, game, discount) for game in data.games]
+        )
 
     def batch(self, kind: str = "transitions", step: int = 0) -> Batch | Sequences:
         """A step's whole batch; for `kind` see `Method.batches`."""
@@ -604,8 +609,7 @@ class Trainer:
         """Batches with their returns to go: transitions with discounted ones, windows with undiscounted ones."""
         windows = kind == "sequences"
         drawn = {"n_step": 0, "stack_size": self.p.sequence_length} if windows else {"n_step": self.p.n_step}
-        discount = 1.0 if windows else self.p.discount
-        returns = [replay.returns_to_go(self.data, game, discount) for game in self.data.games]
+        returns = self._returns_to_go(1.0 if windows else self.p.discount)
         for step, batch in enumerate(batches, first):
             index = replay.sample_indices(self.data, self.p.seed, step, **drawn, **self._shape)[1][mine]
             yield replay.label_with_returns(batch, index, returns)
@@ -619,7 +623,9 @@ class Trainer:
             OutOfMemory: see the function `check_memory`.
         """
         split = (self.p.accumulate, self.mesh.size, self.p.shard_parameters)
-        needed = memory_needed(objective, state, self.batch(kind), *split, frozen=optimizer.frozen)
+        sample, how = self._sampling(kind)
+        batch = sample(self.data, self.p.seed, 0, **how)  # its shapes; labels change none
+        needed = memory_needed(objective, state, batch, *split, frozen=optimizer.frozen)
         check_memory(needed, self.mesh.local_devices[0])
         return needed
 

@@ -87,7 +87,7 @@ def _modules(parts: Parts) -> tuple[str, ...]:
 def load(run: str | Path) -> Source:
     """Read the network of a run's newest checkpoint; of ``bcq`` the Q-network.
 
-    A masked autoencoder (``mae``) has no more than the encoder in common with a Q-network: `graft` takes nothing else.
+    A masked autoencoder (``mae``) has no more than the encoder in common with a Q-network: `graft` refuses other parts.
 
     Args:
         run: the folder of a run of `04_scaled_training`, or of its checkpoints.

@@ -133,7 +133,7 @@ def without_rewards(objective: Objective, rewards: Rewards) -> Objective:
         objective: objective of a method.
         rewards: ``zero``: every reward is 0; ``shuffled``: each transition has the reward of another one of its game in
             the batch, which keeps the rewards' distribution; ``real``: `objective` itself. A window of steps has
-            rewards and returns to go, zero or another window's.
+            rewards and returns to go, zero or another window's; its padding has none, and its end still tells.
     """
     if rewards == "real":
         return objective
@@ -144,6 +144,8 @@ def without_rewards(objective: Objective, rewards: Rewards) -> Objective:
         if rewards == "shuffled":
             mixed = jnp.lexsort((jax.random.uniform(jax.random.fold_in(key, 1), batch.game.shape), batch.game))
             other = jax.tree.map(lambda new, x: new.at[jnp.argsort(batch.game)].set(x[mixed]), other, told)
+            if "return_to_go" in told:  # padding has no reward, in play neither
+                other["reward"] = jnp.where(batch.mask, other["reward"], 0)
         return objective(params, target_params, batch._replace(**other), key)
 
     return control

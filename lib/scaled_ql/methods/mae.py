@@ -18,7 +18,7 @@ from scaled_ql import losses
 from scaled_ql.methods import common
 from scaled_ql.methods.common import Method, Metrics, Objective, PyTree
 from scaled_ql.networks import count_parameters, layers, make_encoder
-from scaled_ql.networks.layers import Dtype, TransformerBlock, channels_to_squares, pixels, run_blocks, xavier
+from scaled_ql.networks.parts import Dtype, TransformerBlock, channels_to_squares, pixels, run_blocks, xavier
 from scaled_ql.networks.vit import PATCH, ViT, patches, sine_positions
 from scaled_ql.replay.batch import Batch
 
@@ -177,8 +177,8 @@ def _pictures(graph: nnx.GraphDef) -> Callable[[PyTree, Batch, jax.Array], dict[
         images = network.images(batch.observation, batch.game)
         original, (size, height, width, _) = patches(images), images.shape
         visible = visible_patches(key, size, original.shape[1])
-        deviation = jnp.sqrt(original.var(-1, keepdims=True) + 1e-6)
-        painted = network(images, visible) * deviation + original.mean(-1, keepdims=True)
+        mean, deviation = losses.patch_statistics(original)
+        painted = network(images, visible) * deviation + mean
 
         def newest(cut: jax.Array) -> jax.Array:
             """The newest frame of patches [B, N, 196 C]: [B, 84, 84]."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from scaled_ql.defaults import ENCODERS, GROUP_SIZE
-from scaled_ql.networks.layers import Dtype, run_blocks, squares_to_channels
+from scaled_ql.networks.parts import Dtype, run_blocks, squares_to_channels
 from scaled_ql.networks.vit import ViT
 
 kaiming = nnx.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")

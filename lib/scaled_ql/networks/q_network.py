@@ -14,7 +14,7 @@ from flax import nnx
 from scaled_ql.defaults import GROUP_SIZE, HIDDEN_SIZES, NUM_ATOMS, Embedding, Head
 from scaled_ql.games import NUM_ACTIONS
 from scaled_ql.networks.encoders import make_encoder
-from scaled_ql.networks.layers import Dtype, pixels
+from scaled_ql.networks.parts import Dtype, pixels
 
 
 class SpatialEmbedding(nnx.Module):

@@ -10,7 +10,7 @@ from flax import nnx
 
 from scaled_ql.defaults import DROPOUT, RETURN_HIGH, RETURN_LOW, TRANSFORMERS
 from scaled_ql.games import NUM_ACTIONS
-from scaled_ql.networks.layers import Dtype, TransformerBlock, run_block, squares_to_channels
+from scaled_ql.networks.parts import Dtype, TransformerBlock, run_block, squares_to_channels
 from scaled_ql.networks.q_network import count_parameters, layers
 from scaled_ql.networks.vit import PATCH
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from scaled_ql.networks.layers import Dtype, TransformerBlock, run_blocks, squares_to_channels, xavier
+from scaled_ql.networks.parts import Dtype, TransformerBlock, run_blocks, squares_to_channels, xavier
 
 PATCH = 14  # pixels; the 16 of the literature do not divide 84
 
