@@ -324,5 +324,5 @@ def test_a_path_that_the_locale_does_not_know_is_one_line(tmp_path: Path) -> Non
 def test_a_dataset_given_to_agents_is_opened_and_a_wrong_one_named(recording: Path, tmp_path: Path) -> None:
     given = {"run": "looked_at", "outputs": str(tmp_path), "agent": "x"}
     runs.check_inputs(parameters.check("07_agents", given | {"dataset": str(recording)}))
-    with pytest.raises(runs.RunError, match="run looked_at: .*nowhere"):
+    with pytest.raises(runs.RunError, match=r"run looked_at: .*nowhere"):
         runs.check_inputs(parameters.check("07_agents", given | {"dataset": "nowhere"}))
