@@ -111,6 +111,7 @@ def measure_torch_step(
     action, game, rows = action.long(), game.long(), torch.arange(len(action), device=device)
     allowed = masks[game]
     if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as JAX's products in float32
         online, target = torch.compile(online), torch.compile(target)
 
     def step() -> float:
