@@ -114,7 +114,7 @@ def measure_torch_step(
         torch.set_float32_matmul_precision("high")  # TF32, as JAX's products in float32
         online, target = torch.compile(online), torch.compile(target)
 
-    def step() -> float:
+    def step() -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             with torch.no_grad():
                 probability = target(following, game).softmax(-1)
@@ -129,13 +129,18 @@ def measure_torch_step(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return loss.item()  # waits
+        return loss.detach()
 
-    for _ in range(3):
-        step()
+    def timed(calls: int) -> float:
+        began = time.perf_counter()
+        for _ in range(calls):
+            loss = step()
+        loss.item()  # waits
+        return (time.perf_counter() - began) / calls
+
+    timed(3)
+    calls = max(1, round(0.05 / timed(1)))  # as `performance.median_seconds`
     durations, until = [], time.perf_counter() + seconds
     while len(durations) < 3 or time.perf_counter() < until:
-        began = time.perf_counter()
-        step()
-        durations.append(time.perf_counter() - began)
+        durations.append(timed(calls))
     return float(np.median(durations))

@@ -24,7 +24,7 @@ from flax import nnx
 from scaled_ql import parameters, training
 from scaled_ql.defaults import Parts
 from scaled_ql.networks import QNetwork
-from scaled_ql.networks.group_norm import GroupNorm
+from scaled_ql.networks.encoders import GroupNorm
 from scaled_ql.training import CheckpointError, PyTree, TrainState
 
 MODULES: dict[Parts, tuple[str, ...]] = {  # of a `QNetwork`
