@@ -219,7 +219,7 @@ def test_count_parameters():
 @pytest.mark.parametrize("options", [{}, {"mean_frames": np.zeros((3, 84, 84)), "normalize_features": False}])
 @pytest.mark.parametrize("encoder, head", [("nature", "c51"), ("resnet_narrow", "mse")])
 def test_layers_hold_all_parameters_and_name_what_they_make(encoder, head, options):
-    network = nnx.eval_shape(lambda: small(encoder, head, embedding="sum", **options))
+    network = filled(lambda: small(encoder, head, embedding="sum", **options))
     table = networks.layers(network)
     assert table["parameters"].sum() == count_parameters(network)
     assert ("feature normalisation" in set(table["layer"])) == network.normalize
