@@ -25,10 +25,15 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """A process more than there are cores: many tests wait for processes that they started, or killed."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 # Minutes; to be started first.
 LONG = (
-    "test_notebooks.py", "test_resuming.py", "test_devices.py", "test_transfer_runs.py", "test_online.py",
-    "test_networks.py",
+    "test_notebooks.py", "test_devices.py", "test_resuming.py", "test_transfer_runs.py", "test_online.py",
+    "test_grids.py", "test_networks.py",
 )  # fmt: skip
 
 

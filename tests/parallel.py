@@ -12,11 +12,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from scaled_ql import devices, methods, networks, training
+from scaled_ql import defaults, devices, methods, networks, training
 from scaled_ql.replay import share_of
 from scaled_ql.replay.batch import Batch
 
 SIZE, NUM_ACTIONS = 16, [4, 3, 6]
+# Fewer blocks compile sooner.
+SHALLOW = {"resnet_narrow": ("resnet_basic", (1, 1), 16), "vit_narrow": ("vit", 96, 1, 3)}
 
 
 def make_batch(step, size=SIZE):
@@ -68,6 +70,7 @@ if __name__ == "__main__":
     folder, last, *words = sys.argv[1:]
     if "slow" in words:
         devices.SILENT_SECONDS = 20  # for tests that wait for it
+    defaults.ENCODERS.update(SHALLOW)
     if "distributed" in words:
         devices.join_cluster(True)
     given = dict(word.split("=") for word in words if "=" in word)

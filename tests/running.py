@@ -1,13 +1,14 @@
 """Running notebooks in tests: the command in a process of its own, the tiny parameters, what a training logged."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 from scaled_ql import parameters, runs
 
-# By notebook; what tiny.yaml of params/batches runs besides is tiny_online.yaml of 06_transfer.
+# By notebook, as in tiny.yaml of params/batches.
 TINY = {name: f"params/{name}/tiny.yaml" for name in parameters.NOTEBOOKS}
 TINY["06_transfer"] = "params/06_transfer/tiny_offline.yaml"
 
@@ -16,10 +17,11 @@ def arguments(target: str, folder: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "scaled_ql.command", "run", target, *more, "--outputs", str(folder)]
 
 
-def run(target: str, folder: Path, *more: str) -> subprocess.CompletedProcess:
+def run(target: str, folder: Path, *more: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        arguments(target, folder, *more), cwd=runs.workspace(), capture_output=True, text=True, timeout=850
-    )
+        arguments(target, folder, *more), env={**os.environ, **environment}, cwd=runs.workspace(),
+        capture_output=True, text=True, timeout=850,
+    )  # fmt: skip
 
 
 def metrics(folder: Path) -> list[dict]:

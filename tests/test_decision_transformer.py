@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stacks import windows
 
-from scaled_ql import devices, evaluation, methods, parameters, training
+from scaled_ql import defaults, devices, evaluation, methods, parameters, training
 from scaled_ql.games import FULL_ACTIONS, action_names
 from scaled_ql.methods import decision_transformer as dt
 from scaled_ql.methods.common import checked_objective
@@ -110,6 +110,12 @@ def test_a_windows_losses_equal_a_reference():
 HOW = {"transformer": "tiny", "sequence_length": 2}
 
 
+@pytest.fixture
+def shallow(monkeypatch):
+    """One layer, which compiles sooner."""
+    monkeypatch.setitem(defaults.TRANSFORMERS, "tiny", (1, 32, 2))
+
+
 def made(method, seed=0):
     network = method.build("resnet101", 2, seed, dtype="float32", hidden_sizes=[1])
     optimizer = training.make_optimizer(1e-3, 1e-8)
@@ -118,7 +124,7 @@ def made(method, seed=0):
 
 
 @pytest.mark.parametrize("name", ["dt", "bc_transformer"])
-def test_the_objective_is_the_mean_of_its_cross_entropies(name):
+def test_the_objective_is_the_mean_of_its_cross_entropies(shallow, name):
     method = methods.METHODS[name](**HOW, **({"return_low": -2, "return_high": 3} if name == "dt" else {}))
     network, _, graph, state = made(method)
     batch, key = windows(), jax.random.key(5)
@@ -264,7 +270,7 @@ def trained_like(name="dt", **settings):
     return method, method.preferences(graph, [4]), state.params
 
 
-def test_a_film_shows_what_the_player_saw_and_chose(tmp_path):
+def test_a_film_shows_what_the_player_saw_and_chose(shallow, tmp_path):
     method, prefer, params = trained_like()
     player = evaluation.make_player(method, prefer, params, 0, action_names("Breakout"))
     shared = {"seed": 4, "sticky_actions": 0.25, "max_steps": 40}
@@ -301,7 +307,7 @@ def test_a_film_shows_what_the_player_saw_and_chose(tmp_path):
         np.testing.assert_allclose(values, in_play[tuple(draw)], atol=1e-4)
 
 
-def test_play_is_a_function_of_its_numbers_and_asks_for_the_target():
+def test_play_is_a_function_of_its_numbers_and_asks_for_the_target(shallow):
     """The return drawn differs with the numbers; a number as a target is reached less what was collected."""
     batch, draw = windows(4), np.array([[0, 0, 0], [0, 0, 1], [0, 1, 0], [1, 0, 0]], np.int32)
     _, prefer, params = trained_like("dt", action_percentile=0.0)
@@ -319,7 +325,7 @@ def test_play_is_a_function_of_its_numbers_and_asks_for_the_target():
 # Training.
 
 
-def test_training_that_was_stopped_resumes_bit_identically(tmp_path):
+def test_training_that_was_stopped_resumes_bit_identically(shallow, tmp_path):
     """On windows from a store, through the trainer; its checkpoint says that it holds a transformer."""
     data = open_replay(test_sequences.write(tmp_path / "replay", test_sequences.EPISODES))
     small = {"games_per_batch": 2, "transitions_per_game": 2, "num_steps": 4, "log_every": 1, "checkpoint_every": 2}

@@ -49,24 +49,13 @@ def test_names_tell_apart_what_differs() -> None:
         parameters.check("04_scaled_training", {"run": name})
 
 
-def test_a_failing_run_is_retried_and_reported_and_the_others_go_on(recording: Path, tmp_path: Path) -> None:
+def test_a_failing_run_is_retried_and_reported_and_a_killed_worker_costs_nothing_but_time(
+    recording: Path, tmp_path: Path
+) -> None:
+    """One worker, which first fails twice, and then is killed in the middle of the other run."""
     absent = {"dataset": str(recording), "episode": 99_999, "outputs": str(tmp_path), "run": "bad"}
-    cells = [cell(tmp_path, "one"), ("03_data_exploration", parameters.check("03_data_exploration", absent))]
-    outcomes = grids.run_grid(cells, workers=2, retries=1)
-    assert [outcome.values.run for outcome in outcomes] == ["one", "bad"]
-    assert [outcome.state for outcome in outcomes] == ["finished", "failed"]
-    assert [outcome.retries for outcome in outcomes] == [0, 1]
-    assert "IndexError" in outcomes[1].error
-    assert "Traceback" in outcomes[1].error and "---->" in outcomes[1].error, "the failing cell is shown"
-    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("run.html")}
-    began = time.monotonic()
-    assert [outcome.state for outcome in grids.run_grid(cells[:1])] == ["finished"]
-    assert time.monotonic() - began < 5, "nothing was left to do"
-    assert before == {file: file.stat().st_mtime_ns for file in before}
-
-
-def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
     name, values = cell(tmp_path, "killed", num_transitions=3_000)
+    cells = [("03_data_exploration", parameters.check("03_data_exploration", absent)), (name, values)]
     status = tmp_path / name / "killed" / "status.json"
     killed = []
 
@@ -77,16 +66,25 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
         killed.append(worker.pid)
         worker.kill()
 
-    thread = threading.Thread(target=kill_its_worker)
+    thread = threading.Thread(target=kill_its_worker, daemon=True)
     thread.start()
-    (outcome,) = grids.run_grid([(name, values)], workers=1, retries=2)
-    thread.join()
+    outcomes = grids.run_grid(cells, workers=1, retries=1)
+    assert [outcome.values.run for outcome in outcomes] == ["bad", "killed"]
+    assert [outcome.state for outcome in outcomes] == ["failed", "finished"]
+    assert [outcome.retries for outcome in outcomes] == [1, 0]
+    assert "IndexError" in outcomes[0].error
+    assert "Traceback" in outcomes[0].error and "---->" in outcomes[0].error, "the failing cell is shown"
+    thread.join(timeout=10)
     assert killed and not psutil.pid_exists(killed[0])
-    assert outcome.state == "finished"
     collect.record_game(tmp_path / "undisturbed", "Breakout", 3_000, seed=values.seed, max_steps=values.max_steps)
     data = [open_replay(folder) for folder in (tmp_path / name / "killed" / "replay", tmp_path / "undisturbed")]
     assert data[0].identity() == data[1].identity()
     assert data[0].validate() == []
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("run.html")}
+    began = time.monotonic()
+    assert [outcome.state for outcome in grids.run_grid(cells[1:])] == ["finished"]
+    assert time.monotonic() - began < 5, "nothing was left to do"
+    assert before == {file: file.stat().st_mtime_ns for file in before}
 
 
 def test_the_table_shows_where_runs_are(tmp_path: Path) -> None:

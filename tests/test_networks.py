@@ -219,7 +219,7 @@ def test_count_parameters():
 @pytest.mark.parametrize("options", [{}, {"mean_frames": np.zeros((3, 84, 84)), "normalize_features": False}])
 @pytest.mark.parametrize("encoder, head", [("nature", "c51"), ("resnet_narrow", "mse")])
 def test_layers_hold_all_parameters_and_name_what_they_make(encoder, head, options):
-    network = small(encoder, head, embedding="sum", **options)
+    network = filled(lambda: small(encoder, head, embedding="sum", **options))
     table = networks.layers(network)
     assert table["parameters"].sum() == count_parameters(network)
     assert ("feature normalisation" in set(table["layer"])) == network.normalize
@@ -317,22 +317,31 @@ def test_normalize_features_switch():
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6, 11, 21, 84])
 def test_max_pool_and_its_gradient_equal_a_window_reduction(size):
-    x = jax.random.normal(jax.random.key(size), (2, size, size + 1, 3))
-    expected, gradient = jax.vjp(lambda x: nnx.max_pool(x, (3, 3), (2, 2), padding="SAME"), x)
-    pooled, own_gradient = jax.vjp(encoders.max_pool, x)
+    rng = np.random.default_rng(size)
+    x = rng.normal(size=(2, size, size + 1, 3)).astype(np.float32)
+    y = rng.normal(size=(2, -(-size // 2), size // 2 + 1, 3)).astype(np.float32)
+
+    @jax.jit
+    def pooled_with_gradients(x, y):
+        pools = lambda x: nnx.max_pool(x, (3, 3), (2, 2), padding="SAME"), encoders.max_pool
+        (expected, gradient), (pooled, own_gradient) = (jax.vjp(pool, x) for pool in pools)
+        return expected, gradient(y)[0], pooled, own_gradient(y)[0]
+
+    expected, gradient, pooled, own_gradient = pooled_with_gradients(x, y)
     np.testing.assert_array_equal(pooled, expected)
-    y = jax.random.normal(jax.random.key(0), pooled.shape)
-    np.testing.assert_allclose(own_gradient(y)[0], gradient(y)[0], atol=1e-6)
+    np.testing.assert_allclose(own_gradient, gradient, atol=1e-6)
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 @pytest.mark.parametrize("size, stride", [(7, 2), (8, 4), (3, 2), (5, 4), (4, 4), (2, 2), (1, 2)])
 def test_strided_convolutions(size, stride, padding):
     with jax.enable_x64(True):
-        x, kernel = (jax.random.normal(jax.random.key(0), shape) for shape in ((2, 20, 20, 4), (size, size, 4, 5)))
+        rng = np.random.default_rng(size)
+        x, kernel = (jnp.array(rng.normal(size=shape)) for shape in ((2, 20, 20, 4), (size, size, 4, 5)))
         dimensions = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
         expected = jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, **dimensions)
-        np.testing.assert_allclose(encoders.strided_convolution(x, kernel, stride, padding), expected, atol=1e-12)
+        convolve = jax.jit(encoders.strided_convolution, static_argnums=(2, 3))
+        np.testing.assert_allclose(convolve(x, kernel, stride, padding), expected, atol=1e-12)
 
 
 def test_groups_must_divide_the_channels():

@@ -1,7 +1,7 @@
 """The notebooks: committed clean, and executed by papermill on real ALE with tiny parameters."""
 
 import json
-import shutil
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -40,18 +40,13 @@ def test_committed_clean_and_readable(file: Path) -> None:
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny batch, run by the command once for all tests."""
     folder = tmp_path_factory.mktemp("outputs")
-    done = run("params/batches/tiny.yaml", folder)
+    # Few of its programs run more than once: not to optimise them at all takes a third less time than to compile them.
+    done = run("params/batches/tiny.yaml", folder, XLA_FLAGS="--xla_backend_optimization_level=0")
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
-MORE = [
-    "params/04_scaled_training/tiny_mae.yaml",
-    *(f"params/06_transfer/tiny_{kind}.yaml" for kind in ("online", "mae")),
-]
-
-
-@pytest.mark.parametrize("file", [*TINY.values(), *MORE])
+@pytest.mark.parametrize("file", TINY.values())
 def test_every_notebook_runs_and_leaves_its_report(outputs: Path, file: str) -> None:
     notebook, run = Path(file).parts[1], Path(file).stem
     folder = outputs / notebook / run
@@ -62,7 +57,7 @@ def test_every_notebook_runs_and_leaves_its_report(outputs: Path, file: str) -> 
     for word in ('src="http', 'href="http', "@import", "url(http"):
         assert word not in html
     assert html.count(str(outputs)) == 1, "a path of this machine, beside the parameter that asked for it"
-    films = {"04_scaled_training": 0 if run == "tiny_mae" else 2, "06_transfer": 1}.get(notebook, 0)
+    films = {"04_scaled_training": 2, "06_transfer": 1}.get(notebook, 0)
     assert html.count("data:video/mp4;base64") == html.count('poster="data:image/jpeg;base64') == films
 
 
@@ -72,17 +67,6 @@ def test_the_summary_compares_agent_dataset_and_random_player(outputs: Path) -> 
     for row in summary["games"].values():
         assert row["agent_episodes"] == 2
         assert all(np.isfinite(row[name]) for name in ("random_return", "dataset_return", "agent_return"))
-
-
-def test_what_cannot_play_says_so_and_its_encoder_is_frozen_in_a_q_network(outputs: Path) -> None:
-    folder = outputs / "04_scaled_training" / "tiny_mae"
-    said = "The network of <code>mae</code> cannot play: nothing is evaluated and nothing is filmed in this run."
-    assert (folder / "run.html").read_text().count(said) == 2, "at the beginning, and where scores would be"
-    assert not (folder / "evaluation").exists() and json.loads((folder / "summary.json").read_text())["games"] == {}
-    assert [row["step"] for row in metrics(folder)] == [5, 10, 15, 20]
-    summary = json.loads((outputs / "06_transfer" / "tiny_mae" / "summary.json").read_text())
-    assert summary["pretrained"]["method"] == "mae" and summary["network"]["encoder"] == "vit_narrow"
-    assert summary["trained_parameters"] < summary["parameters"]
 
 
 def test_finished_runs_are_recognised(outputs: Path, tmp_path: Path) -> None:
@@ -102,41 +86,26 @@ def test_finished_runs_are_recognised(outputs: Path, tmp_path: Path) -> None:
     assert before == {file: file.stat().st_mtime_ns for file in before}
 
 
-def test_a_finished_run_that_is_shown_again_has_its_curves(outputs: Path) -> None:
-    target = "04_scaled_training"
-    folder = outputs / target / "shown"
-    shutil.copytree(outputs / target / "tiny", folder)
-    for name in ("run.ipynb", "run.html", "summary.json", "status.json", "parameters.yaml"):
-        (folder / name).unlink()
-    done = run(target, outputs, TINY[target], "-p", "run", "shown")
-    assert done.returncode == 0, done.stderr
-    cells = nbformat.read(folder / "run.ipynb", as_version=4).cells
-    (training,) = (cell for cell in cells if "for state, log in steps" in cell.source)
-    assert any("image/png" in output.get("data", {}) for output in training.outputs)
+ASCII = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
-def test_papermill_alone_works_from_any_folder(outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    values = {"run": "alone", "dataset": "01_data_collection/tiny/replay", "outputs": str(outputs)}
-    source = runs.workspace() / "notebooks" / "03_data_exploration.ipynb"
-    papermill.execute_notebook(source, tmp_path / "out.ipynb", values, progress_bar=False)
-    assert json.loads((outputs / "03_data_exploration" / "alone" / "status.json").read_text())["state"] == "finished"
-    with pytest.raises(papermill.PapermillExecutionError, match="did you mean dataset"):
-        papermill.execute_notebook(source, tmp_path / "out.ipynb", {"datasett": "x"}, progress_bar=False)
-
-
-def test_two_runs_side_by_side_do_not_meet(outputs: Path) -> None:
+def test_two_runs_side_by_side_do_not_meet_and_a_locale_of_ascii_changes_nothing(outputs: Path) -> None:
     target = "03_data_exploration"
     both = [
         subprocess.Popen(
-            arguments(target, outputs, TINY[target], "-p", "run", f"side-{number}"),
+            arguments(target, outputs, TINY[target], "-p", "run", f"side-{number}"), env={**os.environ, **locale},
             cwd=runs.workspace(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
-        for number in (1, 2)
+        for number, locale in ((1, {}), (2, ASCII))
     ]  # fmt: skip
     for process in both:
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
+    for number in (1, 2):
+        for file in ("run.html", "run.ipynb"):
+            assert "84 × 84" in (outputs / target / f"side-{number}" / file).read_text(encoding="utf-8")
+    again = run(target, outputs, TINY[target], "-p", "run", "side-2", **ASCII)
+    assert again.returncode == 0 and "finished before" in again.stdout
 
 
 LOSS = """

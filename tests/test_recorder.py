@@ -33,12 +33,14 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that papermill alone executed; its own output is beside the notebooks' folders."""
+    """The folder of a run that papermill alone executed, elsewhere; its own output is beside the notebooks' folders."""
     outputs = tmp_path_factory.mktemp("outputs")
     source = runs.workspace() / "notebooks" / f"{NAME}.ipynb"
-    papermill.execute_notebook(
-        source, outputs / "papermill.ipynb", TINY | {"run": "first", "outputs": str(outputs)}, progress_bar=False
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("elsewhere"))
+        papermill.execute_notebook(
+            source, outputs / "papermill.ipynb", TINY | {"run": "first", "outputs": str(outputs)}, progress_bar=False
+        )
     return outputs / NAME / "first"
 
 
@@ -65,6 +67,7 @@ def test_papermill_alone_leaves_notebook_and_report_in_the_runs_folder(first: Pa
     assert [cell.get("outputs") for cell in book.cells] == [cell.get("outputs") for cell in papermills.cells]
     assert any("image/png" in output.get("data", {}) for cell in book.cells for output in cell.get("outputs", []))
     assert "data:image/png;base64" in (first / "run.html").read_text(encoding="utf-8")
+    assert runs.read_json(first / "status.json")["state"] == "finished"
 
 
 def test_an_executed_notebook_is_trusted_and_read_only(first: Path) -> None:

@@ -304,17 +304,6 @@ def test_parameters_that_are_given_as_a_batch_name_the_command(workspace: Path) 
 ASCII = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
-def test_a_locale_of_ascii_changes_nothing(recording: Path, tmp_path: Path) -> None:
-    given = ("-p", "dataset", recording, "--outputs", tmp_path)
-    done = command("run", "03_data_exploration", *given, **ASCII)
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "03_data_exploration" / "default"
-    assert "84 × 84" in (folder / "run.html").read_text(encoding="utf-8")
-    assert "84 × 84" in (folder / "run.ipynb").read_text(encoding="utf-8")
-    again = command("run", "03_data_exploration", *given, **ASCII)
-    assert again.returncode == 0 and "finished before" in again.stdout
-
-
 def test_a_path_that_the_locale_does_not_know_is_one_line(tmp_path: Path) -> None:
     done = command("run", "01_data_collection", "--outputs", tmp_path / "é", **ASCII)
     assert done.returncode == 1 and "Set PYTHONUTF8=1" in done.stderr and done.stderr.count("\n") == 1

@@ -365,7 +365,7 @@ def wait_for_episodes(path, count, process):
 
 def test_killed_writer_leaves_a_prefix_and_goes_on(tmp_path):
     rng, count = np.random.default_rng(), 0
-    for _ in range(5):
+    for _ in range(3):
         process = start("append_forever(sys.argv[1])", tmp_path / "killed")
         try:
             wait_for_episodes(tmp_path / "killed", count + 2, process)

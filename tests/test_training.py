@@ -509,7 +509,15 @@ def test_the_state_to_begin_with_is_not_taken(tmp_path):
     assert_same(whole[2], again[2])
 
 
-def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_state(tmp_path):
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C interrupts, also where a shell that started the tests in the background has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_state(ctrl_c, tmp_path):
     checkpoints = Checkpoints(tmp_path, ABOUT)
 
     def train_step(state, batch):
@@ -531,7 +539,7 @@ def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_state(tmp_path):
     checkpoints.close()
 
 
-def test_an_interrupt_before_the_first_step_leaves_nothing(tmp_path):
+def test_an_interrupt_before_the_first_step_leaves_nothing(ctrl_c, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         table_run(tmp_path, 5, lambda step: signal.raise_signal(signal.SIGINT))
     assert steps_on_disk(tmp_path / "checkpoints") == []

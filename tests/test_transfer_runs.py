@@ -1,10 +1,9 @@
-"""Runs of `06_transfer` as a user starts them: killed, resumed, frozen, on a variant."""
+"""Runs of `06_transfer` as a user starts them: from a masked autoencoder, killed, resumed, frozen, on a variant."""
 
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,52 +11,33 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from running import arguments, metrics, run
+from written import write_run
 
-from scaled_ql import methods, parameters, runs, training, transfer
+from scaled_ql import methods, runs, training, transfer
 from scaled_ql.replay import open_replay
 
-TINY = {
-    "encoder": "nature_narrow", "hidden_sizes": [16], "num_atoms": 11, "games_per_batch": 2, "adam_epsilon": 1e-5,
-    "subtract_mean_frames": True,
-}  # fmt: skip
-INITIAL = "04_scaled_training/pretrained"
-QUICK = {"eval_episodes": 1, "eval_max_steps": 20, "video_steps": 0, "probe_moments": 0, "batch_size": 8}
-QUICK |= {"initial": INITIAL, "built_like": INITIAL, "learning_rate": 0.01, "adam_epsilon": 1e-5}
+TARGET, PRETRAINED = "06_transfer", "04_scaled_training/tiny_mae"
+QUICK = {"eval_episodes": 1, "eval_max_steps": 20, "video_steps": 0, "probe_moments": 0, "learning_rate": 1e-3}
+OFFLINE = QUICK | {"game": "Breakout", "num_steps": 120, "eval_every": 60}
+ONLINE = QUICK | {"num_transitions": 600, "max_steps": 50, "update_period": 4, "epsilon_decay": 200, "eval_every": 300}
 
 
-@pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An outputs folder with a finished pre-training run of two games: noise in place of what it learned."""
-    folder = tmp_path_factory.mktemp("outputs")
-    p = parameters.check("04_scaled_training", TINY | {"run": "pretrained"})
-    architecture = {"hidden_sizes": (16,), "num_atoms": 11, "mean_frames": np.full((2, 84, 84), 90, np.float32)}
-    network = methods.make(p).build(p.encoder, 2, 5, **architecture)
-    _, state = training.init_state(network, training.make_optimizer())
-    rng = np.random.default_rng(0)
-    noisy = jax.tree.map(lambda x: x + 0.02 * rng.normal(size=x.shape).astype(np.float32), state.params)
-    where = folder / INITIAL
-    checkpoints = training.Checkpoints(where / "checkpoints", training.about_run(p, ["Pong", "Qbert"], "of a test"))
-    checkpoints.save(state._replace(step=jax.numpy.int32(20), params=noisy))
-    checkpoints.close()
-    (where / "status.json").write_text('{"state": "finished"}')
-    return folder
+def words(file: str, **values: object) -> list[str]:
+    """A file of parameters and what differs from it, for the command; JSON is YAML."""
+    return [file, *(word for name, value in values.items() for word in ("-p", name, json.dumps(value)))]
 
 
-def command(outputs: Path, run: str, **values: object) -> list[str]:
-    file = outputs / f"{run}.yaml"
-    file.write_text(json.dumps(QUICK | values | {"run": run}))  # JSON is YAML
-    return [sys.executable, "-m", "scaled_ql.command", "run", "06_transfer", str(file), "--outputs", str(outputs)]
-
-
-def finish(started: list[str]) -> str:
-    done = subprocess.run(started, cwd=runs.workspace(), capture_output=True, text=True, timeout=600)
+def finish(outputs: Path, target: str, *more: str) -> None:
+    done = run(target, outputs, *more)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
-def kill_when(started: list[str], folder: Path, far_enough: int) -> None:
+def kill_when(outputs: Path, folder: Path, far_enough: int, *more: str) -> None:
     """SIGKILL of the kernel once its status says that so much is done."""
-    process = subprocess.Popen(started, cwd=runs.workspace(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        arguments(TARGET, outputs, *more), cwd=runs.workspace(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while (status := runs.read_json(folder / "status.json")).get("done", 0) < far_enough:
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.01)
@@ -70,66 +50,90 @@ def state_of(folder: Path, step: int) -> dict:
     return ocp.StandardCheckpointer().restore((folder / "checkpoints" / str(step) / "state").absolute())
 
 
-def rows(folder: Path) -> list[dict]:
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if not name.endswith("per_second")} for row in found]
+@pytest.fixture(scope="module")
+def outputs(recording: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An outputs folder with a masked autoencoder that was trained on two games."""
+    folder = tmp_path_factory.mktemp("outputs")
+    file = "params/04_scaled_training/tiny_mae.yaml"
+    finish(folder, "04_scaled_training", *words(file, dataset=str(recording), subtract_mean_frames=True))
+    return folder
 
 
-def test_offline_killed_and_resumed_is_bit_identical_and_what_is_frozen_stays(outputs: Path, recording: Path) -> None:
-    values = {"game": "Breakout", "dataset": str(recording), "freeze": True, "num_steps": 200, "log_every": 5}
-    values |= {"checkpoint_every": 10, "eval_every": 100}
-    finish(command(outputs, "undisturbed", **values))
-    undisturbed, stopped = (outputs / "06_transfer" / name for name in ("undisturbed", "stopped"))
-    kill_when(command(outputs, "stopped", **values), stopped, 40)
-    finish(command(outputs, "stopped", **values))
-    assert rows(stopped) == rows(undisturbed)
-    states = [state_of(folder, 200) for folder in (stopped, undisturbed)]
+@pytest.fixture(scope="module")
+def offline(recording: Path) -> list[str]:
+    """Of a Q-network on the frozen encoder."""
+    return words("params/06_transfer/tiny_mae.yaml", **OFFLINE, dataset=str(recording))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(outputs: Path, offline: list[str]) -> Path:
+    finish(outputs, TARGET, *offline, "-p", "run", "undisturbed")
+    return outputs / TARGET / "undisturbed"
+
+
+def test_what_cannot_play_says_so(outputs: Path) -> None:
+    folder = outputs / PRETRAINED
+    said = "The network of <code>mae</code> cannot play: nothing is evaluated and nothing is filmed in this run."
+    assert (folder / "run.html").read_text().count(said) == 2, "at the beginning, and where scores would be"
+    assert not (folder / "evaluation").exists() and runs.read_json(folder / "summary.json")["games"] == {}
+    assert [row["step"] for row in metrics(folder)] == [5, 10, 15, 20]
+
+
+def test_offline_killed_and_resumed_is_bit_identical_and_what_is_frozen_stays(
+    outputs: Path, offline: list[str], undisturbed: Path
+) -> None:
+    stopped = outputs / TARGET / "stopped"
+    kill_when(outputs, stopped, 40, *offline, "-p", "run", "stopped")
+    finish(outputs, TARGET, *offline, "-p", "run", "stopped")
+    assert metrics(stopped) == metrics(undisturbed)
+    states = [state_of(folder, 120) for folder in (stopped, undisturbed)]
     for one, other in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_array_equal(one, other)
-    source = transfer.load(outputs / INITIAL)
-    trained = training.flat_params(states[0]["params"])
-    frozen = [path for path in trained if training.is_part(path, ("encoder", "embedding"))]
-    assert len(frozen) == 7
+    source, trained = transfer.load(outputs / PRETRAINED), training.flat_params(states[0]["params"])
+    frozen = {path for path in trained if training.is_part(path, ["encoder"])}
+    assert frozen == {path for path in source.params if training.is_part(path, ["encoder"])} != set()
     for path in frozen:
         np.testing.assert_array_equal(trained[path], source.params[path])
-    assert (trained["hidden/0/kernel"].shape == source.params["hidden/0/kernel"].shape) and (
-        trained["hidden/0/kernel"] != source.params["hidden/0/kernel"]
-    ).any()
-    assert trained["mean_frames"].shape == (1, 84, 84) and not (trained["mean_frames"] == 90).all()
+    assert source.params["mean_frames"].shape == (2, 84, 84) and trained["mean_frames"].shape == (1, 84, 84)
     summary = runs.read_json(stopped / "summary.json")
-    assert summary["pretrained"]["games"] == ["Pong", "Qbert"] and summary["pretrained"]["steps"] == 20
+    assert summary["pretrained"]["method"] == "mae" and summary["network"]["encoder"] == "vit_narrow"
+    assert summary["pretrained"]["games"] == ["Breakout", "Freeway"] and summary["pretrained"]["steps"] == 20
     assert summary["trained_parameters"] == summary["parameters"] - sum(source.params[path].size for path in frozen)
-    assert sorted(file.name for file in (stopped / "evaluation").iterdir()) == ["step-100", "step-200"]
-    assert (undisturbed / "transfer.csv").read_text().count("Scaled QL, frozen") == 1
+    assert sorted(file.name for file in (stopped / "evaluation").iterdir()) == ["step-120", "step-60"]
+    assert (undisturbed / "transfer.csv").read_text().count("MAE, frozen") == 1
     assert "No comparison: runs stopped, undisturbed have equal parameters" in (stopped / "run.html").read_text()
-    more = {"initial": "06_transfer/stopped", "parts": "all but the head", "freeze": False, "num_steps": 5}
-    finish(command(outputs, "again", **values | more | {"eval_every": 0}))  # what was transferred is transferred again
-    assert "this is no transfer to an unseen game" in (outputs / "06_transfer" / "again" / "run.html").read_text()
-    about = runs.read_json(outputs / "06_transfer" / "again" / "summary.json")["pretrained"]
-    assert about["games"] == ["Breakout"] and about["encoder"] == "nature_narrow" and about["steps"] == 200
+    again = transfer.load(stopped)  # what was transferred may be transferred again
+    assert "on Breakout for 120 steps" in again.in_words("Pong")
+    assert "**Breakout is one of them**: this is no transfer to an unseen game" in again.in_words("Breakout")
+    network = methods.q_learning().build(num_games=1, seed=5, **again.architecture)
+    _, state = transfer.init_state(network, training.make_optimizer(), again, "all but the head")
+    taken = training.flat_params(state.params)
+    for path, array in trained.items():
+        if path != "mean_frames" and not training.is_part(path, ["head_kernel", "head_bias"]):
+            np.testing.assert_array_equal(taken[path], array, err_msg=path)
 
 
-def test_online_on_a_variant_killed_and_resumed_loses_unfinished_episodes_only(outputs: Path) -> None:
-    values = {"setting": "online", "game": "Freeway", "mode": 1, "num_transitions": 600, "environments": 2}
-    values |= {"max_steps": 50, "min_history": 100, "update_period": 4, "epsilon_decay": 200, "capacity": 1000}
-    values |= {"checkpoint_every": 5, "v_min": -10.0, "v_max": 10.0, "eval_every": 300}
-    folder = outputs / "06_transfer" / "variant"
-    started = command(outputs, "variant", **values)
-    kill_when(started, folder, 200)
+def test_online_on_a_variant_killed_and_resumed_loses_unfinished_episodes_only(tmp_path: Path) -> None:
+    write_run(tmp_path / "04_scaled_training" / "tiny", ["Pong", "Qbert"])
+    (tmp_path / "04_scaled_training" / "tiny" / "status.json").write_text('{"state": "finished"}')
+    folder = tmp_path / TARGET / "variant"
+    online = words("params/06_transfer/tiny_online.yaml", **ONLINE, run="variant")
+    kill_when(tmp_path, folder, 200, *online)
     before = open_replay(folder / "replay")
-    logged = before.episodes("Freeway")
-    frames = before.frames_at("Freeway", np.arange(before.num_transitions("Freeway")))
+    logged = before.episodes("Breakout")
+    frames = before.frames_at("Breakout", np.arange(before.num_transitions("Breakout")))
     assert 200 <= len(frames) < 600
-    finish(started)
+    finish(tmp_path, TARGET, *online)
     after = open_replay(folder / "replay")
-    assert after.num_transitions("Freeway") >= 600
+    assert after.num_transitions("Breakout") >= 600
     columns = ["start", "length", "episode_return"]
-    assert after.episodes("Freeway")[columns].head(len(logged)).equals(logged[columns])
-    np.testing.assert_array_equal(after.frames_at("Freeway", np.arange(len(frames))), frames)
-    (manifest,) = after.manifests("Freeway")
-    assert manifest["mode"] == 1 and manifest["sticky_actions"] == 0.25
+    assert after.episodes("Breakout")[columns].head(len(logged)).equals(logged[columns])
+    np.testing.assert_array_equal(after.frames_at("Breakout", np.arange(len(frames))), frames)
+    (manifest,) = after.manifests("Breakout")
+    assert manifest["mode"] == 12 and manifest["sticky_actions"] == 0.25
     summary = runs.read_json(folder / "summary.json")
     assert summary["steps"] == 600 and summary["updates"] >= 125 and summary["dataset"] == "online"
+    assert summary["pretrained"]["games"] == ["Pong", "Qbert"] and summary["pretrained"]["steps"] == 20
     steps = [int(path.name.removeprefix("step-")) for path in (folder / "evaluation").iterdir()]
     assert 600 in steps and all(step % 300 == 0 for step in steps)
-    assert "Freeway, mode 1, online" in (folder / "run.html").read_text()
+    assert "Breakout, mode 12, online" in (folder / "run.html").read_text()
