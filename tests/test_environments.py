@@ -21,6 +21,7 @@ from scaled_ql.environments import (
     make_environment,
     make_vector_environment,
     rules,
+    whole_rewards,
 )
 from scaled_ql.games import RULES, UnknownGame, UnknownVariant, action_names, rom_name
 
@@ -126,6 +127,18 @@ def test_game_over_at_the_very_cap_is_termination():
     # The single environment sets both flags there, so `terminated` is the one to ask.
     assert random_breakout(len(actions), seed)[1] == (True, True)
     assert random_breakout(len(actions) - 1, seed)[1] == (False, True)
+
+
+def test_a_score_that_passes_a_million_gives_its_reward():
+    environment, rng = make_environment("Asterix"), np.random.default_rng(0)
+    environment.reset(seed=0)
+    for address, digits in ((0x5E, 0x99), (0x5F, 0x99), (0x60, 0x00)):  # a score of 999,900
+        environment.unwrapped.ale.setRAM(address, digits)
+    rewards = [environment.step(rng.integers(environment.action_space.n))[1] for _ in range(200)]
+    assert rewards[0] == 999_900
+    assert set(rewards[1:]) == {0, 50}
+    assert environment.unwrapped.ale.getRAM()[0x5E] == 0, "the score did not pass a million"
+    np.testing.assert_array_equal(whole_rewards(np.array([-999_000, -10, 50], np.float32)), [1_000, -10, 50])
 
 
 def test_equal_seeds_repeat_sticky_actions():

@@ -137,8 +137,16 @@ def in_words(value: Any) -> str:
     return " to ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
+def whole_rewards(rewards: np.ndarray) -> np.ndarray:
+    """Raw rewards, of any shape and dtype, without the million that ALE takes off when a score passes it.
+
+    Asterix, Defender and VideoPinball show six digits, and a reward is the difference of two scores.
+    """
+    return np.where(rewards < -500_000, rewards + 1_000_000, rewards).astype(rewards.dtype)
+
+
 class _Preprocessing(gymnasium.wrappers.AtariPreprocessing):
-    """`AtariPreprocessing` that refuses an action of -1 instead of taking it for the last one."""
+    """`AtariPreprocessing` with `whole_rewards`, which refuses an action of -1 instead of taking it for the last."""
 
     def __init__(self, game: str, environment: gymnasium.Env):
         super().__init__(environment, noop_max=0, frame_skip=FRAME_SKIP)
@@ -146,7 +154,8 @@ class _Preprocessing(gymnasium.wrappers.AtariPreprocessing):
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         check_actions_sent(self._game, action, self.action_space.n)
-        return super().step(action)
+        frame, reward, *rest = super().step(action)
+        return frame, float(whole_rewards(np.float64(reward))), *rest
 
 
 def make_environment(
@@ -311,7 +320,8 @@ class ThreadVectorEnv(ale_py.vector_env.AtariVectorEnv):
 
     def recv(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """(stacks, rewards, terminated, truncated, info) of the step that `send` began."""
-        return self._wait(super().recv)
+        stacks, rewards, *rest = self._wait(super().recv)
+        return stacks, whole_rewards(rewards), *rest
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """`send` and `recv`."""

@@ -409,8 +409,8 @@ def arms(table: pd.DataFrame, title: str) -> Figure:
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set(title=title, xlabel="mean episode return (raw)")
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8, loc="best")
+    if axis.get_legend_handles_labels()[0]:  # beside the points, which may lie anywhere
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
