@@ -59,6 +59,7 @@ METHODS = {
 EVAL_EPSILON = 0.001  # share of random moves in evaluation (Table B.1)
 
 Head = Literal["c51", "hl_gauss", "two_hot", "mse"]
+Heads = Literal["per_game", "shared"]
 Embedding = Literal["pointwise", "sum", "attention", "none"]
 Rewards = Literal["real", "zero", "shuffled"]
 Parts = Literal["encoder", "encoder + embedding", "all but the head"]  # that are transferred

@@ -14,7 +14,7 @@ import pydantic
 from pydantic import Field
 
 from scaled_ql import defaults, documents
-from scaled_ql.defaults import Embedding, Head, Parts, Rewards
+from scaled_ql.defaults import Embedding, Head, Heads, Parts, Rewards
 from scaled_ql.environments import MAX_STEPS
 
 Encoder = Literal[tuple(defaults.ENCODERS)]
@@ -178,6 +178,7 @@ class ScaledTraining(Parameters):
     method: Literal[tuple(defaults.METHODS)] = "cql"
     encoder: Encoder = "resnet101"
     head: Head = "c51"
+    heads: Heads = "per_game"
     hidden_sizes: Annotated[list[Count], Field(min_length=1)] = list(defaults.HIDDEN_SIZES)
     embedding: Embedding = "pointwise"
     normalize_features: bool = True

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any, get_args
 
@@ -11,10 +12,12 @@ import numpy as np
 import pandas as pd
 from flax import nnx
 
-from scaled_ql.defaults import GROUP_SIZE, HIDDEN_SIZES, NUM_ATOMS, Embedding, Head
+from scaled_ql.defaults import GROUP_SIZE, HIDDEN_SIZES, NUM_ATOMS, Embedding, Head, Heads
 from scaled_ql.games import NUM_ACTIONS
 from scaled_ql.networks.encoders import make_encoder
 from scaled_ql.networks.parts import Dtype, pixels
+
+GAME_FEATURES = 32  # length of a game's embedding, where the head is shared
 
 
 class SpatialEmbedding(nnx.Module):
@@ -72,6 +75,12 @@ class QNetwork(nnx.Module):
 
     Every game has a separate linear head: 18 actions x atoms, of which a game's minimal set uses the first rows; the
     caller (`losses`), which knows the games, masks the others.
+
+    With shared heads, all games have one, and a learned embedding of the game enters the first fully connected layer:
+    32 numbers for each game, divided by their length, concatenated to the layer's input, as in BRC (Nauman et al.,
+    2025, and their code). It is written as the sum of two products, each of which starts with variance 1 / fan in.
+    BRC's critics are dense networks of states; that the embedding enters where ours becomes dense is a guess. A row of
+    the head means another action in each game, the n-th of its minimal set, which only the embedding can tell.
     """
 
     def __init__(
@@ -80,6 +89,7 @@ class QNetwork(nnx.Module):
         num_games: int,
         *,
         num_outputs: int,
+        heads: Heads,
         hidden_sizes: tuple[int, ...],
         embedding: Embedding,
         normalize: bool,
@@ -107,10 +117,14 @@ class QNetwork(nnx.Module):
         init = nnx.initializers.variance_scaling(
             1.0, "fan_in", "truncated_normal", in_axis=0, out_axis=2, batch_axis=(1,)
         )
+        num_heads = num_games if heads == "per_game" else 1
         # Features first: all heads together are then one matrix product, and nothing is transposed for it.
-        self.head_kernel = nnx.Param(init(rngs.params(), (sizes[-1], num_games, width)))
+        self.head_kernel = nnx.Param(init(rngs.params(), (sizes[-1], num_heads, width)))
         bias = jnp.zeros(num_outputs) if head_bias is None else head_bias
-        self.head_bias = nnx.Param(jnp.tile(bias, (num_games, NUM_ACTIONS)))
+        self.head_bias = nnx.Param(jnp.tile(bias, (num_heads, NUM_ACTIONS)))
+        shared, layer = heads == "shared", partial(nnx.Linear, use_bias=False, dtype=dtype, rngs=rngs)
+        self.game_embedding = nnx.Embed(num_games, GAME_FEATURES, rngs=rngs) if shared else None
+        self.game_layer = layer(GAME_FEATURES, hidden_sizes[0]) if shared else None
 
     @property
     def published(self) -> tuple[nnx.Module, ...]:
@@ -130,6 +144,8 @@ class QNetwork(nnx.Module):
         x = self.embedded(observation, game, augment)
         for number, layer in enumerate(self.hidden):
             x = layer(x)
+            if number == 0 and self.game_embedding:
+                x += self.game_layer(normalize_features(self.game_embedding(game)))
             x = nnx.relu(self.layer_norm(x) if number == 0 and self.layer_norm else x)
         return normalize_features(x) if self.normalize else x
 
@@ -145,13 +161,14 @@ class QNetwork(nnx.Module):
 
         Args:
             observation: uint8 [B, 84, 84, 4], oldest frame first.
-            game: int32 [B], number of the head.
+            game: int32 [B], number of the game.
         """
         return self.heads(self.features(observation, game), game)
 
     def heads(self, features: jax.Array, game: jax.Array) -> jax.Array:
         """Outputs of `__call__` from a representation [B, last hidden size]."""
         x = features.astype(self.dtype)
+        game = jnp.zeros_like(game) if self.game_embedding else game  # the number of the head
         kernel, bias = self.head_kernel[...].astype(self.dtype), self.head_bias[...]
         # All heads for all rows, then each row's own: far cheaper than gathering a kernel per row.
         # The product is not rounded to the computation's dtype: bfloat16 has 0.03 between values of 4 to 8.
@@ -181,6 +198,7 @@ def make_q_network(
     head: Head = "c51",
     seed: int = 0,
     *,
+    heads: Heads = "per_game",
     num_atoms: int = NUM_ATOMS,
     hidden_sizes: tuple[int, ...] = HIDDEN_SIZES,
     embedding: Embedding = "pointwise",
@@ -200,9 +218,10 @@ def make_q_network(
 
     Args:
         encoder: a key of `networks.ENCODERS`.
-        num_games: number of heads.
+        num_games: number of games.
         head: ``c51``, ``hl_gauss``, ``two_hot``: logits [B, 18, num_atoms]; ``mse``: values [B, 18].
         seed: seed of the initial parameters.
+        heads: ``per_game``, or ``shared``: one head, and an embedding of the game; see `QNetwork`.
         num_atoms: atoms of a categorical head.
         hidden_sizes: sizes of the fully connected layers.
         embedding: ``pointwise``, ``sum``, ``attention`` or ``none``; see `SpatialEmbedding`.
@@ -219,15 +238,17 @@ def make_q_network(
         dtype: dtype of the computation, ``float32`` or ``bfloat16``; parameters and outputs are float32.
 
     Raises:
-        ValueError: an unknown encoder, head or embedding.
+        ValueError: an unknown encoder, head, heads or embedding.
     """
-    if head not in get_args(Head):
-        raise ValueError(f"unknown head {head!r}; there are {', '.join(get_args(Head))}.")
-    create = functools.partial(
+    for name, value, known in (("head", head, get_args(Head)), ("heads", heads, get_args(Heads))):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}; there are {', '.join(known)}.")
+    create = partial(
         QNetwork,
         encoder,
         num_games,
         num_outputs=1 if head == "mse" else num_atoms,
+        heads=heads,
         hidden_sizes=tuple(hidden_sizes),
         embedding=embedding,
         normalize=normalize_features,
@@ -279,9 +300,13 @@ def layers(network: QNetwork, stack_size: int = 4) -> pd.DataFrame:
     for number, layer in enumerate(network.hidden):
         norm = (network.layer_norm,) if number == 0 and network.layer_norm else ()
         rows.append(("dense, layer norm, ReLU" if norm else "dense, ReLU", (layer.out_features,), (layer, *norm)))
+    if network.game_embedding:
+        rows.insert(
+            3, ("game embedding, to the dense layer", (GAME_FEATURES,), (network.game_embedding, network.game_layer))
+        )
     if network.normalize:
         rows.append(("feature normalisation", (network.hidden[-1].out_features,), ()))
     head = (NUM_ACTIONS,) if network.num_outputs == 1 else (NUM_ACTIONS, network.num_outputs)
-    rows.append(("heads", head, (network.head_kernel, network.head_bias)))
+    rows.append(("shared head" if network.game_embedding else "heads", head, (network.head_kernel, network.head_bias)))
     named = [(layer, " × ".join(map(str, shape)), count_parameters(*parts)) for layer, shape, parts in rows]
     return pd.DataFrame(named, columns=["layer", "output", "parameters"])
