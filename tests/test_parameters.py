@@ -141,6 +141,22 @@ def test_a_transformers_parameters_belong_to_its_methods() -> None:
             check("04_scaled_training", {"method": "dt", "target_return": value})
 
 
+def test_what_needs_attention_is_refused_without() -> None:
+    assert check("04_scaled_training", {"encoder": "vit_tiny", "attention_temperature": 0.1}).attention_entropy == 0.7
+    with pytest.raises(
+        ParameterError, match=r"attention_temperature: 'resnet101' has no attention; choose vit_narrow, "
+    ):
+        check("04_scaled_training", {"attention_temperature": 0.1})
+    with pytest.raises(ParameterError, match="attention_temperature: without effect in method 'bc'"):
+        check("04_scaled_training", {"method": "bc", "encoder": "vit_tiny", "attention_temperature": 0.1})
+
+
+def test_heads_are_the_papers_or_shared() -> None:
+    assert check("04_scaled_training", {}).heads == "per_game"
+    with pytest.raises(ParameterError, match="heads: Input should be 'per_game' or 'shared', got 'one'"):
+        check("04_scaled_training", {"heads": "one"})
+
+
 def test_any_number_of_steps_works() -> None:
     check("04_scaled_training", {"num_steps": 600})
     check("04_scaled_training", {"num_steps": 10_501, "checkpoint_every": 1_500, "log_every": 400})

@@ -244,7 +244,7 @@ def test_a_new_game_has_a_new_embedding_whatever_is_transferred(shared):
 
 def test_a_networks_heads_say_what_fits(run, shared):
     """The encoder fits either; the dense layers of a shared head have a part that others do not have."""
-    folder, old = shared
+    folder, _ = shared
     transfer.init_state(build(), training.make_optimizer(), transfer.load(folder), "encoder + embedding")
     with pytest.raises(
         transfer.TransferError, match=r"part 'game_layer'.*game_layer/kernel is float32 \[32, 8\].*absent"

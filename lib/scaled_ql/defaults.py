@@ -11,6 +11,7 @@ GROUP_SIZE = 4  # channels per group of the ResNets' group normalisation
 LEARNING_RATE, ADAM_EPSILON = 2e-4, 3.125e-4  # epsilon is not in the paper; see `training.make_optimizer`
 TARGET_UPDATE_PERIOD = 2_000  # gradient steps
 TAU, KAPPA = 0.3, 1.0  # for bcq; for return_bc
+ATTENTION_ENTROPY = 0.7  # a guess: share of the maximum at which TQL's temperatures hold a ViT's attention
 
 # name: (family, its arguments); built by `networks.encoders`
 ENCODERS = {
@@ -41,7 +42,18 @@ ACTION_PERCENTILE = 50.0  # likewise
 
 # name: (module of `methods` with a function of that name, its parameters: the arguments, with `atoms` for v_min, v_max
 # and num_atoms, and `rewards` if it uses them)
-_Q_LEARNING = ("rewards", "head", "alpha", "atoms", "double_q", "scale_rewards", "dr3", "random_shift")
+_Q_LEARNING = (
+    "rewards",
+    "head",
+    "alpha",
+    "atoms",
+    "double_q",
+    "scale_rewards",
+    "dr3",
+    "attention_temperature",
+    "attention_entropy",
+    "random_shift",
+)
 METHODS = {
     "cql": ("q_learning", _Q_LEARNING),
     "bcq": ("q_learning", (*_Q_LEARNING, "tau")),

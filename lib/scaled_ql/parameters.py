@@ -156,8 +156,9 @@ INCIDENTAL = frozenset((
 ))  # fmt: skip
 # Refused if set for a method that ignores them; alpha, tau and kappa may be set in a file that several methods share.
 CHECKED = (
-    "head", "double_q", "scale_rewards", "dr3", "rewards", "transformer", "sequence_length", "return_low",
-    "return_high", "target_return", "return_kappa", "return_samples", "return_temperature", "action_percentile",
+    "head", "double_q", "scale_rewards", "dr3", "attention_temperature", "attention_entropy", "rewards", "transformer",
+    "sequence_length", "return_low", "return_high", "target_return", "return_kappa", "return_samples",
+    "return_temperature", "action_percentile",
 )  # fmt: skip
 
 
@@ -209,6 +210,8 @@ class ScaledTraining(Parameters):
     kappa: Annotated[float, Field(ge=0)] = defaults.KAPPA
     scale_rewards: Literal["auto", "yes", "no"] = "auto"
     dr3: Annotated[float, Field(ge=0)] = 0.0
+    attention_temperature: Annotated[float, Field(ge=0)] = 0.0
+    attention_entropy: Share = defaults.ATTENTION_ENTROPY
     random_shift: Annotated[int, Field(ge=0, le=42)] = 0
     optimizer: Literal["adam", "lamb"] = "adam"
     learning_rate: Annotated[float, Field(gt=0)] = defaults.LEARNING_RATE
@@ -254,6 +257,8 @@ class ScaledTraining(Parameters):
         vits = [name for name, (family, *_) in defaults.ENCODERS.items() if family == "vit"]
         if self.method == "mae" and self.encoder not in vits:
             raise ValueError(f"encoder ({self.encoder!r}): method 'mae' needs one of {', '.join(vits)}")
+        if self.attention_temperature and self.encoder not in vits:
+            raise ValueError(f"attention_temperature: {self.encoder!r} has no attention; choose {', '.join(vits)} or 0")
         if self.warmup_steps >= self.num_steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below num_steps ({self.num_steps})")
         return self

@@ -1,5 +1,6 @@
 """Figures: a tidy DataFrame or arrays in, a matplotlib figure out; colour-blind-safe, a game always one colour."""
 
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -224,6 +225,9 @@ def learning_curves(metrics: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
             axis.plot(metrics["step"], metrics["q_data"], color=PLAYERS["dataset"], label="actions of the data", **few)
             axis.plot(metrics["step"], metrics["q_greedy"], color=PLAYERS["agent"], label="greedy actions", **few)
         else:
+            blocks = [column for column in metrics if re.fullmatch(rf"{name}_\d+", column)]  # the first is darkest
+            for column, color in zip(blocks, plt.get_cmap("viridis")(np.linspace(0, 0.9, len(blocks)))):
+                axis.plot(metrics["step"], metrics[column], color=color, alpha=0.8, **few)
             axis.plot(metrics["step"], metrics[name], color="black", **few)
         axis.set(title=title, xlabel="gradient step", yscale="log" if "grad" in name else "linear")
         if name in (main, "q_data"):

@@ -94,6 +94,18 @@ def outputs(
     return network.heads(features, game), features.astype(jnp.float32)
 
 
+def represent(
+    network: nnx.Module,
+    observation: jax.Array,
+    game: jax.Array,
+    augment: Callable[[jax.Array], jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """A network's representation, and how evenly each block of its ViT attends, [B, blocks], or None without one."""
+    if getattr(network, "has_attention", False):
+        return network.features_and_entropies(observation, game, augment)
+    return network.features(observation, game, augment), None
+
+
 def shifts(
     key: jax.Array, size: int, pixels: int
 ) -> tuple[Callable[[jax.Array], jax.Array] | None, Callable[[jax.Array], jax.Array] | None]:

@@ -1,6 +1,7 @@
 """The paper's multi-game Q-network (Figure 3, appendix B.1)."""
 
 import functools
+import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -16,6 +17,7 @@ from scaled_ql.defaults import GROUP_SIZE, HIDDEN_SIZES, NUM_ATOMS, Embedding, H
 from scaled_ql.games import NUM_ACTIONS
 from scaled_ql.networks.encoders import make_encoder
 from scaled_ql.networks.parts import Dtype, pixels
+from scaled_ql.networks.vit import ViT
 
 GAME_FEATURES = 32  # length of a game's embedding, where the head is shared
 
@@ -98,6 +100,7 @@ class QNetwork(nnx.Module):
         mean_frames: jax.Array | None,
         head_bias: jax.Array | None,
         layer_norm: bool,
+        attention_temperature: float,
         remat: bool,
         dtype: Dtype,
         rngs: nnx.Rngs,
@@ -107,6 +110,10 @@ class QNetwork(nnx.Module):
         self.mean_frames = None if mean_frames is None else nnx.Param(mean_frames)
         how = {"group_size": group_size, "remat": remat, "dtype": dtype}
         self.encoder = make_encoder(encoder, channels=stack_size, rngs=rngs, **how)
+        if attention_temperature and not self.has_attention:
+            raise ValueError(f"attention_temperature: encoder {encoder!r} has no attention; choose a ViT, or 0.")
+        start = attention_temperature and jnp.full(self.encoder.depth, math.log(attention_temperature))
+        self.log_temperature = nnx.Param(start) if attention_temperature else None
         image = jax.ShapeDtypeStruct((1, 84, 84, stack_size), dtype)
         _, height, width, channels = jax.eval_shape(self.encoder, image).shape
         self.embedding = SpatialEmbedding(embedding, height, width, channels, dtype=dtype, rngs=rngs)
@@ -127,6 +134,11 @@ class QNetwork(nnx.Module):
         self.game_layer = layer(GAME_FEATURES, hidden_sizes[0]) if shared else None
 
     @property
+    def has_attention(self) -> bool:
+        """Whether its encoder is a ViT."""
+        return isinstance(self.encoder, ViT)
+
+    @property
     def published(self) -> tuple[nnx.Module, ...]:
         """The parts whose parameters the paper counts."""
         return self.encoder, self.embedding, self.hidden[0]
@@ -141,7 +153,16 @@ class QNetwork(nnx.Module):
             game: see `__call__`.
             augment: augmentation of the images after the mean is subtracted, float [B, 84, 84, 4] -> the same shape.
         """
-        x = self.embedded(observation, game, augment)
+        return self._dense(self.embedded(observation, game, augment), game)
+
+    def features_and_entropies(
+        self, observation: jax.Array, game: jax.Array, augment: Callable[[jax.Array], jax.Array] | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """`features`, and how evenly each block of its ViT attends, [B, blocks]; see `ViT.with_entropies`."""
+        features, entropies = self.encoder.with_entropies(self._images(observation, game, augment))
+        return self._dense(self.embedding(features), game), entropies
+
+    def _dense(self, x: jax.Array, game: jax.Array) -> jax.Array:
         for number, layer in enumerate(self.hidden):
             x = layer(x)
             if number == 0 and self.game_embedding:
@@ -153,8 +174,13 @@ class QNetwork(nnx.Module):
         self, observation: jax.Array, game: jax.Array, augment: Callable[[jax.Array], jax.Array] | None = None
     ) -> jax.Array:
         """What encoder and spatial embedding make of observations, [B, features]; arguments as of `features`."""
+        return self.embedding(self.encoder(self._images(observation, game, augment)))
+
+    def _images(
+        self, observation: jax.Array, game: jax.Array, augment: Callable[[jax.Array], jax.Array] | None
+    ) -> jax.Array:
         x = pixels(observation, game, None if self.mean_frames is None else self.mean_frames[...], self.dtype)
-        return self.embedding(self.encoder(augment(x) if augment else x))
+        return augment(x) if augment else x
 
     def __call__(self, observation: jax.Array, game: jax.Array) -> jax.Array:
         """Logits float32 [B, 18, atoms], or values float32 [B, 18] where the head is ``mse``.
@@ -208,6 +234,7 @@ def make_q_network(
     mean_frames: np.ndarray | None = None,
     head_bias: np.ndarray | None = None,
     layer_norm: bool = True,
+    attention_temperature: float = 0.0,
     remat: bool = False,
     dtype: str = "float32",
 ) -> QNetwork:
@@ -234,11 +261,13 @@ def make_q_network(
         head_bias: [num_atoms], the logits that every action's distribution starts from, such as
             `losses.unit_normal_logits`; None: zeros, the uniform distribution. Ignored by ``mse``.
         layer_norm: layer normalisation after the first fully connected layer; online DQN has none (Mnih et al., 2015).
+        attention_temperature: of a ViT, the temperature that each block's attention starts with, a multiplier of
+            `losses.attention_loss`, whose logarithm is a parameter; 0: there are none.
         remat: recompute the encoder's blocks in the backward pass; see `make_encoder`.
         dtype: dtype of the computation, ``float32`` or ``bfloat16``; parameters and outputs are float32.
 
     Raises:
-        ValueError: an unknown encoder, head, heads or embedding.
+        ValueError: an unknown encoder, head, heads or embedding; a temperature for an encoder without attention.
     """
     for name, value, known in (("head", head, get_args(Head)), ("heads", heads, get_args(Heads))):
         if value not in known:
@@ -255,6 +284,7 @@ def make_q_network(
         group_size=group_size,
         stack_size=stack_size,
         layer_norm=layer_norm,
+        attention_temperature=attention_temperature,
         remat=remat,
         dtype=jnp.dtype(dtype),
     )
@@ -288,13 +318,10 @@ def layers(network: QNetwork, stack_size: int = 4) -> pd.DataFrame:
     """
     image = jax.ShapeDtypeStruct((1, 84, 84, stack_size), network.dtype)
     pixels = "pixels" if network.mean_frames is None else "pixels less their mean"
+    encoder = (network.encoder,) if network.log_temperature is None else (network.encoder, network.log_temperature)
     rows = [
         (f"observation, {pixels}", image.shape[1:], ()),
-        (
-            "encoder",
-            jax.eval_shape(network.encoder, image).shape[1:],
-            (network.encoder,),
-        ),
+        ("encoder", jax.eval_shape(network.encoder, image).shape[1:], encoder),
         (f"spatial embedding: {network.embedding.kind}", (network.embedding.features,), (network.embedding,)),
     ]
     for number, layer in enumerate(network.hidden):
