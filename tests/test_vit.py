@@ -139,9 +139,9 @@ def test_the_encoder_equals_the_reference():
 @pytest.mark.parametrize("remat", [False, True])
 def test_the_entropies_of_its_attention_equal_the_reference(remat):
     """One of each block and image, from 0, all attend to one token, to 1, all attend to all."""
-    how = {"channels": 3, "group_size": 4, "remat": remat, "rngs": nnx.Rngs(0)}
+    how = {"channels": 3, "group_size": 4, "remat": remat, "dtype": jnp.float64}
     with jax.enable_x64(True):
-        vit = filled(lambda: ViT(8, 2, 2, dtype=jnp.float64, **how))
+        vit = filled(lambda: ViT(8, 2, 2, **how, rngs=nnx.Rngs(0)))
         images = np.random.default_rng(1).uniform(size=(2, 28, 42, 3))
         maps, entropies = jax.jit(lambda vit, x: vit.with_entropies(x))(vit, images)
         plain = call(vit, images)
@@ -154,24 +154,26 @@ def test_the_entropies_of_its_attention_equal_the_reference(remat):
 
 
 def test_a_temperature_brings_back_attention_that_collapsed(shallow):
-    """It grows while the entropy is below its target; with none, the value's loss alone leaves attention as it is."""
+    """It grows while the entropy is below its target, and falls above; without one, attention collapses further."""
     found, temperatures = {}, []
     for temperature in (0.0, 0.3):
         method = methods.q_learning(atoms=ATOMS, attention_temperature=temperature, attention_entropy=0.8)
         network = method.build(num_games=1, seed=0, **BUILT)
         kernel = network.encoder.blocks.layers[0].attention.kernel
-        kernel[...] = kernel[...].at[:, :64].multiply(12)  # queries and keys
+        kernel[...] = kernel[...].at[:, :64].multiply(4)  # queries and keys
         optimizer = training.make_optimizer(3e-3, 1e-8)
         graph, state = training.init_state(network, optimizer)
         step = training.make_train_step(method.objective(graph, [3]), optimizer)
-        for _ in range(60):
+        for _ in range(40):
             state, metrics = step(state, make_batch())
             found.setdefault(temperature, []).append(float(metrics["attention_entropy"]))
             assert metrics["attention_entropy"] == metrics["attention_entropy_1"], "of one block"
-            temperatures.append(float(metrics.get("attention_temperature", 0)))
+            if temperature:
+                temperatures.append(float(metrics["attention_temperature"]))
     assert found[0.0][0] == pytest.approx(found[0.3][0]) and found[0.0][0] < 0.4
-    assert found[0.0][-1] < 0.5 and found[0.3][-1] > 0.7
-    assert not any(temperatures[:60]) and temperatures[60] == pytest.approx(0.3) and temperatures[75] > 0.3
+    assert found[0.0][-1] < 0.1 and found[0.3][-1] > 0.8
+    grows = np.diff(temperatures) > 0
+    assert temperatures[0] == pytest.approx(0.3) and grows[:3].all() and not grows[-10:].any()
 
 
 def test_the_objective_is_the_one_without_attention_and_the_lagrangian(shallow):

@@ -18,6 +18,10 @@ from scaled_ql.defaults import Embedding, Head, Heads, Parts, Rewards
 from scaled_ql.environments import MAX_STEPS
 
 Encoder = Literal[tuple(defaults.ENCODERS)]
+VITS = [name for name, (family, *_) in defaults.ENCODERS.items() if family == "vit"]
+_SIZES = {"cql": defaults.ENCODERS, "bc": defaults.ENCODERS, "mae": VITS}
+_SIZES |= {"dt": defaults.TRANSFORMERS, "bc_transformer": defaults.TRANSFORMERS}
+System = Literal[tuple(f"{method} {size}" for method, sizes in _SIZES.items() for size in sizes)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -254,11 +258,10 @@ class ScaledTraining(Parameters):
         ]
         if idle:
             raise ValueError(f"{', '.join(idle)}: without effect in method {self.method!r}; leave out")
-        vits = [name for name, (family, *_) in defaults.ENCODERS.items() if family == "vit"]
-        if self.method == "mae" and self.encoder not in vits:
-            raise ValueError(f"encoder ({self.encoder!r}): method 'mae' needs one of {', '.join(vits)}")
-        if self.attention_temperature and self.encoder not in vits:
-            raise ValueError(f"attention_temperature: {self.encoder!r} has no attention; choose {', '.join(vits)} or 0")
+        if self.method == "mae" and self.encoder not in VITS:
+            raise ValueError(f"encoder ({self.encoder!r}): method 'mae' needs one of {', '.join(VITS)}")
+        if self.attention_temperature and self.encoder not in VITS:
+            raise ValueError(f"attention_temperature: {self.encoder!r} has no attention; choose {', '.join(VITS)} or 0")
         if self.warmup_steps >= self.num_steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below num_steps ({self.num_steps})")
         return self
@@ -414,6 +417,9 @@ class Performance(Parameters):
     dtypes: Annotated[list[Literal["float32", "bfloat16"]], Field(min_length=1)] = ["float32", "bfloat16"]
     batch_sizes: Annotated[list[Count], Field(min_length=1)] = [128, 512]
     hidden_sizes: Annotated[list[Count], Field(min_length=1)] = list(defaults.HIDDEN_SIZES)
+    systems: Annotated[list[System], Field(min_length=1)] = [
+        "cql resnet101", "cql resnet152", "cql vit_base", "mae vit_base", "dt 40M", "dt 200M",
+    ]  # fmt: skip
     heads_encoder: Encoder = "resnet34"
     heads_batch: Count = 512
     num_games: Annotated[list[Annotated[int, Field(ge=1, le=40)]], Field(min_length=1)] = [1, 10, 40]
