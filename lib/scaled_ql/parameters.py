@@ -394,6 +394,9 @@ class Ablations(Parameters):
     sizes: Annotated[list[Encoder], Field(min_length=1)] = [
         "impala_x4", "impala_x8", "impala_x16", "resnet34", "resnet50", "resnet101", "resnet152",
     ]  # fmt: skip
+    transformer: Literal[tuple(defaults.TRANSFORMERS)] = "40M"
+    vit: Encoder = "vit_base"
+    resnet: Encoder = "resnet152"
     tables: list[str] = []
     compare: list[str] = []
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0]

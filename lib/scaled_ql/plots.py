@@ -593,7 +593,9 @@ VARIANTS = {
     "Scaled QL": PLAYERS["agent"], "C51": PLAYERS["agent"], "with": PLAYERS["agent"], "CQL": PLAYERS["agent"],
     "without": "#999999", "MSE": "#009e73", "BCQ": "#e69f00", "cloning": "#cc79a7", "zero rewards": "black",
     "return-conditioned cloning": "#56b4e9", "HL-Gauss": "#f0e442", "two-hot": "#332288", "DR3 besides": "#661100",
-    "random shift": "#44aa99",
+    "random shift": "#44aa99", "shared head": "#999933", "decision transformer": "#0072b2",
+    "cloning transformer": "#882255", "ResNet": PLAYERS["agent"], "ViT": "#117733", "ViT, attention held": "#88ccee",
+    "ViT, pointwise embedding": "#ddcc77",
 }  # fmt: skip
 
 
