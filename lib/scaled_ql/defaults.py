@@ -39,6 +39,7 @@ DROPOUT = 0.1
 RETURN_KAPPA = 10.0  # for the whole range of returns
 RETURN_SAMPLES, RETURN_TEMPERATURE = 128, 0.75  # of the notebook that was published with their models
 ACTION_PERCENTILE = 50.0  # likewise
+EXPERT_SHARE = 0.1  # a guess: the best episodes of a game, whose returns are an expert's
 
 # name: (module of `methods` with a function of that name, its parameters: the arguments, with `atoms` for v_min, v_max
 # and num_atoms, and `rewards` if it uses them)

@@ -38,9 +38,9 @@ def _alpha(value: Any) -> float | str:
 
 def _target_return(value: Any) -> float | str:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value in ("notebook", "paper") or (number and abs(value) < float("inf")):
+    if value in ("notebook", "paper", "data") or (number and abs(value) < float("inf")):
         return value
-    raise ValueError(f"target_return: expected notebook, paper or a number, got {value!r}")
+    raise ValueError(f"target_return: expected notebook, paper, data or a number, got {value!r}")
 
 
 class ParameterError(ValueError):
@@ -258,6 +258,10 @@ class ScaledTraining(Parameters):
         ]
         if idle:
             raise ValueError(f"{', '.join(idle)}: without effect in method {self.method!r}; leave out")
+        if self.target_return == "data" and self.rewards != "real":
+            raise ValueError(
+                f"target_return: data has real returns, rewards are {self.rewards}; choose notebook or paper"
+            )
         if self.method == "mae" and self.encoder not in VITS:
             raise ValueError(f"encoder ({self.encoder!r}): method 'mae' needs one of {', '.join(VITS)}")
         if self.attention_temperature and self.encoder not in VITS:
