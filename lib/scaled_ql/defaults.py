@@ -44,17 +44,9 @@ EXPERT_SHARE = 0.1  # a guess: the best episodes of a game, whose returns are an
 # name: (module of `methods` with a function of that name, its parameters: the arguments, with `atoms` for v_min, v_max
 # and num_atoms, and `rewards` if it uses them)
 _Q_LEARNING = (
-    "rewards",
-    "head",
-    "alpha",
-    "atoms",
-    "double_q",
-    "scale_rewards",
-    "dr3",
-    "attention_temperature",
-    "attention_entropy",
-    "random_shift",
-)
+    "rewards", "head", "alpha", "atoms", "double_q", "scale_rewards", "dr3", "attention_temperature",
+    "attention_entropy", "random_shift",
+)  # fmt: skip
 METHODS = {
     "cql": ("q_learning", _Q_LEARNING),
     "bcq": ("q_learning", (*_Q_LEARNING, "tau")),

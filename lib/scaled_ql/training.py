@@ -536,7 +536,7 @@ ABOUT = (
     "method", "encoder", "head", "rewards", "hidden_sizes", "embedding", "normalize_features", "group_size",
     "subtract_mean_frames", "narrow_start", "num_atoms", "v_min", "v_max", "dtype", "seed",
 )  # fmt: skip
-LATER = {"heads": "per_game"}  # likewise; what it was before it was a parameter is not written down
+LATER = {"heads": "per_game"}  # likewise, but not written where it is what it was before there was a choice
 ABOUT_TRANSFORMER = ("transformer", "sequence_length", "return_low", "return_high")
 
 

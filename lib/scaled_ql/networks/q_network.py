@@ -112,8 +112,9 @@ class QNetwork(nnx.Module):
         self.encoder = make_encoder(encoder, channels=stack_size, rngs=rngs, **how)
         if attention_temperature and not self.has_attention:
             raise ValueError(f"attention_temperature: encoder {encoder!r} has no attention; choose a ViT, or 0.")
-        start = attention_temperature and jnp.full(self.encoder.depth, math.log(attention_temperature))
-        self.log_temperature = nnx.Param(start) if attention_temperature else None
+        self.log_temperature = (
+            nnx.Param(jnp.full(self.encoder.depth, math.log(attention_temperature))) if attention_temperature else None
+        )
         image = jax.ShapeDtypeStruct((1, 84, 84, stack_size), dtype)
         _, height, width, channels = jax.eval_shape(self.encoder, image).shape
         self.embedding = SpatialEmbedding(embedding, height, width, channels, dtype=dtype, rngs=rngs)
@@ -129,9 +130,9 @@ class QNetwork(nnx.Module):
         self.head_kernel = nnx.Param(init(rngs.params(), (sizes[-1], num_heads, width)))
         bias = jnp.zeros(num_outputs) if head_bias is None else head_bias
         self.head_bias = nnx.Param(jnp.tile(bias, (num_heads, NUM_ACTIONS)))
-        shared, layer = heads == "shared", partial(nnx.Linear, use_bias=False, dtype=dtype, rngs=rngs)
+        shared, how = heads == "shared", {"use_bias": False, "dtype": dtype, "rngs": rngs}
         self.game_embedding = nnx.Embed(num_games, GAME_FEATURES, rngs=rngs) if shared else None
-        self.game_layer = layer(GAME_FEATURES, hidden_sizes[0]) if shared else None
+        self.game_layer = nnx.Linear(GAME_FEATURES, hidden_sizes[0], **how) if shared else None
 
     @property
     def has_attention(self) -> bool:
@@ -158,7 +159,7 @@ class QNetwork(nnx.Module):
     def features_and_entropies(
         self, observation: jax.Array, game: jax.Array, augment: Callable[[jax.Array], jax.Array] | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """`features`, and how evenly each block of its ViT attends, [B, blocks]; see `ViT.with_entropies`."""
+        """`features` where the encoder is a ViT, and how evenly each of its blocks attends: `ViT.with_entropies`."""
         features, entropies = self.encoder.with_entropies(self._images(observation, game, augment))
         return self._dense(self.embedding(features), game), entropies
 
