@@ -10,9 +10,9 @@ from flax import nnx
 
 from scaled_ql.defaults import DROPOUT, RETURN_HIGH, RETURN_LOW, TRANSFORMERS
 from scaled_ql.games import NUM_ACTIONS
-from scaled_ql.networks.parts import Dtype, TransformerBlock, run_block
+from scaled_ql.networks.parts import Dtype, TransformerBlock, run_block, squares_to_channels
 from scaled_ql.networks.q_network import count_parameters, layers
-from scaled_ql.networks.vit import PATCH, patches
+from scaled_ql.networks.vit import PATCH
 
 PATCHES = (84 // PATCH) ** 2  # of a frame
 NUM_REWARDS = 4  # tokens: no reward, positive, end of the game, negative
@@ -139,10 +139,9 @@ class DecisionTransformer(nnx.Module):
     ) -> jax.Array:
         """The tokens, without their positions: [B, T, tokens of a step, width]."""
         size, length = action.shape
-        cut = patches(frames.reshape(-1, 84, 84, 1).astype(self.dtype) / 255)
-        parts = [
-            self.patch(cut.reshape(size, length, PATCHES, PATCH * PATCH)) + self.patch_position[...].astype(self.dtype)
-        ]
+        squares = squares_to_channels(frames.reshape(-1, 84, 84, 1).astype(self.dtype) / 255, PATCH)
+        patches = self.patch(squares.reshape(size, length, PATCHES, PATCH * PATCH))
+        parts = [patches + self.patch_position[...].astype(self.dtype)]
         if self.num_returns:
             first = self.returns[...][first_return][:, None, None]
             parts.append(jnp.pad(first, ((0, 0), (0, length - 1), (0, 0), (0, 0))))
