@@ -324,7 +324,8 @@ def test_an_experts_returns_from_data_weigh_the_predicted_ones_in_each_game():
     experts = np.zeros((2, 120), np.float32)
     experts[1] = np.where(np.arange(120) == 25, 3.0, -np.inf)
     how = {"target_return": "data", "action_percentile": 0.0, "expert_returns": experts}
-    _, prefer, params = trained_like("dt", **how)
+    _, _, graph, state = made(methods.dt(**HOW))
+    prefer, params = methods.dt(**HOW, **how).preferences(graph, [4, 4]), state.params
     first, second = (
         np.asarray(prefer(params, one._replace(game=np.full(64, game, np.int32)), draw)) for game in (0, 1)
     )
