@@ -377,6 +377,28 @@ def test_training_that_was_stopped_resumes_bit_identically(tmp_path):
     assert about["transformer"] == "tiny" and about["sequence_length"] == 2
 
 
+def test_only_what_predicts_returns_reads_them(tmp_path, monkeypatch):
+    data = open_replay(test_sequences.write(tmp_path / "replay", test_sequences.EPISODES))
+    small = {
+        "transformer": "tiny",
+        "sequence_length": 2,
+        "games_per_batch": 2,
+        "transitions_per_game": 2,
+        "num_steps": 2,
+    }
+    read = []
+    monkeypatch.setattr(
+        training.replay, "returns_to_go", lambda *about: read.append(about) or np.zeros(1_000, np.float32)
+    )
+    for name, reads in (("bc_transformer", 0), ("dt", len(data.games))):
+        p = parameters.check("04_scaled_training", {"method": name, **small})
+        kind = methods.make(p).batches
+        trainer = training.Trainer(p, data, devices.make_mesh(1), tmp_path, tmp_path)
+        for batch in (trainer.batch(kind), next(trainer.batches(kind, 0))):
+            assert np.isnan(batch.return_to_go).all() == (name == "bc_transformer") and batch.action.shape == (4, 2)
+        assert len(read) == reads
+
+
 # Learning.
 
 SMALL = {"transformer": "tiny", "sequence_length": 4, "return_low": 0, "return_high": 6}

@@ -36,7 +36,7 @@ def lowers(encoder: str, **values: object) -> None:
     graph, _ = nnx.split(nnx.eval_shape(build), nnx.Param)
     state = jax.eval_shape(lambda: training.init_state(build(), optimizer)[1])
     update = training.make_update(method.objective(graph, [4, 6]), optimizer, accumulate=p.accumulate)
-    batch = windows(4, p.sequence_length) if method.batches == "sequences" else make_batch(4, 2)
+    batch = windows(4, p.sequence_length) if "sequences" in method.batches else make_batch(4, 2)
     traced = jax.jit(update, donate_argnums=0).trace(state, batch, jax.random.key(0))
     traced.lower(lowering_platforms=("cuda", "tpu"))
 

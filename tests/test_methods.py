@@ -990,7 +990,7 @@ def test_a_method_gives_the_metrics_that_it_names_and_builds_its_network_from_pa
     params = nnx.to_pure_dict(variables)
     images = np.zeros((ROWS, 84, 84, 4), np.uint8)
     batch = show(single(linear_batch()), images, images)
-    batch = windows(ROWS, 4, games=len(NUM_GAME_ACTIONS)) if method.batches == "sequences" else batch
+    batch = windows(ROWS, 4, games=len(NUM_GAME_ACTIONS)) if "sequences" in method.batches else batch
     objective = common.checked_objective(method.objective(graph, NUM_GAME_ACTIONS))
     _, metrics = jax.eval_shape(objective, params, params, batch, jax.random.key(0))
     summed = {name for name, value in metrics.items() if value.shape}

@@ -214,7 +214,7 @@ def _flops(function: Callable, *inputs: Any) -> float:
 
 def _abstract_batch(method: Method, size: int) -> Batch | Sequences:
     """The shapes of a method's batch."""
-    if method.batches != "sequences":
+    if "sequences" not in method.batches:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), random_batch(1, 1))
     steps = (size, method.memory)
     frames, game = jax.ShapeDtypeStruct((*steps, 84, 84), jnp.uint8), jax.ShapeDtypeStruct((size,), jnp.int32)

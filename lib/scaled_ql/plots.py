@@ -277,7 +277,7 @@ def transitions(batch: Any, games: list[str], action_names: Mapping[str, Sequenc
 
 
 def windows(batch: Any, games: list[str]) -> Figure:
-    """Each window of a small batch, a row of its frames with the action, the reward and the return to go of each step.
+    """Each window of a small batch, a row of its frames with each step's action, reward and, if known, return to go.
 
     Args:
         batch: a `replay.Sequences`.
@@ -291,9 +291,9 @@ def windows(batch: Any, games: list[str]) -> Figure:
         axis.set_axis_off()
         action = FULL_ACTIONS[batch.action[row, column]] if batch.mask[row, column] else "before the episode"
         given = f"reward {float(batch.reward[row, column]):g}{', end' if batch.terminal[row, column] else ''}"
-        to_go = f"to go {float(batch.return_to_go[row, column]):g}"
+        to_go = float(batch.return_to_go[row, column])  # NaN where the method does not ask for returns
         game = f"{games[batch.game[row]]}\n" if column == 0 else ""
-        axis.set_title(f"{game}{action}\n{given}, {to_go}", fontsize="small")
+        axis.set_title(f"{game}{action}\n{given}{'' if np.isnan(to_go) else f', to go {to_go:g}'}", fontsize="small")
     return figure
 
 

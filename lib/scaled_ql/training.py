@@ -589,7 +589,7 @@ class Trainer:
         """A step's whole batch; for `kind` see `Method.batches`."""
         sample, how = self._sampling(kind)
         batch = sample(self.data, self.p.seed, step, **how)
-        return batch if kind == "transitions" else next(self._labelled(iter([batch]), kind, step, np.s_[:]))
+        return next(self._labelled(iter([batch]), kind, step, np.s_[:])) if "returns" in kind else batch
 
     def batches(self, kind: str, first: int) -> Iterator[Batch | Sequences]:
         """This process's shares of the batches of steps `first` to the last."""
@@ -597,11 +597,11 @@ class Trainer:
         how |= {"processes": self.p.sampling_processes, "shard": self.share}
         batches = replay.sample_batches(self.data, self.p.seed, first, self.p.num_steps, sample=sample, **how)
         mine = replay.share_of(self.p.games_per_batch * self.p.transitions_per_game, self.share)
-        return batches if kind == "transitions" else self._labelled(batches, kind, first, mine)
+        return self._labelled(batches, kind, first, mine) if "returns" in kind else batches
 
     def _sampling(self, kind: str) -> tuple[Callable[..., Batch | Sequences], dict[str, Any]]:
         """What samples batches of a kind, and its arguments."""
-        if kind == "sequences":
+        if "sequences" in kind:
             return replay.sample_sequences, self._shape | {"length": self.p.sequence_length}
         return replay.sample_batch, self._shape | {"n_step": self.p.n_step, "discount": self.p.discount}
 
@@ -609,7 +609,7 @@ class Trainer:
         self, batches: Iterator[Batch | Sequences], kind: str, first: int, mine: slice
     ) -> Iterator[Batch | Sequences]:
         """Batches with their returns to go: transitions with discounted ones, windows with undiscounted ones."""
-        windows = kind == "sequences"
+        windows = "sequences" in kind
         drawn = {"n_step": 0, "stack_size": self.p.sequence_length} if windows else {"n_step": self.p.n_step}
         returns = self._returns_to_go(1.0 if windows else self.p.discount)
         for step, batch in enumerate(batches, first):

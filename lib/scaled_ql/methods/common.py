@@ -40,7 +40,7 @@ class Method(NamedTuple):
             `evaluation.MemoryPlayer`. None: the trained network cannot play.
         metrics: plotted metrics and their titles; the first has sums per game, too.
         batches: ``transitions``; ``returns``: transitions whose reward is the discounted return to go; ``sequences``:
-            windows of steps, `replay.Sequences`.
+            windows of steps, `replay.Sequences`; ``sequences with returns``: with their undiscounted returns to go.
         scales_rewards: whether the objective divides rewards by `replay.reward_scales`.
         before: for parts of the network, by name, the method that trains them first; they are frozen afterwards.
         values: name of the `preferences`, for a figure's axis.
@@ -58,7 +58,7 @@ class Method(NamedTuple):
     objective: Callable[..., Objective]
     preferences: Callable[[nnx.GraphDef, list[int]], Preferences] | None
     metrics: Mapping[str, str]
-    batches: Literal["transitions", "returns", "sequences"] = "transitions"
+    batches: Literal["transitions", "returns", "sequences", "sequences with returns"] = "transitions"
     scales_rewards: bool = False
     before: Mapping[str, "Method"] = MappingProxyType({})
     values: str = "Q(s, a)"

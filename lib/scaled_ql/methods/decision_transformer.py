@@ -113,7 +113,7 @@ def dt(
         objective=partial(_objective, returns, random_shift),
         preferences=prefer,
         metrics=METRICS,
-        batches="sequences",
+        batches="sequences with returns",
         values="log π(a|s, R)",
         memory=sequence_length,
         temperature=1.0,
