@@ -30,7 +30,7 @@ def lowers(encoder: str, **values: object) -> None:
     """Trace a step of two games abstractly and lower it for both platforms."""
     p = parameters.check("04_scaled_training", {"encoder": encoder, "hidden_sizes": [32, 32], **values})
     method = methods.make(p)
-    architecture = {"hidden_sizes": (32, 32), "num_atoms": p.num_atoms, "dtype": p.dtype, "remat": p.remat}
+    architecture = {name: getattr(p, name) for name in ("heads", "hidden_sizes", "num_atoms", "dtype", "remat")}
     build = partial(method.build, encoder, 2, **architecture)
     optimizer = training.make_optimizer(frozen=tuple(method.before))
     graph, _ = nnx.split(nnx.eval_shape(build), nnx.Param)
@@ -51,6 +51,10 @@ def test_every_methods_step_lowers_for_accelerators(method: str) -> None:
     encoder = "vit_narrow" if method == "mae" else "nature_narrow"
     lowers(encoder, method=method, random_shift=4)
     lowers(encoder, method=method, accumulate=2)
+
+
+def test_a_step_with_a_shared_head_and_held_attention_lowers_for_accelerators() -> None:
+    lowers("vit_narrow", heads="shared", attention_temperature=0.1, dtype="bfloat16", remat=True, accumulate=2)
 
 
 @pytest.mark.parametrize("head", ["hl_gauss", "two_hot", "mse"])

@@ -151,6 +151,14 @@ def test_learning_curves_are_those_of_the_methods_metrics_and_a_single_row_is_a_
     assert all(line.get_marker() == "o" for axis in figure.axes for line in axis.lines)
 
 
+def test_a_line_for_each_block_and_their_mean() -> None:
+    rows = pd.DataFrame({"step": [1.0, 2.0], "td_loss": 1.0, "entropy": 2.0, "attention_entropy": 0.5})
+    rows = rows.assign(attention_entropy_1=[0.4, 0.3], attention_entropy_2=[0.6, 0.7], attention_entropy_11=0.5)
+    titles = {"td_loss": "loss", "entropy": "of returns", "attention_entropy": "attention"}
+    drawn = [[list(line.get_ydata()) for line in axis.lines] for axis in plots.learning_curves(rows, titles).axes]
+    assert drawn == [[[1, 1]], [[2, 2]], [[0.4, 0.3], [0.6, 0.7], [0.5, 0.5], [0.5, 0.5]]]
+
+
 def test_transitions_say_action_reward_and_whether_there_is_a_bootstrap() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (2, 3, 84, 84, 4), np.uint8)
     batch = batch_of_stacks(

@@ -31,7 +31,7 @@ METRICS = {
     "q_data": "mean Q",
     "entropy": "entropy of the return, nats",
     "dr3_penalty": "DR3 (before its weight)",
-    "attention_entropy": "attention's entropy, of its maximum",
+    "attention_entropy": "attention's entropy",
 }
 TRANSITION = ("outputs_t", "action_t", "reward", "discount", "target_outputs_tn", "selector_q_tn", "allowed")
 
