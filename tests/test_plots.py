@@ -182,6 +182,8 @@ def test_windows_say_what_was_done_in_each_step_and_what_is_to_come() -> None:
         "Pong\nbefore the episode\nreward 0, to go 1", "RIGHT\nreward 1, end, to go 1",
         "Qbert\nFIRE\nreward -1, to go 4", "UP\nreward 0, to go 5",
     ]  # fmt: skip
+    batch.return_to_go[:] = np.nan  # of a method that does not ask for it
+    assert plots.batch(batch, ["Pong", "Qbert"], {}).axes[1].get_title() == "RIGHT\nreward 1, end"
 
 
 def test_predicted_and_target_distributions_share_a_panel() -> None:
