@@ -233,16 +233,6 @@ def expert_action_logits(logits: jax.Array, atoms: jax.Array, kappa: float = 1.0
     return jax.nn.logsumexp(logits + kappa * atoms, axis=-1)
 
 
-def dr3_penalty(features_t: jax.Array, features_tn: jax.Array) -> jax.Array:
-    """Explicit DR3 regulariser (Kumar et al., 2022, section 5): the dot product of successive representations [F].
-
-    Both carry gradients. Scaled QL uses feature normalisation instead (section 4).
-    """
-    chex.assert_rank([features_t, features_tn], 1)
-    chex.assert_type([features_t, features_tn], float)
-    return features_t @ features_tn
-
-
 def attention_loss(entropies: jax.Array, log_temperatures: jax.Array, target: float) -> jax.Array:
     """Lagrangian that holds the entropies of attention at a target: sum_l alpha_l (target - entropy_l).
 
@@ -262,6 +252,16 @@ def attention_loss(entropies: jax.Array, log_temperatures: jax.Array, target: fl
     temperatures = jnp.exp(log_temperatures)
     reversed_ = 2 * jax.lax.stop_gradient(temperatures) - temperatures
     return reversed_ @ (target - entropies)
+
+
+def dr3_penalty(features_t: jax.Array, features_tn: jax.Array) -> jax.Array:
+    """Explicit DR3 regulariser (Kumar et al., 2022, section 5): the dot product of successive representations [F].
+
+    Both carry gradients. Scaled QL uses feature normalisation instead (section 4).
+    """
+    chex.assert_rank([features_t, features_tn], 1)
+    chex.assert_type([features_t, features_tn], float)
+    return features_t @ features_tn
 
 
 def masked_patch_loss(predicted: jax.Array, patches: jax.Array, hidden: jax.Array, epsilon: float = 1e-6) -> jax.Array:
