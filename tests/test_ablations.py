@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from scaled_ql import ablations, metrics, parameters, plots
+from scaled_ql import ablations, batches, metrics, parameters, plots, runs
 from scaled_ql.games import reference_score
 
 BASE = parameters.check("04_scaled_training", {"run": "base", "encoder": "nature", "alpha": 1.0})
@@ -270,3 +270,20 @@ def test_a_run_with_a_loss_of_its_own_is_no_run_of_its_parameters(outputs):
     gathered = ablations.gather(outputs)
     assert "base.seed-1" not in gathered.runs.index and len(gathered.runs) == 5
     assert "a loss that its parameters do not name" in gathered.left_out.set_index("run").loc["base.seed-1", "why"]
+
+
+@pytest.mark.parametrize(("batch", "report"), [("transformer", "default"), ("transformer_small", "ablations_small")])
+def test_a_batch_trains_what_the_tables_of_transformers_compare(batch: str, report: str) -> None:
+    home = runs.workspace() / "params"
+    p = parameters.check("05_ablations", parameters.load(home / "05_ablations" / f"{report}.yaml"))
+    steps = batches.load_batch(home / "batches" / f"{batch}.yaml", {})
+    (trained,) = [step.cells for step in steps if step.notebook == "04_scaled_training"]
+
+    def relevant(run: parameters.Parameters) -> dict:
+        return {name: value for name, value in run.model_dump().items() if name not in parameters.INCIDENTAL}
+
+    known, base = [relevant(run) for run in trained], ablations.base(p.forty_games)
+    compared = ablations.transformer_q_learning(p.vit, p.resnet) | ablations.imitation_by_transformers(p.transformer)
+    for label, changes in compared.items():
+        wanted = parameters.check("04_scaled_training", base.model_dump() | changes)
+        assert relevant(wanted) in known, label

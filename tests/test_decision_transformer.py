@@ -18,7 +18,7 @@ from stacks import windows
 from scaled_ql import defaults, devices, evaluation, methods, parameters, training
 from scaled_ql.games import FULL_ACTIONS, action_names
 from scaled_ql.methods import decision_transformer as dt
-from scaled_ql.methods.common import checked_objective
+from scaled_ql.methods.common import MethodError, checked_objective
 from scaled_ql.networks.transformer import Predictions
 from scaled_ql.replay import open_replay
 
@@ -322,6 +322,34 @@ def test_play_is_a_function_of_its_numbers_and_asks_for_the_target(shallow):
     assert np.abs(policies[0] - policies[1]).max() > 0
 
 
+def test_an_experts_returns_from_data_weigh_the_predicted_ones_in_each_game():
+    """Where one return is left, it is played for; where nothing is known of an expert, as the data's players did."""
+    batch = windows(64)
+    one = batch._replace(**{name: np.repeat(x[:1], 64, 0) for name, x in batch._asdict().items()})
+    draw = np.stack([np.zeros(64), np.zeros(64), np.arange(64)], 1).astype(np.int32)
+    experts = np.zeros((2, 120), np.float32)
+    experts[1] = np.where(np.arange(120) == 25, 3.0, -np.inf)
+    how = {"target_return": "data", "action_percentile": 0.0, "expert_returns": experts}
+    _, _, graph, state = made(methods.dt(**HOW))
+    prefer, params = methods.dt(**HOW, **how).preferences(graph, [4, 4]), state.params
+    first, second = (
+        np.asarray(prefer(params, one._replace(game=np.full(64, game, np.int32)), draw)) for game in (0, 1)
+    )
+    _, wanted, _ = trained_like("dt", target_return=5.0, action_percentile=0.0)
+    asked = wanted(params, one._replace(return_to_go=np.zeros_like(one.return_to_go)), draw)
+    np.testing.assert_allclose(second, asked, atol=1e-5)
+    _, wanted, _ = trained_like("dt", target_return="paper", return_kappa=0.0, action_percentile=0.0)
+    np.testing.assert_allclose(first, wanted(params, one, draw), atol=1e-5)
+    assert np.ptp(first, axis=0).max() > 1e-4 > np.ptp(second, axis=0).max()
+
+
+def test_an_expert_that_nobody_gave_is_asked_for_in_a_sentence():
+    with pytest.raises(
+        MethodError, match=r"target_return = 'data' asks for an expert's returns, but there are none: pass"
+    ):
+        methods.dt(target_return="data").preferences(None, [3])
+
+
 # Training.
 
 
@@ -353,6 +381,28 @@ def test_training_that_was_stopped_resumes_bit_identically(shallow, tmp_path):
     assert log[columns].equals(undisturbed[columns]) and len(log) == 4 and np.isfinite(log["loss"]).all()
     about = training.read_params(tmp_path / "stopped" / "checkpoints")[1]
     assert about["transformer"] == "tiny" and about["sequence_length"] == 2
+
+
+def test_only_what_predicts_returns_reads_them(tmp_path, monkeypatch):
+    data = open_replay(test_sequences.write(tmp_path / "replay", test_sequences.EPISODES))
+    small = {
+        "transformer": "tiny",
+        "sequence_length": 2,
+        "games_per_batch": 2,
+        "transitions_per_game": 2,
+        "num_steps": 2,
+    }
+    read = []
+    monkeypatch.setattr(
+        training.replay, "returns_to_go", lambda *about: read.append(about) or np.zeros(1_000, np.float32)
+    )
+    for name, reads in (("bc_transformer", 0), ("dt", len(data.games))):
+        p = parameters.check("04_scaled_training", {"method": name, **small})
+        kind = methods.make(p).batches
+        trainer = training.Trainer(p, data, devices.make_mesh(1), tmp_path, tmp_path)
+        for batch in (trainer.batch(kind), next(trainer.batches(kind, 0))):
+            assert np.isnan(batch.return_to_go).all() == (name == "bc_transformer") and batch.action.shape == (4, 2)
+        assert len(read) == reads
 
 
 # Learning.

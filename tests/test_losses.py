@@ -399,3 +399,18 @@ def test_batch_loss_and_its_gradient_equal_the_references(head, double_q):
     visited = np.zeros(step.shape[:3], bool)
     visited[game, now] = GAME_MASKS[game]
     assert (step[~visited] == 0).all() and (step[visited] != 0).all()
+
+
+@PRECISIONS
+@hunt
+@given(seed=st.integers(0, 2**32 - 1), layers=st.integers(1, 5), target=st.floats(0, 1))
+def test_attention_loss_is_a_lagrangian_whose_multipliers_climb(dtype, tolerance, seed, layers, target):
+    rng = np.random.default_rng(seed)
+    entropies, logs = rng.uniform(size=layers), rng.normal(size=layers)
+    expected = sum(math.exp(a) * (target - h) for h, a in zip(entropies.tolist(), logs.tolist()))
+    with jax.enable_x64(dtype == "float64"):
+        inputs = jnp.array(entropies, dtype), jnp.array(logs, dtype)
+        loss, gradients = jax.value_and_grad(losses.attention_loss, argnums=(0, 1))(*inputs, target)
+    np.testing.assert_allclose(loss, expected, atol=10 * tolerance)
+    np.testing.assert_allclose(gradients[0], -np.exp(logs), rtol=tolerance)
+    np.testing.assert_allclose(gradients[1], -np.exp(logs) * (target - entropies), atol=10 * tolerance)

@@ -30,13 +30,13 @@ def lowers(encoder: str, **values: object) -> None:
     """Trace a step of two games abstractly and lower it for both platforms."""
     p = parameters.check("04_scaled_training", {"encoder": encoder, "hidden_sizes": [32, 32], **values})
     method = methods.make(p)
-    architecture = {"hidden_sizes": (32, 32), "num_atoms": p.num_atoms, "dtype": p.dtype, "remat": p.remat}
+    architecture = {name: getattr(p, name) for name in ("heads", "hidden_sizes", "num_atoms", "dtype", "remat")}
     build = partial(method.build, encoder, 2, **architecture)
     optimizer = training.make_optimizer(frozen=tuple(method.before))
     graph, _ = nnx.split(nnx.eval_shape(build), nnx.Param)
     state = jax.eval_shape(lambda: training.init_state(build(), optimizer)[1])
     update = training.make_update(method.objective(graph, [4, 6]), optimizer, accumulate=p.accumulate)
-    batch = windows(4, p.sequence_length) if method.batches == "sequences" else make_batch(4, 2)
+    batch = windows(4, p.sequence_length) if "sequences" in method.batches else make_batch(4, 2)
     traced = jax.jit(update, donate_argnums=0).trace(state, batch, jax.random.key(0))
     traced.lower(lowering_platforms=("cuda", "tpu"))
 
@@ -58,6 +58,10 @@ def test_every_kind_of_encoders_step_lowers_for_accelerators(family: str) -> Non
 @pytest.mark.parametrize("method", defaults.METHODS)
 def test_every_methods_step_lowers_for_accelerators(method: str) -> None:
     lowers("vit_narrow" if method == "mae" else "nature_narrow", method=method, random_shift=4, accumulate=2)
+
+
+def test_a_step_with_a_shared_head_and_held_attention_lowers_for_accelerators() -> None:
+    lowers("vit_narrow", heads="shared", attention_temperature=0.1, dtype="bfloat16", remat=True, accumulate=2)
 
 
 @pytest.mark.parametrize("head", ["hl_gauss", "two_hot", "mse"])

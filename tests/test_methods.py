@@ -601,6 +601,29 @@ def test_cloning_equals_the_reference(returns):
         assert_equals_reference(objective, params, {}, reference)
 
 
+@pytest.mark.parametrize(
+    ("method", "settings"), [("cql", {"head": "mse"}), ("cql", {"head": "hl_gauss"}), ("bcq", {"head": "c51"})]
+)
+def test_a_shared_head_learns_what_only_the_game_tells(method, settings):
+    """The same images and actions are worth 1 in one game and -1 in the other; of BCQ both networks have such heads."""
+    method = methods.METHODS[method](atoms=jnp.array(ATOMS), scale_rewards="no", **settings)
+    how = {"heads": "shared", "num_atoms": len(ATOMS), "hidden_sizes": (16,)}
+    network, game = method.build("nature_narrow", 2, 0, **how), np.array([0, 0, 1, 1], np.int32)
+    images = np.tile(np.random.default_rng(0).integers(0, 256, (2, 84, 84, 4), np.uint8), (2, 1, 1, 1))
+    action, reward, discount = np.array([0, 1, 0, 1], np.int32), np.float32(1 - 2 * game), np.zeros(4, np.float32)
+    batch = batch_of_stacks(images, action, reward, discount, images, game)
+    optimizer = training.make_optimizer(3e-3, 1e-8, frozen=tuple(method.before))
+    graph, state = training.init_state(network, optimizer)
+    step = training.make_train_step(method.objective(graph, [2, 2]), optimizer)
+    for _ in range(150):
+        state, metrics = step(state, batch)
+    assert metrics["head_grad_rms"] > 0
+    values = method.preferences(graph, [2, 2])(state.params, images, game)
+    taken = np.take_along_axis(np.asarray(values), action[:, None], 1)[:, 0]
+    np.testing.assert_allclose(taken, reward, atol=0.5)
+    assert (np.asarray(values)[:, 2:] == -np.inf).all()
+
+
 # Limits. Thresholds and scales are traced here, so that one program serves them all.
 
 
@@ -967,12 +990,12 @@ def test_a_method_gives_the_metrics_that_it_names_and_builds_its_network_from_pa
     params = nnx.to_pure_dict(variables)
     images = np.zeros((ROWS, 84, 84, 4), np.uint8)
     batch = show(single(linear_batch()), images, images)
-    batch = windows(ROWS, 4, games=len(NUM_GAME_ACTIONS)) if method.batches == "sequences" else batch
+    batch = windows(ROWS, 4, games=len(NUM_GAME_ACTIONS)) if "sequences" in method.batches else batch
     objective = common.checked_objective(method.objective(graph, NUM_GAME_ACTIONS))
     _, metrics = jax.eval_shape(objective, params, params, batch, jax.random.key(0))
     summed = {name for name, value in metrics.items() if value.shape}
     assert summed == {f"{next(iter(method.metrics))}{suffix}" for suffix in ("_sum", "_count")}
-    assert metrics.keys() & method.metrics.keys() >= method.metrics.keys() - {"dr3_penalty"}
+    assert metrics.keys() & method.metrics.keys() >= method.metrics.keys() - {"dr3_penalty", "attention_entropy"}
     assert bool(method.preferences) == (name != "mae"), "what makes no player"
     if method.preferences:
         seen = (batch, np.zeros((ROWS, 3), np.int32)) if method.memory else (images, batch.game)

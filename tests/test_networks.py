@@ -10,7 +10,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaled_ql import networks
+from scaled_ql import networks, training
 from scaled_ql.networks import ENCODERS, count_parameters, encoders, make_encoder, make_q_network
 from scaled_ql.networks.encoders import BasicBlock, BottleneckBlock
 from scaled_ql.networks.q_network import SpatialEmbedding, normalize_features
@@ -36,6 +36,10 @@ def filled(make, seed=0):
 
     nnx.update(module, jax.tree_util.tree_map_with_path(draw, nnx.state(module, nnx.Param)))
     return module
+
+
+def flat(network):
+    return training.flat_params(nnx.to_pure_dict(nnx.state(network, nnx.Param)))
 
 
 # The reference: float64, one operation at a time, parameters read from the network.
@@ -122,15 +126,23 @@ def encode_impala(x, encoder, _):
 def forward(network, encode, observation, game, group_size=4):
     x = encode(observation / 255.0, network.encoder, group_size)
     x = (x * value(network.embedding.kernel)).reshape(len(x), -1)
+    shared = network.game_embedding is not None
     for number, layer in enumerate(network.hidden):
-        x = x @ value(layer.kernel) + value(layer.bias)
+        kernel = value(layer.kernel)
+        if number == 0 and shared:  # as BRC has it: one input
+            embedded = value(network.game_embedding.embedding)[game]
+            x = np.concatenate([x, embedded / np.sqrt((embedded**2).sum(1, keepdims=True))], 1)
+            kernel = np.concatenate([kernel, value(network.game_layer.kernel)])
+        x = x @ kernel + value(layer.bias)
         if number == 0:
             norm, mean, variance = network.layer_norm, x.mean(1, keepdims=True), x.var(1, keepdims=True)
             x = (x - mean) / np.sqrt(variance + 1e-6) * value(norm.scale) + value(norm.bias)
         x = relu(x)
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
     kernel, bias = value(network.head_kernel), value(network.head_bias)
-    return np.stack([row @ kernel[:, number] + bias[number] for row, number in zip(x, game)])
+    return np.stack(
+        [row @ kernel[:, number] + bias[number] for row, number in zip(x, np.zeros(3, int) if shared else game)]
+    )
 
 
 @pytest.mark.parametrize("stride, inputs", [(1, 8), (2, 8), (1, 32)])
@@ -148,8 +160,9 @@ def test_blocks_equal_reference(block, stride, inputs):
     "encoder, encode, group_size",
     [("resnet_narrow", encode_resnet, 8), ("impala_x1", encode_impala, 4), ("nature", encode_nature, 4)],
 )
-def test_network_equals_reference(encoder, encode, group_size):
-    network = filled(lambda: small(encoder, group_size=group_size))
+@pytest.mark.parametrize("heads", ["per_game", "shared"])
+def test_network_equals_reference(encoder, encode, group_size, heads):
+    network = filled(lambda: small(encoder, group_size=group_size, heads=heads))
     outputs = call(network, OBSERVATION, GAME)
     expected = forward(network, encode, OBSERVATION, GAME, group_size).reshape(3, 18, 11)
     assert expected.std() > 0.05
@@ -216,7 +229,9 @@ def test_count_parameters():
     assert count_parameters(linear, {"a": np.zeros((2, 3)), "b": [np.zeros(4)]}, linear) == 42 + 10 + 42
 
 
-@pytest.mark.parametrize("options", [{}, {"mean_frames": np.zeros((3, 84, 84)), "normalize_features": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"mean_frames": np.zeros((3, 84, 84)), "normalize_features": False, "heads": "shared"}]
+)
 @pytest.mark.parametrize("encoder, head", [("nature", "c51"), ("resnet_narrow", "mse")])
 def test_layers_hold_all_parameters_and_name_what_they_make(encoder, head, options):
     network = filled(lambda: small(encoder, head, embedding="sum", **options))
@@ -365,6 +380,38 @@ def test_a_game_uses_its_own_head_alone():
     np.testing.assert_array_equal(call(network, same, np.array([2, 0, 2], np.int32)), after[[2, 0, 2]])
 
 
+def test_a_shared_head_is_one_games_whatever_their_number_and_the_rest_begins_alike():
+    """Parameters and bytes; for the paper's 40 games and layers 37 million fewer."""
+    networks = {heads: small(heads=heads) for heads in ("per_game", "shared")}
+    own, shared = ({path: x.shape for path, x in flat(network).items()} for network in networks.values())
+    assert (
+        shared.keys() - own.keys() == {"game_embedding/embedding", "game_layer/kernel"} and own.keys() <= shared.keys()
+    )
+    assert {path for path in own if own[path] != shared[path]} == {"head_kernel", "head_bias"}
+    saved = 2 * (16 + 1) * 18 * 11 - 3 * 32 - 32 * 16
+    assert count_parameters(networks["per_game"]) - count_parameters(networks["shared"]) == saved
+    for path, x in flat(networks["per_game"]).items():
+        if not path.startswith("head_"):
+            np.testing.assert_array_equal(x, flat(networks["shared"])[path])
+    lengths = np.linalg.norm(small(heads="shared", seed=1).game_layer.kernel[...], axis=0)
+    assert lengths.mean() == pytest.approx(1, rel=0.1), "as much as the game alone would give the first layer"
+
+
+def test_of_a_games_embedding_the_direction_counts_and_only_for_that_game():
+    network = filled(lambda: small(heads="shared"))
+    same = np.repeat(OBSERVATION[:1], 3, axis=0)
+    games = np.arange(3, dtype=np.int32)
+    before = np.asarray(call(network, same, games))
+    assert all(np.abs(before[a] - before[b]).max() > 0.01 for a, b in ((0, 1), (1, 2), (0, 2)))
+    table = network.game_embedding.embedding
+    table[...] = table[...].at[1].multiply(7)
+    np.testing.assert_allclose(call(network, same, games), before, atol=1e-5)
+    table[...] = table[...].at[1].multiply(-1)
+    after = np.asarray(call(network, same, games))
+    np.testing.assert_array_equal(after[[0, 2]], before[[0, 2]])
+    assert np.abs(after[1] - before[1]).max() > 0.01
+
+
 def test_a_row_does_not_depend_on_its_batch():
     network = filled(lambda: small("resnet_narrow", group_size=8))
     together = call(network, OBSERVATION, GAME)
@@ -433,6 +480,7 @@ def test_head_bias_is_every_actions_start_and_changes_nothing_else(head):
         (lambda: make_q_network("resnet18", 3), ["resnet18", *ENCODERS]),
         (lambda: networks.make_encoder("vgg", rngs=nnx.Rngs(0)), ["vgg", *ENCODERS]),
         (lambda: make_q_network("nature", 3, "iqn"), ["iqn", "c51", "mse"]),
+        (lambda: make_q_network("nature", 3, heads="own"), ["unknown heads", "own", "per_game", "shared"]),
         (lambda: small(embedding="max"), ["max", "pointwise", "sum", "attention", "none"]),
     ],
 )

@@ -134,11 +134,32 @@ def test_a_transformers_parameters_belong_to_its_methods() -> None:
         check("04_scaled_training", {"method": "bc_transformer", "target_return": 5})
     with pytest.raises(ParameterError, match=r"return_low \(5\) must be below return_high \(5\)"):
         check("04_scaled_training", {"method": "dt", "return_low": 5, "return_high": 5})
-    for value in ("notebook", "paper", 90, -3.5):
+    for value in ("notebook", "paper", "data", 90, -3.5):
         assert check("04_scaled_training", {"method": "dt", "target_return": value}).target_return == value
     for value in ("best", True, float("nan"), None):
-        with pytest.raises(ParameterError, match="target_return: expected notebook, paper or a number, got"):
+        with pytest.raises(ParameterError, match="target_return: expected notebook, paper, data or a number, got"):
             check("04_scaled_training", {"method": "dt", "target_return": value})
+
+
+def test_a_control_without_rewards_knows_no_experts() -> None:
+    with pytest.raises(ParameterError, match="target_return: data has real returns, rewards are zero; choose notebook"):
+        check("04_scaled_training", {"method": "dt", "target_return": "data", "rewards": "zero"})
+
+
+def test_what_needs_attention_is_refused_without() -> None:
+    assert check("04_scaled_training", {"encoder": "vit_tiny", "attention_temperature": 0.1}).attention_entropy == 0.7
+    with pytest.raises(
+        ParameterError, match=r"attention_temperature: 'resnet101' has no attention; choose vit_narrow, "
+    ):
+        check("04_scaled_training", {"attention_temperature": 0.1})
+    with pytest.raises(ParameterError, match="attention_temperature: without effect in method 'bc'"):
+        check("04_scaled_training", {"method": "bc", "encoder": "vit_tiny", "attention_temperature": 0.1})
+
+
+def test_heads_are_the_papers_or_shared() -> None:
+    assert check("04_scaled_training", {}).heads == "per_game"
+    with pytest.raises(ParameterError, match="heads: Input should be 'per_game' or 'shared', got 'one'"):
+        check("04_scaled_training", {"heads": "one"})
 
 
 def test_any_number_of_steps_works() -> None:

@@ -93,6 +93,37 @@ def test_heads_for_more_games_cost_their_parameters():
     assert (table["working memory, GB"] > 0).all() and table.loc[1, "ms, of the first"] == 1
 
 
+def test_a_decision_transformers_cost_by_hand():
+    """Two blocks of 128 on four steps: three passes, but no gradient with respect to the pixels; in play two passes."""
+    costs = performance.system_costs(["dt tiny", "bc_transformer tiny"], 8)
+
+    def forward(steps, per_step):
+        tokens, heads = steps * per_step, (18 + 4 + 120 * (per_step - 38)) * steps * 2 * 128
+        block = tokens * (dense([128, 3 * 128]) + dense([128, 128]) + dense([128, 512, 128])) + 2 * 2 * tokens**2 * 128
+        return 36 * steps * dense([196, 128]), 2 * block + heads
+
+    for name, per_step in (("dt tiny", 39), ("bc_transformer tiny", 38)):
+        (pixels, rest), first = forward(4, per_step), sum(forward(1, per_step)) if per_step == 39 else 0
+        assert costs.loc[name, "step, GFLOP"] == pytest.approx((2 * pixels + 3 * rest) / 1e9, rel=0.01)
+        assert costs.loc[name, "decision, GFLOP"] == pytest.approx((pixels + rest + first) / 1e9, rel=0.01)
+
+
+def test_systems_have_their_published_sizes_and_nothing_is_allocated():
+    """A Q-network's step is that of `step_flops`; it holds its parameters four times, gradients, activations."""
+    before = sum(x.nbytes for x in jax.live_arrays())
+    costs = performance.system_costs(["cql vit_tiny", "mae vit_tiny", "dt 200M"], 512)
+    assert sum(x.nbytes for x in jax.live_arrays()) - before < 1e6
+    sizes = costs["as published, millions"]
+    assert sizes.tolist() == pytest.approx([5.5 + 36 * 192 * 2048 / 1e6, 5.5, 197], rel=0.01)
+    of_q = costs.loc["cql vit_tiny"]
+    assert of_q["step, GFLOP"] == pytest.approx(performance.step_flops("vit_tiny", 1, 40) / 1e9, rel=0.05)
+    assert of_q["decision, GFLOP"] == pytest.approx(performance.forward_cost("vit_tiny", 40).flops / 1e9, rel=0.01)
+    assert np.isnan(costs.loc["mae vit_tiny", "decision, GFLOP"])
+    bytes_of = 4 * 1e6 * costs["parameters, millions"] / 1e9
+    np.testing.assert_allclose(costs["state, GB"], 4 * bytes_of, rtol=1e-3)
+    np.testing.assert_allclose(costs["memory, GB"], 5 * bytes_of + costs["activations, GB"], rtol=1e-3)
+
+
 def test_the_paper_main_steps_flops():
     """About 5.5 TFLOP, three forward passes of the online network and one of the target."""
     assert performance.step_flops("resnet101", 512, 40) / 1e12 == pytest.approx(5.5, rel=0.1)

@@ -151,6 +151,14 @@ def test_learning_curves_are_those_of_the_methods_metrics_and_a_single_row_is_a_
     assert all(line.get_marker() == "o" for axis in figure.axes for line in axis.lines)
 
 
+def test_a_line_for_each_block_and_their_mean() -> None:
+    rows = pd.DataFrame({"step": [1.0, 2.0], "td_loss": 1.0, "entropy": 2.0, "attention_entropy": 0.5})
+    rows = rows.assign(attention_entropy_1=[0.4, 0.3], attention_entropy_2=[0.6, 0.7], attention_entropy_11=0.5)
+    titles = {"td_loss": "loss", "entropy": "of returns", "attention_entropy": "attention"}
+    drawn = [[list(line.get_ydata()) for line in axis.lines] for axis in plots.learning_curves(rows, titles).axes]
+    assert drawn == [[[1, 1]], [[2, 2]], [[0.4, 0.3], [0.6, 0.7], [0.5, 0.5], [0.5, 0.5]]]
+
+
 def test_transitions_say_action_reward_and_whether_there_is_a_bootstrap() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (2, 3, 84, 84, 4), np.uint8)
     batch = batch_of_stacks(
@@ -174,6 +182,8 @@ def test_windows_say_what_was_done_in_each_step_and_what_is_to_come() -> None:
         "Pong\nbefore the episode\nreward 0, to go 1", "RIGHT\nreward 1, end, to go 1",
         "Qbert\nFIRE\nreward -1, to go 4", "UP\nreward 0, to go 5",
     ]  # fmt: skip
+    batch.return_to_go[:] = np.nan  # of a method that does not ask for it
+    assert plots.batch(batch, ["Pong", "Qbert"], {}).axes[1].get_title() == "RIGHT\nreward 1, end"
 
 
 def test_predicted_and_target_distributions_share_a_panel() -> None:

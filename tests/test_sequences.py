@@ -14,6 +14,7 @@ from scaled_ql.replay import (
     ReplayError,
     ReplayWriter,
     View,
+    expert_returns,
     gather_sequences,
     label_with_returns,
     open_replay,
@@ -184,3 +185,29 @@ def test_every_games_actions_are_of_the_joystick_and_begin_with_noop():
         names = action_names(game)
         assert [FULL_ACTIONS[number] for number in games.full_actions(names)] == list(names)
         assert names[0] == "NOOP", "an action that the game lacks is played as its first"
+
+
+@pytest.mark.parametrize("share", [0.01, 0.34, 1.0])
+def test_an_experts_returns_are_those_of_the_best_episodes(folder, share):
+    """Episode by episode and step by step; what no expert has is never asked for."""
+    replay, low, high = open_replay(folder), -2, 3
+    weights = expert_returns(replay, low, high, share)
+    assert weights.shape == (len(replay.games), 6) and weights.dtype == np.float32
+    for game, of_game in zip(replay.games, weights):
+        rewards, episodes, first = np.clip(replay.rewards(game), -1, 1), [], 0
+        for length in replay.episodes(game)["length"]:
+            own = rewards[first : first + length]
+            episodes.append([own[step:].sum() for step in range(length)])
+            first += length
+        best = sorted(episodes, key=lambda returns: -returns[0])[: max(1, int(np.ceil(share * len(episodes))))]
+        experts = [returns for returns in episodes if returns[0] >= best[-1][0]]
+
+        def shares(some):
+            steps = [min(max(int(x), low), high) for returns in some for x in returns]
+            return np.array([steps.count(token) / len(steps) for token in range(low, high + 1)])
+
+        of_experts, of_all = shares(experts), shares(episodes)
+        for weight, expert, everyone in zip(of_game, of_experts, of_all):
+            assert weight == pytest.approx(np.log(expert / everyone), abs=1e-6) if expert else weight == -np.inf
+        if share == 1:
+            assert (of_game[of_all > 0] == 0).all(), "all are experts: the data's own returns"

@@ -56,6 +56,17 @@ def test_values_and_distributions_are_those_of_the_network_at_its_checkpoint(out
     np.testing.assert_array_equal(agent.q_function(game)(STACKS[:3]), agent.look(game, STACKS[:3]).values)
 
 
+def test_a_shared_head_is_told_the_game(outputs: Path) -> None:
+    (network,) = write_run(outputs / "04_scaled_training" / "shared", GAMES, heads="shared")
+    agent = explore.load_agent("04_scaled_training/shared", outputs=outputs)
+    values = {}
+    for number, game in enumerate(GAMES):
+        expected = softmax(by_hand(network, STACKS[:2], number))[:, : len(action_names(game))]
+        values[game] = agent.look(game, STACKS[:2]).values
+        np.testing.assert_allclose(values[game], expected @ agent.atoms, atol=1e-5)
+    assert np.abs(values["Breakout"][:, :3] - values["Pong"][:, :3]).max() > 1e-3
+
+
 def test_an_earlier_checkpoint_is_another_agent(outputs: Path, c51: list) -> None:
     agent = explore.load_agent(outputs / "04_scaled_training" / "c51", step=10)
     assert (agent.step, agent.checkpoints) == (10, [10, 20])

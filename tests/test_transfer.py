@@ -210,6 +210,49 @@ def test_hidden_layers_that_are_not_taken_may_have_any_size(run):
     assert paths_and_bytes(state.params["embedding"]) == paths_and_bytes(old.params["embedding"])
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A run of two games with a shared head, and its state."""
+    folder, network = tmp_path_factory.mktemp("outputs"), build(2, heads="shared", seed=1)
+    state = training.init_state(network, training.make_optimizer())[1]
+    checkpoints = training.Checkpoints(folder / "checkpoints", ABOUT | {"heads": "shared", "method": "cql"})
+    checkpoints.save(state)
+    checkpoints.close()
+    return folder, state
+
+
+def test_a_new_game_has_a_new_embedding_whatever_is_transferred(shared):
+    folder, old = shared
+    source = transfer.load(folder)
+    assert source.architecture["heads"] == "shared"
+    new = build(1, heads="shared")
+    _, state = transfer.init_state(new, training.make_optimizer(), source, "all but the head")
+    ours, theirs = training.flat_params(state.params), training.flat_params(old.params)
+    alike = {
+        path for path in ours if ours[path].shape == theirs[path].shape and np.array_equal(ours[path], theirs[path])
+    }
+    fresh = {"head_kernel", "game_embedding/embedding"}
+    assert not fresh & alike and alike | fresh | {"head_bias"} == ours.keys() and "game_layer/kernel" in alike
+    assert ours["game_embedding/embedding"].shape == (1, 32)
+    table = transfer.overview(state.params, source, "all but the head", ())
+    assert table["from"].to_dict() == {
+        name: "fresh" if "head" in name or name == "game_embedding" else "transferred" for name in table.index
+    }
+    names = source.names("all but the head")
+    assert "game_layer" in names and "game_embedding" not in names
+
+
+def test_a_networks_heads_say_what_fits(run, shared):
+    """The encoder fits either; the dense layers of a shared head have a part that others do not have."""
+    folder, _ = shared
+    transfer.init_state(build(), training.make_optimizer(), transfer.load(folder), "encoder + embedding")
+    with pytest.raises(
+        transfer.TransferError, match=r"part 'game_layer'.*game_layer/kernel is float32 \[32, 8\].*absent"
+    ):
+        transfer.init_state(build(), training.make_optimizer(), transfer.load(folder), "all but the head")
+    assert transfer.load(run[0]).architecture["heads"] == "per_game", "of a run from before there was a choice"
+
+
 def test_unknown_parts_are_refused(run):
     folder, *_ = run
     with pytest.raises(ValueError, match="parts = 'decoder'; there are 'encoder', "):

@@ -52,7 +52,7 @@ def gelu(x):
     return x * np.vectorize(lambda z: (1 + math.erf(z / math.sqrt(2))) / 2)(x)
 
 
-def attend(x, block, allowed):
+def attend(x, block, allowed, entropies=None):
     """What the tokens [T, D] of one sequence read from those that `allowed` [T, T] lets them see."""
     tokens, width = x.shape
     size, read = width // block.heads, np.zeros_like(x)
@@ -65,16 +65,18 @@ def attend(x, block, allowed):
             scores = np.array([query[token] @ key[other] for other in seen]) / math.sqrt(size)
             weights = np.exp(scores - scores.max())
             read[token, own] = (weights / weights.sum()) @ content[seen]
+            if entropies is not None:
+                entropies.append(-sum(p * math.log(p) for p in weights / weights.sum() if p) / math.log(tokens))
     return dense(read, block.projection)
 
 
-def transform(x, block, allowed):
-    x = x + attend(normalise(x, block.norm1), block, allowed)
+def transform(x, block, allowed, entropies=None):
+    x = x + attend(normalise(x, block.norm1), block, allowed, entropies)
     return x + dense(gelu(dense(normalise(x, block.norm2), block.expansion)), block.contraction)
 
 
-def encode(image, vit):
-    """One image [H, W, C] through a ViT, patch by patch."""
+def encode(image, vit, entropies=None):
+    """One image [H, W, C] through a ViT, patch by patch; a list gets the mean entropy of each block's attention."""
     height, width, features = image.shape[0] // 14, image.shape[1] // 14, vit.width
     tokens = [value(vit.class_token)]
     for row in range(height):
@@ -94,7 +96,10 @@ def encode(image, vit):
             tokens.append(dense(np.array(pixels), vit.patch) + position)
     x = np.array(tokens)
     for block in vit.blocks.layers:
-        x = transform(x, block, np.ones((len(x), len(x)), bool))
+        of_tokens = []
+        x = transform(x, block, np.ones((len(x), len(x)), bool), of_tokens)
+        if entropies is not None:
+            entropies.append(np.mean(of_tokens))
     return normalise(x, vit.norm)[1:].reshape(height, width, features)
 
 
@@ -129,6 +134,71 @@ def test_the_encoder_equals_the_reference():
     assert maps.shape == (2, 2, 3, 8)
     for image, features in zip(images, maps):
         np.testing.assert_allclose(features, encode(image, vit), atol=1e-6)  # positions are float32
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_entropies_of_its_attention_equal_the_reference(remat):
+    """One of each block and image, from 0, all attend to one token, to 1, all attend to all."""
+    how = {"channels": 3, "group_size": 4, "remat": remat, "dtype": jnp.float64}
+    with jax.enable_x64(True):
+        vit = filled(lambda: ViT(8, 2, 2, **how, rngs=nnx.Rngs(0)))
+        images = np.random.default_rng(1).uniform(size=(2, 28, 42, 3))
+        maps, entropies = jax.jit(lambda vit, x: vit.with_entropies(x))(vit, images)
+        plain = call(vit, images)
+    np.testing.assert_allclose(maps, plain, atol=1e-12)
+    expected = [[], []]
+    for image, of_blocks in zip(images, expected):
+        encode(image, vit, of_blocks)
+    assert entropies.shape == (2, 2) and np.ptp(expected) > 0.01
+    np.testing.assert_allclose(entropies, expected, atol=1e-5)  # float32
+
+
+def test_a_temperature_brings_back_attention_that_collapsed(shallow):
+    """It grows while the entropy is below its target, and falls above; without one, attention collapses further."""
+    found, temperatures = {}, []
+    for temperature in (0.0, 0.3):
+        method = methods.q_learning(atoms=ATOMS, attention_temperature=temperature, attention_entropy=0.8)
+        network = method.build(num_games=1, seed=0, **BUILT)
+        kernel = network.encoder.blocks.layers[0].attention.kernel
+        kernel[...] = kernel[...].at[:, :64].multiply(4)  # queries and keys
+        optimizer = training.make_optimizer(3e-3, 1e-8)
+        graph, state = training.init_state(network, optimizer)
+        step = training.make_train_step(method.objective(graph, [3]), optimizer)
+        for _ in range(40):
+            state, metrics = step(state, make_batch())
+            found.setdefault(temperature, []).append(float(metrics["attention_entropy"]))
+            assert metrics["attention_entropy"] == metrics["attention_entropy_1"], "of one block"
+            if temperature:
+                temperatures.append(float(metrics["attention_temperature"]))
+    assert found[0.0][0] == pytest.approx(found[0.3][0]) and found[0.0][0] < 0.4
+    assert found[0.0][-1] < 0.1 and found[0.3][-1] > 0.8
+    grows = np.diff(temperatures) > 0
+    assert temperatures[0] == pytest.approx(0.3) and grows[:3].all() and not grows[-10:].any()
+
+
+def test_the_objective_is_the_one_without_attention_and_the_lagrangian(shallow):
+    plain, held = (methods.q_learning(atoms=ATOMS, attention_temperature=t, attention_entropy=0.9) for t in (0.0, 0.25))
+    networks_ = [method.build(num_games=1, seed=0, **BUILT) for method in (plain, held)]
+    states = [training.init_state(network, training.make_optimizer())[1] for network in networks_]
+    assert {"log_temperature"} == states[1].params.keys() - states[0].params.keys()
+    losses_, gradients = [], []
+    for method, network, state in zip((plain, held), networks_, states):
+        objective = method.objective(nnx.split(network, nnx.Param)[0], [3])
+        gradient, metrics = jax.jit(jax.grad(objective, has_aux=True))(state.params, state.params, make_batch(), None)
+        losses_.append(metrics)
+        gradients.append(gradient)
+    entropy = float(losses_[1]["attention_entropy"])
+    assert entropy == pytest.approx(float(losses_[0]["attention_entropy"]), abs=1e-6) and entropy > 0.9
+    assert losses_[1]["loss"] == pytest.approx(float(losses_[0]["loss"]) + 0.25 * (0.9 - entropy), abs=1e-5)
+    np.testing.assert_allclose(gradients[1]["log_temperature"], [0.25 * (entropy - 0.9)], rtol=1e-3)
+    assert r"\sum_l \alpha_l (0.9 - H_l / \log T)" in held.minimises and "alpha_l" not in plain.minimises
+
+
+def test_only_a_network_with_attention_has_temperatures():
+    with pytest.raises(
+        ValueError, match="attention_temperature: encoder 'nature' has no attention; choose a ViT, or 0"
+    ):
+        networks.make_q_network("nature", 1, attention_temperature=0.1)
 
 
 def test_patches_are_squares_in_the_order_in_which_one_reads():

@@ -18,7 +18,7 @@ def write_run(
 ) -> list[networks.QNetwork]:
     """A run of `04_scaled_training`; the network at each of its checkpoints."""
     p = parameters.check("04_scaled_training", TINY | {"run": folder.name} | values)
-    names = ("num_atoms", "hidden_sizes", "embedding", "normalize_features")
+    names = ("heads", "num_atoms", "hidden_sizes", "embedding", "normalize_features")
     about = {name: getattr(p, name) for name in names}
     about["mean_frames"] = np.full((len(games), 84, 84), 90, np.float32) if p.subtract_mean_frames else None
     network = methods.make(p).build(p.encoder, len(games), 1, **about)

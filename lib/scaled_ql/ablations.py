@@ -26,6 +26,11 @@ PROTOCOL = frozenset((
 SCORE_COLUMNS = ("run", "game", "agent_return", "human_normalized", "episodes", "truncated", "cut")
 # Rows of every comparison of Q-learning: neither learns from reward.
 CONTROLS = {"zero rewards": {"rewards": "zero"}, "cloning": {"method": "bc"}}
+# How Lee et al. (2022) train transformers, from memory of their paper: 2,048 windows a batch.
+LEE = {
+    "optimizer": "lamb", "learning_rate": 3.0e-4, "adam_epsilon": 1.0e-6, "warmup_steps": 4_000, "max_grad_norm": 1.0,
+    "games_per_batch": 128, "transitions_per_game": 16, "random_shift": 4,
+}  # fmt: skip
 VERDICT_COLUMNS = ("claim", "difference", "low", "high", "improvement", "verdict", "refused")
 
 
@@ -360,6 +365,33 @@ def difference(
             row["verdict"] = "yes" if low > 0 else "no" if high < 0 else "inconclusive"
         rows.append(row)
     return pd.DataFrame(rows, columns=[*axis, *VERDICT_COLUMNS])
+
+
+def imitation_by_transformers(size: str) -> dict[str, dict[str, Any]]:
+    """Variants of `compare`: a decision and a cloning transformer of a size.
+
+    Of a published size they are trained as `LEE` says, a ``tiny`` one as the base is.
+    """
+    how = {"transformer": size} | ({} if size == "tiny" else LEE)
+    return {"decision transformer": {"method": "dt"} | how, "cloning transformer": {"method": "bc_transformer"} | how}
+
+
+def transformer_q_learning(vit: str, resnet: str) -> dict[str, dict[str, Any]]:
+    """Variants of `compare`: Q-learning with a ViT, and a ResNet beside it; with controls of the ViT.
+
+    Args:
+        vit: encoder; with attention pooling, encoder and first dense layer should have as many parameters as
+        resnet: another encoder's.
+    """
+    pooled = {"encoder": vit, "embedding": "attention"}
+    return {
+        "ResNet": {"encoder": resnet},
+        "ViT": pooled,
+        "ViT, attention held": pooled | {"attention_temperature": 0.1},
+        "ViT, pointwise embedding": {"encoder": vit},
+        "zero rewards": pooled | {"rewards": "zero"},
+        "cloning": {"encoder": vit, "method": "bc"},
+    }
 
 
 def missing(

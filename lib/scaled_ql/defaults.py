@@ -11,6 +11,7 @@ GROUP_SIZE = 4  # channels per group of the ResNets' group normalisation
 LEARNING_RATE, ADAM_EPSILON = 2e-4, 3.125e-4  # epsilon is not in the paper; see `training.make_optimizer`
 TARGET_UPDATE_PERIOD = 2_000  # gradient steps
 TAU, KAPPA = 0.3, 1.0  # for bcq; for return_bc
+ATTENTION_ENTROPY = 0.7  # a guess: share of the maximum at which TQL's temperatures hold a ViT's attention
 
 # name: (family, its arguments); built by `networks.encoders`
 ENCODERS = {
@@ -38,10 +39,14 @@ DROPOUT = 0.1
 RETURN_KAPPA = 10.0  # for the whole range of returns
 RETURN_SAMPLES, RETURN_TEMPERATURE = 128, 0.75  # of the notebook that was published with their models
 ACTION_PERCENTILE = 50.0  # likewise
+EXPERT_SHARE = 0.1  # a guess: the best episodes of a game, whose returns are an expert's
 
 # name: (module of `methods` with a function of that name, its parameters: the arguments, with `atoms` for v_min, v_max
 # and num_atoms, and `rewards` if it uses them)
-_Q_LEARNING = ("rewards", "head", "alpha", "atoms", "double_q", "scale_rewards", "dr3", "random_shift")
+_Q_LEARNING = (
+    "rewards", "head", "alpha", "atoms", "double_q", "scale_rewards", "dr3", "attention_temperature",
+    "attention_entropy", "random_shift",
+)  # fmt: skip
 METHODS = {
     "cql": ("q_learning", _Q_LEARNING),
     "bcq": ("q_learning", (*_Q_LEARNING, "tau")),
@@ -59,6 +64,7 @@ METHODS = {
 EVAL_EPSILON = 0.001  # share of random moves in evaluation (Table B.1)
 
 Head = Literal["c51", "hl_gauss", "two_hot", "mse"]
+Heads = Literal["per_game", "shared"]
 Embedding = Literal["pointwise", "sum", "attention", "none"]
 Rewards = Literal["real", "zero", "shuffled"]
 Parts = Literal["encoder", "encoder + embedding", "all but the head"]  # that are transferred

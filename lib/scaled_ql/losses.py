@@ -233,6 +233,27 @@ def expert_action_logits(logits: jax.Array, atoms: jax.Array, kappa: float = 1.0
     return jax.nn.logsumexp(logits + kappa * atoms, axis=-1)
 
 
+def attention_loss(entropies: jax.Array, log_temperatures: jax.Array, target: float) -> jax.Array:
+    """Lagrangian that holds the entropies of attention at a target: sum_l alpha_l (target - entropy_l).
+
+    After TQL (Dong et al., 2026), which finds that attention collapses in value functions of transformers. The network
+    minimises it; each layer's temperature alpha_l maximises it, growing while its entropy is below the target and
+    falling above it, as in soft actor-critic (Haarnoja et al., 2018). TQL's gain over a fixed penalty is that learned,
+    layer-wise temperature; its target is not known to us. Its token of the value has one of its own; here values are
+    read from all tokens.
+
+    Args:
+        entropies: [L], of each layer, as a share of their maximum.
+        log_temperatures: [L], log alpha; gradients with respect to them are reversed.
+        target: likewise a share.
+    """
+    chex.assert_rank([entropies, log_temperatures], 1)
+    chex.assert_equal_shape([entropies, log_temperatures])
+    temperatures = jnp.exp(log_temperatures)
+    reversed_ = 2 * jax.lax.stop_gradient(temperatures) - temperatures
+    return reversed_ @ (target - entropies)
+
+
 def dr3_penalty(features_t: jax.Array, features_tn: jax.Array) -> jax.Array:
     """Explicit DR3 regulariser (Kumar et al., 2022, section 5): the dot product of successive representations [F].
 

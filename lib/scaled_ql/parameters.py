@@ -14,10 +14,14 @@ import pydantic
 from pydantic import Field
 
 from scaled_ql import defaults, documents
-from scaled_ql.defaults import Embedding, Head, Parts, Rewards
+from scaled_ql.defaults import Embedding, Head, Heads, Parts, Rewards
 from scaled_ql.environments import MAX_STEPS
 
 Encoder = Literal[tuple(defaults.ENCODERS)]
+VITS = [name for name, (family, *_) in defaults.ENCODERS.items() if family == "vit"]
+_SIZES = {"cql": defaults.ENCODERS, "bc": defaults.ENCODERS, "mae": VITS}
+_SIZES |= {"dt": defaults.TRANSFORMERS, "bc_transformer": defaults.TRANSFORMERS}
+System = Literal[tuple(f"{method} {size}" for method, sizes in _SIZES.items() for size in sizes)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -34,9 +38,9 @@ def _alpha(value: Any) -> float | str:
 
 def _target_return(value: Any) -> float | str:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value in ("notebook", "paper") or (number and abs(value) < float("inf")):
+    if value in ("notebook", "paper", "data") or (number and abs(value) < float("inf")):
         return value
-    raise ValueError(f"target_return: expected notebook, paper or a number, got {value!r}")
+    raise ValueError(f"target_return: expected notebook, paper, data or a number, got {value!r}")
 
 
 class ParameterError(ValueError):
@@ -156,8 +160,9 @@ INCIDENTAL = frozenset((
 ))  # fmt: skip
 # Refused if set for a method that ignores them; alpha, tau and kappa may be set in a file that several methods share.
 CHECKED = (
-    "head", "double_q", "scale_rewards", "dr3", "rewards", "transformer", "sequence_length", "return_low",
-    "return_high", "target_return", "return_kappa", "return_samples", "return_temperature", "action_percentile",
+    "head", "double_q", "scale_rewards", "dr3", "attention_temperature", "attention_entropy", "rewards", "transformer",
+    "sequence_length", "return_low", "return_high", "target_return", "return_kappa", "return_samples",
+    "return_temperature", "action_percentile",
 )  # fmt: skip
 
 
@@ -178,6 +183,7 @@ class ScaledTraining(Parameters):
     method: Literal[tuple(defaults.METHODS)] = "cql"
     encoder: Encoder = "resnet101"
     head: Head = "c51"
+    heads: Heads = "per_game"
     hidden_sizes: Annotated[list[Count], Field(min_length=1)] = list(defaults.HIDDEN_SIZES)
     embedding: Embedding = "pointwise"
     normalize_features: bool = True
@@ -208,6 +214,8 @@ class ScaledTraining(Parameters):
     kappa: Annotated[float, Field(ge=0)] = defaults.KAPPA
     scale_rewards: Literal["auto", "yes", "no"] = "auto"
     dr3: Annotated[float, Field(ge=0)] = 0.0
+    attention_temperature: Annotated[float, Field(ge=0)] = 0.0
+    attention_entropy: Share = defaults.ATTENTION_ENTROPY
     random_shift: Annotated[int, Field(ge=0, le=42)] = 0
     optimizer: Literal["adam", "lamb"] = "adam"
     learning_rate: Annotated[float, Field(gt=0)] = defaults.LEARNING_RATE
@@ -250,9 +258,14 @@ class ScaledTraining(Parameters):
         ]
         if idle:
             raise ValueError(f"{', '.join(idle)}: without effect in method {self.method!r}; leave out")
-        vits = [name for name, (family, *_) in defaults.ENCODERS.items() if family == "vit"]
-        if self.method == "mae" and self.encoder not in vits:
-            raise ValueError(f"encoder ({self.encoder!r}): method 'mae' needs one of {', '.join(vits)}")
+        if self.target_return == "data" and self.rewards != "real":
+            raise ValueError(
+                f"target_return: data has real returns, rewards are {self.rewards}; choose notebook or paper"
+            )
+        if self.method == "mae" and self.encoder not in VITS:
+            raise ValueError(f"encoder ({self.encoder!r}): method 'mae' needs one of {', '.join(VITS)}")
+        if self.attention_temperature and self.encoder not in VITS:
+            raise ValueError(f"attention_temperature: {self.encoder!r} has no attention; choose {', '.join(VITS)} or 0")
         if self.warmup_steps >= self.num_steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below num_steps ({self.num_steps})")
         return self
@@ -385,6 +398,9 @@ class Ablations(Parameters):
     sizes: Annotated[list[Encoder], Field(min_length=1)] = [
         "impala_x4", "impala_x8", "impala_x16", "resnet34", "resnet50", "resnet101", "resnet152",
     ]  # fmt: skip
+    transformer: Literal[tuple(defaults.TRANSFORMERS)] = "40M"
+    vit: Encoder = "vit_base"
+    resnet: Encoder = "resnet152"
     tables: list[str] = []
     compare: list[str] = []
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
@@ -408,6 +424,9 @@ class Performance(Parameters):
     dtypes: Annotated[list[Literal["float32", "bfloat16"]], Field(min_length=1)] = ["float32", "bfloat16"]
     batch_sizes: Annotated[list[Count], Field(min_length=1)] = [128, 512]
     hidden_sizes: Annotated[list[Count], Field(min_length=1)] = list(defaults.HIDDEN_SIZES)
+    systems: Annotated[list[System], Field(min_length=1)] = [
+        "cql resnet101", "cql resnet152", "cql vit_base", "mae vit_base", "dt 40M", "dt 200M",
+    ]  # fmt: skip
     heads_encoder: Encoder = "resnet34"
     heads_batch: Count = 512
     num_games: Annotated[list[Annotated[int, Field(ge=1, le=40)]], Field(min_length=1)] = [1, 10, 40]

@@ -9,7 +9,7 @@ import functools
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -19,11 +19,13 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+from flax import nnx
 
 from scaled_ql import devices, evaluation, methods, networks, training
 from scaled_ql.games import TRAINING_GAMES, action_names
-from scaled_ql.methods import Objective
+from scaled_ql.methods import Method, Objective
 from scaled_ql.replay import Batch, Replay, sample_batches
+from scaled_ql.replay.sequences import Sequences
 
 # Dense bfloat16 TFLOP/s from data sheets, for estimates about other devices.
 DATA_SHEETS = {
@@ -168,6 +170,66 @@ def step_bytes(encoder: str, batch_size: int, num_games: int, **architecture: An
     """
     forward = forward_cost(encoder, num_games, **architecture)
     return 4 * (batch_size * forward.images + forward.kernels) + 7 * 4 * forward.parameters
+
+
+def system_costs(systems: Sequence[str], batch_size: int, num_games: int = 40, **architecture: Any) -> pd.DataFrame:
+    """Size and cost of whole systems, by tracing alone: nothing is allocated, compiled or run.
+
+    Args:
+        systems: method and size, ``cql resnet101``, ``mae vit_base``, ``dt 200M``; `parameters.System` lists them.
+        batch_size: transitions, or windows of the method's length.
+        num_games: games, which are heads of a Q-network.
+        architecture: further arguments of `methods.Method.build`, such as dtype.
+
+    Returns:
+        index system; columns parameters, millions (in all); as published, millions (what the source counts);
+        step, GFLOP (of one transition or window: forward and backward, target network included, Adam not; in a strided
+        convolution's gradient zeros count, too);
+        decision, GFLOP (of a move in play; NaN where the network cannot play); and of a step `state, GB` (parameters,
+        target, moments), `activations, GB`, `memory, GB` (with gradients), see `training.memory_needed`.
+    """
+    rows = {}
+    for system in systems:
+        name, size = system.split()
+        method = methods.METHODS[name](**({"transformer": size} if size in networks.TRANSFORMERS else {}))
+        network = nnx.eval_shape(partial(method.build, size, num_games, **architecture))
+        graph, variables = nnx.split(network, nnx.Param)
+        params, sizes = nnx.to_pure_dict(variables), [len(action_names(game)) for game in TRAINING_GAMES[:num_games]]
+        moments = jax.eval_shape(training.make_optimizer().init, params)
+        state = training.TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, params, moments)
+        objective = method.objective(graph, sizes)
+        gradient = jax.grad(lambda *inputs, objective=objective: objective(*inputs, jax.random.key(0))[0])
+        one = _abstract_batch(method, 1)
+        decision = np.nan
+        if method.preferences:
+            stack = jax.ShapeDtypeStruct((1, 84, 84, 4), jnp.uint8)
+            seen = (one, jax.ShapeDtypeStruct((1, 3), jnp.int32)) if method.memory else (stack, one.game)
+            decision = _flops(method.preferences(graph, sizes), params, *seen)
+        needed = training.memory_needed(objective, state, _abstract_batch(method, batch_size))
+        rows[system] = {
+            "parameters, millions": networks.count_parameters(network) / 1e6,
+            "as published, millions": networks.count_parameters(*network.published) / 1e6,
+            "step, GFLOP": _flops(gradient, params, params, one) / 1e9,
+            "decision, GFLOP": decision / 1e9,
+            "state, GB": needed["state"] / 1e9,
+            "activations, GB": needed["activations"] / 1e9,
+            "memory, GB": needed["total"] / 1e9,
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("system")
+
+
+def _flops(function: Callable, *inputs: Any) -> float:
+    return float(_products(jax.make_jaxpr(function)(*inputs).jaxpr)[0])
+
+
+def _abstract_batch(method: Method, size: int) -> Batch | Sequences:
+    """The shapes of a method's batch."""
+    if "sequences" not in method.batches:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), random_batch(1, 1))
+    steps = (size, method.memory)
+    frames, game = jax.ShapeDtypeStruct((*steps, 84, 84), jnp.uint8), jax.ShapeDtypeStruct((size,), jnp.int32)
+    action, reward, flag = (jax.ShapeDtypeStruct(steps, dtype) for dtype in (jnp.int32, jnp.float32, bool))
+    return Sequences(frames, action, reward, reward, flag, flag, game)
 
 
 # The step.

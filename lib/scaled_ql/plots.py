@@ -1,5 +1,6 @@
 """Figures: a tidy DataFrame or arrays in, a matplotlib figure out; colour-blind-safe, a game always one colour."""
 
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -224,6 +225,9 @@ def learning_curves(metrics: pd.DataFrame, titles: Mapping[str, str]) -> Figure:
             axis.plot(metrics["step"], metrics["q_data"], color=PLAYERS["dataset"], label="actions of the data", **few)
             axis.plot(metrics["step"], metrics["q_greedy"], color=PLAYERS["agent"], label="greedy actions", **few)
         else:
+            blocks = [column for column in metrics if re.fullmatch(rf"{name}_\d+", column)]  # the first is darkest
+            for column, color in zip(blocks, plt.get_cmap("viridis")(np.linspace(0, 0.9, len(blocks)))):
+                axis.plot(metrics["step"], metrics[column], color=color, alpha=0.8, **few)
             axis.plot(metrics["step"], metrics[name], color="black", **few)
         axis.set(title=title, xlabel="gradient step", yscale="log" if "grad" in name else "linear")
         if name in (main, "q_data"):
@@ -273,7 +277,7 @@ def transitions(batch: Any, games: list[str], action_names: Mapping[str, Sequenc
 
 
 def windows(batch: Any, games: list[str]) -> Figure:
-    """Each window of a small batch, a row of its frames with the action, the reward and the return to go of each step.
+    """Each window of a small batch, a row of its frames with each step's action, reward and, if known, return to go.
 
     Args:
         batch: a `replay.Sequences`.
@@ -287,9 +291,9 @@ def windows(batch: Any, games: list[str]) -> Figure:
         axis.set_axis_off()
         action = FULL_ACTIONS[batch.action[row, column]] if batch.mask[row, column] else "before the episode"
         given = f"reward {float(batch.reward[row, column]):g}{', end' if batch.terminal[row, column] else ''}"
-        to_go = f"to go {float(batch.return_to_go[row, column]):g}"
+        to_go = float(batch.return_to_go[row, column])  # NaN where the method does not ask for returns
         game = f"{games[batch.game[row]]}\n" if column == 0 else ""
-        axis.set_title(f"{game}{action}\n{given}, {to_go}", fontsize="small")
+        axis.set_title(f"{game}{action}\n{given}{'' if np.isnan(to_go) else f', to go {to_go:g}'}", fontsize="small")
     return figure
 
 
@@ -589,7 +593,9 @@ VARIANTS = {
     "Scaled QL": PLAYERS["agent"], "C51": PLAYERS["agent"], "with": PLAYERS["agent"], "CQL": PLAYERS["agent"],
     "without": "#999999", "MSE": "#009e73", "BCQ": "#e69f00", "cloning": "#cc79a7", "zero rewards": "black",
     "return-conditioned cloning": "#56b4e9", "HL-Gauss": "#f0e442", "two-hot": "#332288", "DR3 besides": "#661100",
-    "random shift": "#44aa99",
+    "random shift": "#44aa99", "shared head": "#999933", "decision transformer": "#0072b2",
+    "cloning transformer": "#882255", "ResNet": PLAYERS["agent"], "ViT": "#117733", "ViT, attention held": "#88ccee",
+    "ViT, pointwise embedding": "#ddcc77",
 }  # fmt: skip
 
 

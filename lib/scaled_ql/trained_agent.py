@@ -215,7 +215,7 @@ def _offline(p: Any, source: transfer.Source) -> _Built:
     """The network of a run of `04_scaled_training` or `06_transfer`, as its parameters and checkpoint describe it."""
     settings = transfer.training_parameters(p, source) if isinstance(p, parameters.Transfer) else p
     method, games = methods.make(settings), source.about["games"]
-    names = ("num_atoms", "hidden_sizes", "embedding", "normalize_features", "group_size", "dtype")
+    names = ("heads", "num_atoms", "hidden_sizes", "embedding", "normalize_features", "group_size", "dtype")
     architecture = {name: getattr(settings, name) for name in names}
     if settings.subtract_mean_frames:
         architecture["mean_frames"] = np.zeros((len(games), 84, 84), np.float32)  # the checkpoint has them

@@ -536,12 +536,14 @@ ABOUT = (
     "method", "encoder", "head", "rewards", "hidden_sizes", "embedding", "normalize_features", "group_size",
     "subtract_mean_frames", "narrow_start", "num_atoms", "v_min", "v_max", "dtype", "seed",
 )  # fmt: skip
+LATER = {"heads": "per_game"}  # likewise, but not written where it is what it was before there was a choice
 ABOUT_TRANSFORMER = ("transformer", "sequence_length", "return_low", "return_high")
 
 
 def about_run(p: Any, games: list[str], dataset: str) -> dict[str, Any]:
     """`Checkpoints.about` of a run with the parameters of `04_scaled_training`, its games in the order of the heads."""
     own = [name for name in ABOUT_TRANSFORMER if name in METHODS[p.method][1]]
+    own += [name for name, before in LATER.items() if getattr(p, name) != before]
     return {name: getattr(p, name) for name in (*ABOUT, *own)} | {"games": games, "dataset": dataset}
 
 
@@ -587,7 +589,7 @@ class Trainer:
         """A step's whole batch; for `kind` see `Method.batches`."""
         sample, how = self._sampling(kind)
         batch = sample(self.data, self.p.seed, step, **how)
-        return batch if kind == "transitions" else next(self._labelled(iter([batch]), kind, step, np.s_[:]))
+        return next(self._labelled(iter([batch]), kind, step, np.s_[:])) if "returns" in kind else batch
 
     def batches(self, kind: str, first: int) -> Iterator[Batch | Sequences]:
         """This process's shares of the batches of steps `first` to the last."""
@@ -595,11 +597,11 @@ class Trainer:
         how |= {"processes": self.p.sampling_processes, "shard": self.share}
         batches = replay.sample_batches(self.data, self.p.seed, first, self.p.num_steps, sample=sample, **how)
         mine = replay.share_of(self.p.games_per_batch * self.p.transitions_per_game, self.share)
-        return batches if kind == "transitions" else self._labelled(batches, kind, first, mine)
+        return self._labelled(batches, kind, first, mine) if "returns" in kind else batches
 
     def _sampling(self, kind: str) -> tuple[Callable[..., Batch | Sequences], dict[str, Any]]:
         """What samples batches of a kind, and its arguments."""
-        if kind == "sequences":
+        if "sequences" in kind:
             return replay.sample_sequences, self._shape | {"length": self.p.sequence_length}
         return replay.sample_batch, self._shape | {"n_step": self.p.n_step, "discount": self.p.discount}
 
@@ -607,7 +609,7 @@ class Trainer:
         self, batches: Iterator[Batch | Sequences], kind: str, first: int, mine: slice
     ) -> Iterator[Batch | Sequences]:
         """Batches with their returns to go: transitions with discounted ones, windows with undiscounted ones."""
-        windows = kind == "sequences"
+        windows = "sequences" in kind
         drawn = {"n_step": 0, "stack_size": self.p.sequence_length} if windows else {"n_step": self.p.n_step}
         returns = self._returns_to_go(1.0 if windows else self.p.discount)
         for step, batch in enumerate(batches, first):
@@ -904,7 +906,7 @@ def read_params(folder: str | Path, step: int | None = None) -> tuple[Path, dict
     where = folder / str(steps[-1] if step is None else step)
     try:
         stored = json.loads((where / "about" / "metadata").read_text(encoding="utf-8"))
-        about = stored["run"]
+        about = LATER | stored["run"]
         metadata = ocp.StandardCheckpointer().metadata(where / "state").item_metadata["params"]
         abstract = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), metadata)}
         on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)

@@ -8,7 +8,8 @@
     graph, state = transfer.init_state(network, optimizer, source, "encoder")
 
 The paper transfers the visual encoder and begins the feed-forward part again. It does not say to which of the two the
-spatial embedding belongs. Per-game mean frames are constants of the old network's games and stay with it.
+spatial embedding belongs. Per-game mean frames are constants of the old network's games and stay with it, and so do the
+embeddings of its games, where it has a shared head: they count as part of the head, and a new game has a new one.
 """
 
 from pathlib import Path
@@ -30,10 +31,10 @@ from scaled_ql.training import CheckpointError, PyTree, TrainState
 MODULES: dict[Parts, tuple[str, ...]] = {  # of a `QNetwork`
     "encoder": ("encoder",),
     "encoder + embedding": ("encoder", "embedding"),
-    "all but the head": ("encoder", "embedding", "hidden", "layer_norm"),
+    "all but the head": ("encoder", "embedding", "hidden", "layer_norm", "game_layer"),
 }
 # What a checkpoint's `about` says of how the network was built: arguments of `networks.make_q_network`.
-ARCHITECTURE = ("encoder", "num_atoms", "hidden_sizes", "embedding", "normalize_features", "group_size")
+ARCHITECTURE = ("encoder", "heads", "num_atoms", "hidden_sizes", "embedding", "normalize_features", "group_size")
 FORM = (*ARCHITECTURE, "subtract_mean_frames", "dtype")  # and of what the network sees and how it computes
 
 

@@ -40,7 +40,7 @@ class Method(NamedTuple):
             `evaluation.MemoryPlayer`. None: the trained network cannot play.
         metrics: plotted metrics and their titles; the first has sums per game, too.
         batches: ``transitions``; ``returns``: transitions whose reward is the discounted return to go; ``sequences``:
-            windows of steps, `replay.Sequences`.
+            windows of steps, `replay.Sequences`; ``sequences with returns``: with their undiscounted returns to go.
         scales_rewards: whether the objective divides rewards by `replay.reward_scales`.
         before: for parts of the network, by name, the method that trains them first; they are frozen afterwards.
         values: name of the `preferences`, for a figure's axis.
@@ -58,7 +58,7 @@ class Method(NamedTuple):
     objective: Callable[..., Objective]
     preferences: Callable[[nnx.GraphDef, list[int]], Preferences] | None
     metrics: Mapping[str, str]
-    batches: Literal["transitions", "returns", "sequences"] = "transitions"
+    batches: Literal["transitions", "returns", "sequences", "sequences with returns"] = "transitions"
     scales_rewards: bool = False
     before: Mapping[str, "Method"] = MappingProxyType({})
     values: str = "Q(s, a)"
@@ -92,6 +92,18 @@ def outputs(
     """A network's outputs and the representation before its heads."""
     features = network.features(observation, game, augment)
     return network.heads(features, game), features.astype(jnp.float32)
+
+
+def represent(
+    network: nnx.Module,
+    observation: jax.Array,
+    game: jax.Array,
+    augment: Callable[[jax.Array], jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """A network's representation, and how evenly each block of its ViT attends, [B, blocks], or None without one."""
+    if getattr(network, "has_attention", False):
+        return network.features_and_entropies(observation, game, augment)
+    return network.features(observation, game, augment), None
 
 
 def shifts(

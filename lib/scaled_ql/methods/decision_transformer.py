@@ -24,7 +24,7 @@ from scaled_ql.defaults import (
     RETURN_TEMPERATURE,
 )
 from scaled_ql.methods import common
-from scaled_ql.methods.common import Method, Metrics, Objective, PyTree
+from scaled_ql.methods.common import Method, MethodError, Metrics, Objective, PyTree
 from scaled_ql.networks import make_decision_transformer
 from scaled_ql.networks.transformer import Predictions
 from scaled_ql.replay.sequences import Sequences
@@ -36,7 +36,7 @@ METRICS = {
     "reward_nll": "that of rewards",
     "clipped": "share of returns outside the table",
 }
-TargetReturn = float | Literal["notebook", "paper"]
+TargetReturn = float | Literal["notebook", "paper", "data"]
 
 
 def dt(
@@ -51,6 +51,7 @@ def dt(
     return_temperature: float = RETURN_TEMPERATURE,
     action_percentile: float = ACTION_PERCENTILE,
     random_shift: int = 0,
+    expert_returns: np.ndarray | None = None,
 ) -> Method:
     """The multi-game decision transformer: the mean of three cross-entropies, of returns, actions and rewards.
 
@@ -60,12 +61,14 @@ def dt(
         return_low, return_high: undiscounted returns with a token, each integer between; others count as the nearest.
         target_return: the return that the policy asks for at each step: ``notebook``, the largest of `return_samples`
             draws from the predicted returns (`best_return_logits`); ``paper``, a draw from those that an expert would
-            have (`expert_return_logits`); a number, that return of the whole episode, less what it gave so far.
+            have (`expert_return_logits`); ``data``, the same with experts from data; a number, that return of the whole
+            episode, less what it gave so far.
         return_kappa: inverse temperature of ``paper``.
         return_samples, return_temperature: of ``notebook``.
         action_percentile: actions that are not above this percentile of their logits are not played; 0: all are.
         random_shift: maximum shift of a window's frames in pixels, all in the same direction;
             see `losses.shift_image`.
+        expert_returns: of ``data``: float [games, returns], `replay.expert_returns` of the same table.
 
     Returns:
         a method with the metrics `loss`, `nll` and `accuracy` (of actions, on average over a window's steps without
@@ -79,12 +82,19 @@ def dt(
             logits = best_return_logits(logits, return_samples, return_temperature)
         elif target_return == "paper":
             logits = expert_return_logits(logits, return_kappa)
+        elif target_return == "data":
+            logits = logits + jnp.asarray(expert_returns)[windows.game]
         else:
             return return_tokens(target_return + windows.return_to_go[:, 0], *returns)
         return jax.vmap(jax.random.categorical)(keys, logits)
 
     def prefer(graph: nnx.GraphDef, num_actions: list[int]) -> Any:
         del num_actions
+        if target_return == "data" and expert_returns is None:
+            raise MethodError(
+                "target_return = 'data' asks for an expert's returns, but there are none: pass expert_returns, from "
+                "`replay.expert_returns`."
+            )
 
         @jax.jit
         def of_windows(params: PyTree, windows: Sequences, draw: jax.Array) -> jax.Array:
@@ -103,7 +113,7 @@ def dt(
         objective=partial(_objective, returns, random_shift),
         preferences=prefer,
         metrics=METRICS,
-        batches="sequences",
+        batches="sequences with returns",
         values="log π(a|s, R)",
         memory=sequence_length,
         temperature=1.0,

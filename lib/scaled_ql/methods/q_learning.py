@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from scaled_ql import losses
-from scaled_ql.defaults import TAU, Head
+from scaled_ql.defaults import ATTENTION_ENTROPY, TAU, Head
 from scaled_ql.methods import common
 from scaled_ql.methods.cloning import bc
 from scaled_ql.methods.common import Method, MethodError, Metrics, Objective, PyTree
@@ -31,6 +31,7 @@ METRICS = {
     "q_data": "mean Q",
     "entropy": "entropy of the return, nats",
     "dr3_penalty": "DR3 (before its weight)",
+    "attention_entropy": "attention's entropy",
 }
 TRANSITION = ("outputs_t", "action_t", "reward", "discount", "target_outputs_tn", "selector_q_tn", "allowed")
 
@@ -44,6 +45,8 @@ def q_learning(
     double_q: bool = False,
     scale_rewards: Literal["auto", "yes", "no"] = "auto",
     dr3: float = 0.0,
+    attention_temperature: float = 0.0,
+    attention_entropy: float = ATTENTION_ENTROPY,
     random_shift: int = 0,
     likely: float | None = None,
 ) -> Method:
@@ -59,6 +62,9 @@ def q_learning(
         double_q: the online network chooses the action that the target network values.
         scale_rewards: divide rewards by their standard deviation in each game; ``auto``: with ``mse`` (section 5.3).
         dr3: weight of `losses.dr3_penalty`.
+        attention_temperature: initial temperature of each block of a ViT, by which `losses.attention_loss` holds the
+            entropy of its attention at a target; 0: it does not, and nothing is learned of it.
+        attention_entropy: that target, as a share of the maximum.
         random_shift: maximum shift of observations in pixels (`losses.shift_image`).
         likely: discrete BCQ's threshold; see `bcq`. The network is then a `BCQNetwork`.
 
@@ -66,7 +72,9 @@ def q_learning(
         a method with the metrics `loss`, `td_loss`, `cql_loss`, `q_data` (mean Q of the data's actions), `q_greedy` (of
         the best actions), with a categorical head `entropy` (of the return distributions predicted for the data's
         actions, in nats), with `likely` `allowed_share` (of a game's actions, in the next states), with `dr3`
-        `dr3_penalty`; and float32 [games] `td_loss_sum`, `td_loss_count`.
+        `dr3_penalty`; with a ViT `attention_entropy`, how evenly its tokens attend, and `attention_entropy_1` and so on
+        of its blocks, with a temperature `attention_temperature`, their mean; and float32 [games] `td_loss_sum`,
+        `td_loss_count`.
 
     Raises:
         MethodError: `td_loss` does not accept a transition, or (when traced) does not return a float scalar.
@@ -86,7 +94,7 @@ def q_learning(
         batch: Batch,
         augment: tuple = (None, None),
     ) -> tuple:
-        """A TD loss's arguments, the representations at both ends of the transitions, and metrics."""
+        """A TD loss's arguments, the representations at both ends of the transitions, attention, metrics."""
         network, target = (nnx.merge(graph, nnx.State(tree)) for tree in trees)
         allowed, metrics = common.action_masks(num_actions)[batch.game], {}
         scale = jnp.ones(len(num_actions)) if reward_scale is None else jnp.asarray(reward_scale)
@@ -97,23 +105,32 @@ def q_learning(
             logits_tn = jax.lax.stop_gradient(common.outputs(behaviour, *then)[0])
             mask, allowed = allowed, jax.vmap(partial(losses.likely_actions, tau=likely))(logits_tn, allowed)
             metrics["allowed_share"] = (allowed.sum(-1) / mask.sum(-1)).mean()
-        outputs_t, features_t = common.outputs(network, *now)
+        features_t, entropies = common.represent(network, *now)
+        outputs_t, features_t = network.heads(features_t, batch.game), features_t.astype(jnp.float32)
         target_tn, _ = common.outputs(target, *then)
         online_tn, features_tn = common.outputs(network, *then) if double_q or dr3 else (None, None)
         selector_q = to_q(online_tn if double_q else target_tn)
         transition = (outputs_t, batch.action, reward, batch.discount, target_tn, selector_q, allowed)
-        return transition, (features_t, features_tn), metrics
+        attention = None if entropies is None else (entropies.mean(0), network.log_temperature)
+        return transition, (features_t, features_tn), attention, metrics
 
     def objective(graph: nnx.GraphDef, num_actions: list[int], reward_scale: np.ndarray | None = None) -> Objective:
         def minimise(params: PyTree, target_params: PyTree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
             augment = common.shifts(key, len(batch.game), random_shift)
             about = (graph, num_actions, reward_scale, (params, target_params), batch, augment)
-            transition, features, metrics = forward(*about)
+            transition, features, attention, metrics = forward(*about)
             outputs_t, mask = transition[0], common.action_masks(num_actions)[batch.game]
             q, extra = to_q(outputs_t), 0.0
             if dr3:
                 metrics["dr3_penalty"] = jax.vmap(losses.dr3_penalty)(*features).mean()
                 extra += dr3 * metrics["dr3_penalty"]
+            if attention:
+                entropies, logs = attention
+                metrics |= {f"attention_entropy_{block}": entropy for block, entropy in enumerate(entropies, 1)}
+                metrics["attention_entropy"] = entropies.mean()
+                if attention_temperature:
+                    metrics["attention_temperature"] = jnp.exp(logs[...]).mean()
+                    extra += losses.attention_loss(entropies, logs[...], attention_entropy)
             td = jax.vmap(loss)(*transition)
             _check_scalars(td, len(batch.game))
             cql = jax.vmap(losses.cql_loss)(q, batch.action, mask)
@@ -155,8 +172,8 @@ def q_learning(
 
     name = getattr(td_loss, "__name__", "td_loss") if td_loss else head
     return Method(
-        minimises=_in_words(name, alpha, dr3),
-        build=partial(common.build_network, head=head),
+        minimises=_in_words(name, alpha, dr3, attention_entropy if attention_temperature else None),
+        build=partial(common.build_network, head=head, attention_temperature=attention_temperature),
         objective=objective,
         preferences=partial(common.masked_preferences, values),
         metrics=METRICS,
@@ -190,12 +207,14 @@ def bcq(*, tau: float = TAU, alpha: float | Literal["paper"] = "paper", **settin
     return method._replace(minimises=words, build=build, before={"behaviour": behaviour})
 
 
-def _in_words(td_loss: str, alpha: float, dr3: float) -> str:
+def _in_words(td_loss: str, alpha: float, dr3: float, attention: float | None) -> str:
     terms = [rf"\mathrm{{TD}}_\mathtt{{{td_loss.replace('_', chr(92) + '_')}}}"]
     if alpha:
         terms.append(rf"{alpha:g} \left(\log \sum_a \exp Q(s, a) - Q(s, a_\mathrm{{data}})\right)")
     if dr3:
         terms.append(rf"{dr3:g}\ \phi(s) \cdot \phi(s')")
+    if attention is not None:
+        terms.append(rf"\sum_l \alpha_l ({attention:g} - H_l / \log T)")
     return f"${' + '.join(terms)}$"
 
 

@@ -1,4 +1,4 @@
-"""Networks: image encoders of several families under the paper's trunk and per-game heads; decision transformers."""
+"""Networks: image encoders of several families under the paper's trunk and heads; decision transformers."""
 
 from scaled_ql.defaults import ENCODERS, TRANSFORMERS
 from scaled_ql.networks.encoders import make_encoder

@@ -1,5 +1,7 @@
 """Parts that convolutional networks and transformers share, and the transformer's block."""
 
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -47,12 +49,14 @@ def run_blocks(blocks: nnx.Sequential, x: jax.Array, remat: bool) -> jax.Array:
     return x
 
 
-def run_block(block: nnx.Module, *inputs: jax.Array | None, remat: bool) -> jax.Array:
-    """Run a block; with `remat` only its inputs are kept for the backward pass."""
+def run_block(
+    block: nnx.Module, *inputs: jax.Array | None, remat: bool, call: Callable = lambda block, *inputs: block(*inputs)
+) -> Any:
+    """Run a block, or another method of it (`call`); with `remat` only its inputs are kept for the backward pass."""
     if not remat:
-        return block(*inputs)
+        return call(block, *inputs)
     graph, variables = nnx.split(block)
-    return jax.checkpoint(lambda variables, *inputs: nnx.merge(graph, variables)(*inputs))(variables, *inputs)
+    return jax.checkpoint(lambda variables, *inputs: call(nnx.merge(graph, variables), *inputs))(variables, *inputs)
 
 
 class TransformerBlock(nnx.Module):
@@ -82,9 +86,29 @@ class TransformerBlock(nnx.Module):
                 to all.
             key: of the dropout of attention's and the layer's outputs; None: nothing is dropped.
         """
+        return self._transformed(x, self._queries_keys_values(x), mask, key)
+
+    def with_entropy(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Without a mask: what `__call__` returns; and how evenly tokens attend to all, float32 [B], from 0 to 1.
+
+        It is the entropy of the attention weights, a mean over heads and tokens, as a share of its maximum log T.
+        """
+        inputs = self._queries_keys_values(x)
+        query, keys, _ = inputs
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, keys, preferred_element_type=jnp.float32)
+        log_weights = jax.nn.log_softmax(scores / math.sqrt(query.shape[-1]))
+        entropy = -(jnp.exp(log_weights) * log_weights).sum(-1).mean((1, 2)) / math.log(x.shape[1])
+        return self._transformed(x, inputs, None, None), entropy
+
+    def _queries_keys_values(self, x: jax.Array) -> list[jax.Array]:
+        """[B, T, width] -> three of [B, T, heads, size of a head]."""
+        return jnp.split(self.attention(self.norm1(x)).reshape(*x.shape[:2], 3 * self.heads, -1), 3, 2)
+
+    def _transformed(
+        self, x: jax.Array, inputs: list[jax.Array], mask: jax.Array | None, key: jax.Array | None
+    ) -> jax.Array:
         first, second = (None, None) if key is None else jax.random.split(key)
-        query, keys, value = jnp.split(self.attention(self.norm1(x)).reshape(*x.shape[:2], 3 * self.heads, -1), 3, 2)
-        attended = jax.nn.dot_product_attention(query, keys, value, mask=mask)  # softmax in float32
+        attended = jax.nn.dot_product_attention(*inputs, mask=mask)  # softmax in float32
         x = x + self._dropped(self.projection(attended.reshape(x.shape)), first)
         return x + self._dropped(self.contraction(nnx.gelu(self.expansion(self.norm2(x)), approximate=False)), second)
 

@@ -1,7 +1,9 @@
 """The paper's multi-game Q-network (Figure 3, appendix B.1)."""
 
 import functools
+import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any, get_args
 
@@ -11,10 +13,13 @@ import numpy as np
 import pandas as pd
 from flax import nnx
 
-from scaled_ql.defaults import GROUP_SIZE, HIDDEN_SIZES, NUM_ATOMS, Embedding, Head
+from scaled_ql.defaults import GROUP_SIZE, HIDDEN_SIZES, NUM_ATOMS, Embedding, Head, Heads
 from scaled_ql.games import NUM_ACTIONS
 from scaled_ql.networks.encoders import make_encoder
 from scaled_ql.networks.parts import Dtype, pixels
+from scaled_ql.networks.vit import ViT
+
+GAME_FEATURES = 32  # length of a game's embedding, where the head is shared
 
 
 class SpatialEmbedding(nnx.Module):
@@ -72,6 +77,12 @@ class QNetwork(nnx.Module):
 
     Every game has a separate linear head: 18 actions x atoms, of which a game's minimal set uses the first rows; the
     caller (`losses`), which knows the games, masks the others.
+
+    With shared heads, all games have one, and a learned embedding of the game enters the first fully connected layer:
+    32 numbers for each game, divided by their length, concatenated to the layer's input, as in BRC (Nauman et al.,
+    2025, and their code). It is written as the sum of two products, each of which starts with variance 1 / fan in.
+    BRC's critics are dense networks of states; that the embedding enters where ours becomes dense is a guess. A row of
+    the head means another action in each game, the n-th of its minimal set, which only the embedding can tell.
     """
 
     def __init__(
@@ -80,6 +91,7 @@ class QNetwork(nnx.Module):
         num_games: int,
         *,
         num_outputs: int,
+        heads: Heads,
         hidden_sizes: tuple[int, ...],
         embedding: Embedding,
         normalize: bool,
@@ -88,6 +100,7 @@ class QNetwork(nnx.Module):
         mean_frames: jax.Array | None,
         head_bias: jax.Array | None,
         layer_norm: bool,
+        attention_temperature: float,
         remat: bool,
         dtype: Dtype,
         rngs: nnx.Rngs,
@@ -97,6 +110,11 @@ class QNetwork(nnx.Module):
         self.mean_frames = None if mean_frames is None else nnx.Param(mean_frames)
         how = {"group_size": group_size, "remat": remat, "dtype": dtype}
         self.encoder = make_encoder(encoder, channels=stack_size, rngs=rngs, **how)
+        if attention_temperature and not self.has_attention:
+            raise ValueError(f"attention_temperature: encoder {encoder!r} has no attention; choose a ViT, or 0.")
+        self.log_temperature = (
+            nnx.Param(jnp.full(self.encoder.depth, math.log(attention_temperature))) if attention_temperature else None
+        )
         image = jax.ShapeDtypeStruct((1, 84, 84, stack_size), dtype)
         _, height, width, channels = jax.eval_shape(self.encoder, image).shape
         self.embedding = SpatialEmbedding(embedding, height, width, channels, dtype=dtype, rngs=rngs)
@@ -107,10 +125,19 @@ class QNetwork(nnx.Module):
         init = nnx.initializers.variance_scaling(
             1.0, "fan_in", "truncated_normal", in_axis=0, out_axis=2, batch_axis=(1,)
         )
+        num_heads = num_games if heads == "per_game" else 1
         # Features first: all heads together are then one matrix product, and nothing is transposed for it.
-        self.head_kernel = nnx.Param(init(rngs.params(), (sizes[-1], num_games, width)))
+        self.head_kernel = nnx.Param(init(rngs.params(), (sizes[-1], num_heads, width)))
         bias = jnp.zeros(num_outputs) if head_bias is None else head_bias
-        self.head_bias = nnx.Param(jnp.tile(bias, (num_games, NUM_ACTIONS)))
+        self.head_bias = nnx.Param(jnp.tile(bias, (num_heads, NUM_ACTIONS)))
+        shared, how = heads == "shared", {"use_bias": False, "dtype": dtype, "rngs": rngs}
+        self.game_embedding = nnx.Embed(num_games, GAME_FEATURES, rngs=rngs) if shared else None
+        self.game_layer = nnx.Linear(GAME_FEATURES, hidden_sizes[0], **how) if shared else None
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether its encoder is a ViT."""
+        return isinstance(self.encoder, ViT)
 
     @property
     def published(self) -> tuple[nnx.Module, ...]:
@@ -127,9 +154,20 @@ class QNetwork(nnx.Module):
             game: see `__call__`.
             augment: augmentation of the images after the mean is subtracted, float [B, 84, 84, 4] -> the same shape.
         """
-        x = self.embedded(observation, game, augment)
+        return self._dense(self.embedded(observation, game, augment), game)
+
+    def features_and_entropies(
+        self, observation: jax.Array, game: jax.Array, augment: Callable[[jax.Array], jax.Array] | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """`features` where the encoder is a ViT, and how evenly each of its blocks attends: `ViT.with_entropies`."""
+        features, entropies = self.encoder.with_entropies(self._images(observation, game, augment))
+        return self._dense(self.embedding(features), game), entropies
+
+    def _dense(self, x: jax.Array, game: jax.Array) -> jax.Array:
         for number, layer in enumerate(self.hidden):
             x = layer(x)
+            if number == 0 and self.game_embedding:
+                x += self.game_layer(normalize_features(self.game_embedding(game)))
             x = nnx.relu(self.layer_norm(x) if number == 0 and self.layer_norm else x)
         return normalize_features(x) if self.normalize else x
 
@@ -137,21 +175,27 @@ class QNetwork(nnx.Module):
         self, observation: jax.Array, game: jax.Array, augment: Callable[[jax.Array], jax.Array] | None = None
     ) -> jax.Array:
         """What encoder and spatial embedding make of observations, [B, features]; arguments as of `features`."""
+        return self.embedding(self.encoder(self._images(observation, game, augment)))
+
+    def _images(
+        self, observation: jax.Array, game: jax.Array, augment: Callable[[jax.Array], jax.Array] | None
+    ) -> jax.Array:
         x = pixels(observation, game, None if self.mean_frames is None else self.mean_frames[...], self.dtype)
-        return self.embedding(self.encoder(augment(x) if augment else x))
+        return augment(x) if augment else x
 
     def __call__(self, observation: jax.Array, game: jax.Array) -> jax.Array:
         """Logits float32 [B, 18, atoms], or values float32 [B, 18] where the head is ``mse``.
 
         Args:
             observation: uint8 [B, 84, 84, 4], oldest frame first.
-            game: int32 [B], number of the head.
+            game: int32 [B], number of the game.
         """
         return self.heads(self.features(observation, game), game)
 
     def heads(self, features: jax.Array, game: jax.Array) -> jax.Array:
         """Outputs of `__call__` from a representation [B, last hidden size]."""
         x = features.astype(self.dtype)
+        game = jnp.zeros_like(game) if self.game_embedding else game  # the number of the head
         kernel, bias = self.head_kernel[...].astype(self.dtype), self.head_bias[...]
         # All heads for all rows, then each row's own: far cheaper than gathering a kernel per row.
         # The product is not rounded to the computation's dtype: bfloat16 has 0.03 between values of 4 to 8.
@@ -181,6 +225,7 @@ def make_q_network(
     head: Head = "c51",
     seed: int = 0,
     *,
+    heads: Heads = "per_game",
     num_atoms: int = NUM_ATOMS,
     hidden_sizes: tuple[int, ...] = HIDDEN_SIZES,
     embedding: Embedding = "pointwise",
@@ -190,6 +235,7 @@ def make_q_network(
     mean_frames: np.ndarray | None = None,
     head_bias: np.ndarray | None = None,
     layer_norm: bool = True,
+    attention_temperature: float = 0.0,
     remat: bool = False,
     dtype: str = "float32",
 ) -> QNetwork:
@@ -200,9 +246,10 @@ def make_q_network(
 
     Args:
         encoder: a key of `networks.ENCODERS`.
-        num_games: number of heads.
+        num_games: number of games.
         head: ``c51``, ``hl_gauss``, ``two_hot``: logits [B, 18, num_atoms]; ``mse``: values [B, 18].
         seed: seed of the initial parameters.
+        heads: ``per_game``, or ``shared``: one head, and an embedding of the game; see `QNetwork`.
         num_atoms: atoms of a categorical head.
         hidden_sizes: sizes of the fully connected layers.
         embedding: ``pointwise``, ``sum``, ``attention`` or ``none``; see `SpatialEmbedding`.
@@ -215,25 +262,30 @@ def make_q_network(
         head_bias: [num_atoms], the logits that every action's distribution starts from, such as
             `losses.unit_normal_logits`; None: zeros, the uniform distribution. Ignored by ``mse``.
         layer_norm: layer normalisation after the first fully connected layer; online DQN has none (Mnih et al., 2015).
+        attention_temperature: of a ViT, the temperature that each block's attention starts with, a multiplier of
+            `losses.attention_loss`, whose logarithm is a parameter; 0: there are none.
         remat: recompute the encoder's blocks in the backward pass; see `make_encoder`.
         dtype: dtype of the computation, ``float32`` or ``bfloat16``; parameters and outputs are float32.
 
     Raises:
-        ValueError: an unknown encoder, head or embedding.
+        ValueError: an unknown encoder, head, heads or embedding; a temperature for an encoder without attention.
     """
-    if head not in get_args(Head):
-        raise ValueError(f"unknown head {head!r}; there are {', '.join(get_args(Head))}.")
-    create = functools.partial(
+    for name, value, known in (("head", head, get_args(Head)), ("heads", heads, get_args(Heads))):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}; there are {', '.join(known)}.")
+    create = partial(
         QNetwork,
         encoder,
         num_games,
         num_outputs=1 if head == "mse" else num_atoms,
+        heads=heads,
         hidden_sizes=tuple(hidden_sizes),
         embedding=embedding,
         normalize=normalize_features,
         group_size=group_size,
         stack_size=stack_size,
         layer_norm=layer_norm,
+        attention_temperature=attention_temperature,
         remat=remat,
         dtype=jnp.dtype(dtype),
     )
@@ -267,21 +319,22 @@ def layers(network: QNetwork, stack_size: int = 4) -> pd.DataFrame:
     """
     image = jax.ShapeDtypeStruct((1, 84, 84, stack_size), network.dtype)
     pixels = "pixels" if network.mean_frames is None else "pixels less their mean"
+    encoder = (network.encoder,) if network.log_temperature is None else (network.encoder, network.log_temperature)
     rows = [
         (f"observation, {pixels}", image.shape[1:], ()),
-        (
-            "encoder",
-            jax.eval_shape(network.encoder, image).shape[1:],
-            (network.encoder,),
-        ),
+        ("encoder", jax.eval_shape(network.encoder, image).shape[1:], encoder),
         (f"spatial embedding: {network.embedding.kind}", (network.embedding.features,), (network.embedding,)),
     ]
     for number, layer in enumerate(network.hidden):
         norm = (network.layer_norm,) if number == 0 and network.layer_norm else ()
         rows.append(("dense, layer norm, ReLU" if norm else "dense, ReLU", (layer.out_features,), (layer, *norm)))
+    if network.game_embedding:
+        rows.insert(
+            3, ("game embedding, to the dense layer", (GAME_FEATURES,), (network.game_embedding, network.game_layer))
+        )
     if network.normalize:
         rows.append(("feature normalisation", (network.hidden[-1].out_features,), ()))
     head = (NUM_ACTIONS,) if network.num_outputs == 1 else (NUM_ACTIONS, network.num_outputs)
-    rows.append(("heads", head, (network.head_kernel, network.head_bias)))
+    rows.append(("shared head" if network.game_embedding else "heads", head, (network.head_kernel, network.head_bias)))
     named = [(layer, " × ".join(map(str, shape)), count_parameters(*parts)) for layer, shape, parts in rows]
     return pd.DataFrame(named, columns=["layer", "output", "parameters"])

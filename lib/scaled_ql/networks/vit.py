@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from scaled_ql.networks.parts import Dtype, TransformerBlock, run_blocks, squares_to_channels, xavier
+from scaled_ql.networks.parts import Dtype, TransformerBlock, run_block, run_blocks, squares_to_channels, xavier
 
 PATCH = 14  # pixels; the 16 of the literature do not divide 84
 
@@ -60,8 +60,15 @@ class ViT(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, H / 14, W / 14, width]."""
-        rows, columns = x.shape[1] // PATCH, x.shape[2] // PATCH
-        return self.encode(self.tokens(x))[:, 1:].reshape(len(x), rows, columns, self.width)
+        return self._as_map(self.encode(self.tokens(x)), x)
+
+    def with_entropies(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The feature map, and how evenly each block's tokens attend (`TransformerBlock.with_entropy`), [B, blocks]."""
+        tokens, entropies = self._with_class_token(self.tokens(x)), []
+        for block in self.blocks.layers:
+            tokens, entropy = run_block(block, tokens, remat=self.remat, call=TransformerBlock.with_entropy)
+            entropies.append(entropy)
+        return self._as_map(self.norm(tokens), x), jnp.stack(entropies, axis=1)
 
     def tokens(self, x: jax.Array) -> jax.Array:
         """Embedded patches with their positions, [B, H, W, C] -> [B, H W / 196, width]."""
@@ -70,5 +77,12 @@ class ViT(nnx.Module):
 
     def encode(self, tokens: jax.Array) -> jax.Array:
         """The class token and any tokens through the transformer, [B, T, width] -> [B, 1 + T, width]."""
+        return self.norm(run_blocks(self.blocks, self._with_class_token(tokens), self.remat))
+
+    def _with_class_token(self, tokens: jax.Array) -> jax.Array:
         first = jnp.broadcast_to(self.class_token[...].astype(tokens.dtype), (len(tokens), 1, self.width))
-        return self.norm(run_blocks(self.blocks, jnp.concatenate([first, tokens], axis=1), self.remat))
+        return jnp.concatenate([first, tokens], axis=1)
+
+    def _as_map(self, tokens: jax.Array, x: jax.Array) -> jax.Array:
+        """The tokens of images x without the class token, [B, H / 14, W / 14, width]."""
+        return tokens[:, 1:].reshape(len(x), x.shape[1] // PATCH, x.shape[2] // PATCH, self.width)

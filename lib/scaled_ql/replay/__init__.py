@@ -5,7 +5,7 @@ from typing import Any
 
 from scaled_ql.replay.batch import Batch
 from scaled_ql.replay.format import ReplayError
-from scaled_ql.replay.returns import label_with_returns, returns_to_go, reward_scales
+from scaled_ql.replay.returns import expert_returns, label_with_returns, returns_to_go, reward_scales
 from scaled_ql.replay.sampling import mean_frames, prefetch, sample_batch, sample_indices, share_of
 from scaled_ql.replay.sequences import Sequences, gather_sequences, sample_sequences
 from scaled_ql.replay.store import Replay, open_replay
@@ -28,6 +28,7 @@ __all__ = [
     "ReplayWriter",
     "Sequences",
     "View",
+    "expert_returns",
     "export_dqn_replay",
     "gather_sequences",
     "import_dqn_replay",
