@@ -1,8 +1,11 @@
 """Steps for devices that are not here lower for CUDA and TPU; and the paper's network takes one."""
 
+from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,19 +29,54 @@ def make_batch(size: int, games: int, n_step: int = 3) -> Batch:
     )
 
 
-def lowers(encoder: str, **values: object) -> None:
-    """Trace a step of two games abstractly and lower it for both platforms."""
+def traced(encoder: str, games: int = 2, **values: object) -> jax.stages.Traced:
+    """A step, traced abstractly."""
     p = parameters.check("04_scaled_training", {"encoder": encoder, "hidden_sizes": [32, 32], **values})
     method = methods.make(p)
     architecture = {name: getattr(p, name) for name in ("heads", "hidden_sizes", "num_atoms", "dtype", "remat")}
-    build = partial(method.build, encoder, 2, **architecture)
+    build = partial(method.build, encoder, games, **architecture)
     optimizer = training.make_optimizer(frozen=tuple(method.before))
     graph, _ = nnx.split(nnx.eval_shape(build), nnx.Param)
     state = jax.eval_shape(lambda: training.init_state(build(), optimizer)[1])
-    update = training.make_update(method.objective(graph, [4, 6]), optimizer, accumulate=p.accumulate)
-    batch = windows(4, p.sequence_length) if "sequences" in method.batches else make_batch(4, 2)
-    traced = jax.jit(update, donate_argnums=0).trace(state, batch, jax.random.key(0))
-    traced.lower(lowering_platforms=("cuda", "tpu"))
+    update = training.make_update(method.objective(graph, [4, 6] * (games // 2)), optimizer, accumulate=p.accumulate)
+    batch = windows(4, p.sequence_length) if "sequences" in method.batches else make_batch(4, games)
+    return jax.jit(update, donate_argnums=0).trace(state, batch, jax.random.key(0))
+
+
+def lowers(encoder: str, **values: object) -> None:
+    """Lower a step of two games for both platforms."""
+    traced(encoder, **values).lower(lowering_platforms=("cuda", "tpu"))
+
+
+def equations(jaxpr: jax.extend.core.Jaxpr) -> Iterator[jax.extend.core.JaxprEqn]:
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+@pytest.mark.parametrize("encoder", ["resnet50", "vit_base"])
+def test_a_bfloat16_step_has_nothing_that_accelerators_are_slow_at(encoder: str) -> None:
+    """Products in float32 but for those of the loss, images transposed more than once, calls of the host."""
+    hidden = list(defaults.HIDDEN_SIZES)
+    step = traced(encoder, 40, dtype="bfloat16", hidden_sizes=hidden).jaxpr.jaxpr
+    flops: Counter[bool] = Counter()
+    for equation in equations(step):
+        kind, operands = equation.primitive.name, [variable.aval for variable in equation.invars]
+        assert "callback" not in kind and "infeed" not in kind, equation
+        if kind == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            number = equation.outvars[0].aval.size * np.prod([operands[0].shape[axis] for axis in contracted])
+        elif kind == "conv_general_dilated":
+            outputs = equation.params["dimension_numbers"].rhs_spec[0]
+            number = equation.outvars[0].aval.size * operands[1].size / operands[1].shape[outputs]
+        else:
+            continue
+        flops[all(operand.dtype == jnp.bfloat16 for operand in operands)] += number
+    # The heads' product is not rounded, so that its gradient is in float32; likewise attention's softmax.
+    assert flops[True] > 0.95 * flops.total(), flops
+    images = [e for e in equations(step) if e.primitive.name == "transpose" and e.invars[0].aval.dtype == jnp.uint8]
+    assert len(images) == 2, "each of the two stacks is transposed once, as bytes"
 
 
 # The others of a family have more blocks, or wider ones.
