@@ -4,9 +4,12 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 # From the bottom up; a module imports only what stands before it.
 ORDER = (
@@ -113,6 +116,21 @@ def test_requirements_have_lower_bounds_and_no_upper_pins(workspace: Path) -> No
     names = re.findall(r'^\s*"?([A-Za-z][\w-]*)((?:[<>=!~]=?[\w.]+,?)+)"?,?$', text, re.MULTILINE)
     assert len(names) > 20
     assert all(bound.startswith(">=") and "," not in bound.rstrip(",") for _, bound in names), names
+
+
+def test_the_gallerys_versions_are_what_the_requirements_ask_for(workspace: Path) -> None:
+    with (workspace / "lib" / "pyproject.toml").open("rb") as file:
+        needed = tomllib.load(file)["project"]["dependencies"]
+    needed += [line for line in (workspace / "requirements.txt").read_text().splitlines() if re.match(r"\w", line)]
+    pinned = dict(
+        re.findall(
+            r"^([\w.-]+)==(\S+)$", (workspace / "lib" / "versions.txt").read_text(encoding="utf-8"), re.MULTILINE
+        )
+    )
+    versions = {canonicalize_name(name): version for name, version in pinned.items()}
+    for requirement in map(Requirement, needed):
+        version = versions[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), f"{requirement}: {version}"
 
 
 def test_ruff_finds_nothing(workspace: Path) -> None:
