@@ -17,7 +17,7 @@ ORDER = (
     "replay.device", "replay.formats", "replay.formats.importing", "replay.formats.dqn_replay", "replay.formats.export",
     "replay.formats.rl_unplugged", "replay.formats.minari", "collect", "networks.parts", "networks.vit",
     "networks.encoders", "networks.q_network", "networks.transformer", "networks", "losses", "methods.common",
-    "methods.cloning", "methods.decision_transformer", "methods.mae", "methods.q_learning", "methods", "devices",
+    "methods.cloning", "methods.cpc", "methods.decision_transformer", "methods.mae", "methods.q_learning", "methods", "devices",
     "training",
     "evaluation", "transfer", "probe", "walkthrough", "online", "online.ring", "online.log", "online.agents",
     "online.play", "benchmarks", "torch_step", "performance", "paper", "recorder", "report", "runs", "run_table",

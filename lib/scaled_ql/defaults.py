@@ -54,6 +54,7 @@ METHODS = {
     ),
     "bc_transformer": ("decision_transformer", ("rewards", "transformer", "sequence_length", "random_shift")),
     "mae": ("mae", ("random_shift",)),
+    "cpc": ("cpc", ("sequence_length", "random_shift")),
 }  # fmt: skip
 
 EVAL_EPSILON = 0.001  # share of random moves in evaluation (Table B.1)

@@ -253,6 +253,8 @@ class ScaledTraining(Parameters):
         vits = [name for name, (family, *_) in defaults.ENCODERS.items() if family == "vit"]
         if self.method == "mae" and self.encoder not in vits:
             raise ValueError(f"encoder ({self.encoder!r}): method 'mae' needs one of {', '.join(vits)}")
+        if self.method == "cpc" and self.sequence_length < 2:
+            raise ValueError("sequence_length (1): method 'cpc' needs at least 2, a frame and its successor")
         if self.warmup_steps >= self.num_steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below num_steps ({self.num_steps})")
         return self

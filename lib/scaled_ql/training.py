@@ -33,8 +33,8 @@ from scaled_ql.replay.store import Replay
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every save
 
 
-# In the parameters of a `QNetwork`, a `BCQNetwork`, a decision transformer, a masked autoencoder.
-HEADS = {"head_kernel", "q/head_kernel", "action_head/kernel", "painting/kernel"}
+# In the parameters of a `QNetwork`, a `BCQNetwork`, a decision transformer, a masked autoencoder, a contrastive predictor.
+HEADS = {"head_kernel", "q/head_kernel", "action_head/kernel", "painting/kernel", "bilinear/kernel"}
 
 
 class TrainState(NamedTuple):
