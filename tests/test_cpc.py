@@ -213,7 +213,7 @@ def drifting(rng, size):
 def test_it_tells_the_next_frame_from_others_in_frames_it_has_not_seen():
     """The square's next place is certain, and one of 81; another square, grey and elsewhere each time, is noise."""
     method, rng = methods.cpc(sequence_length=2), np.random.default_rng(0)
-    network, optimizer, graph, state = made(method)
+    _, optimizer, graph, state = made(method)
     step = training.make_train_step(method.objective(graph, [18]), optimizer)
     for _ in range(150):
         state, _ = step(state, drifting(rng, 32))

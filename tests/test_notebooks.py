@@ -46,7 +46,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 MORE = [
-    "params/04_scaled_training/tiny_mae.yaml",
+    *(f"params/04_scaled_training/tiny_{kind}.yaml" for kind in ("mae", "cpc")),
     *(f"params/06_transfer/tiny_{kind}.yaml" for kind in ("online", "mae")),
 ]
 
@@ -62,7 +62,7 @@ def test_every_notebook_runs_and_leaves_its_report(outputs: Path, file: str) -> 
     for word in ('src="http', 'href="http', "@import", "url(http"):
         assert word not in html
     assert html.count(str(outputs)) == 1, "a path of this machine, beside the parameter that asked for it"
-    films = {"04_scaled_training": 0 if run == "tiny_mae" else 2, "06_transfer": 1}.get(notebook, 0)
+    films = {"04_scaled_training": 0 if run in ("tiny_mae", "tiny_cpc") else 2, "06_transfer": 1}.get(notebook, 0)
     assert html.count("data:video/mp4;base64") == html.count('poster="data:image/jpeg;base64') == films
 
 

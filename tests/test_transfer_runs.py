@@ -43,6 +43,24 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def transformers(outputs: Path) -> Path:
+    """The same folder with a decision transformer, and an encoder of single frames, as fresh as they are made."""
+    for name, values in {
+        "dt": {"transformer": "tiny", "target_return": 1.0},
+        "cpc": {"encoder": "nature_narrow"},
+    }.items():
+        p = parameters.check("04_scaled_training", values | {"method": name, "run": name, "sequence_length": 2})
+        _, state = training.init_state(methods.make(p).build(p.encoder, 2, 5), training.make_optimizer())
+        where = outputs / "04_scaled_training" / name
+        checkpoints = training.Checkpoints(where / "checkpoints", training.about_run(p, ["Pong", "Qbert"], "of a test"))
+        checkpoints.save(state._replace(step=jax.numpy.int32(20)))
+        checkpoints.close()
+        (where / "status.json").write_text('{"state": "finished"}')
+        (where / "parameters.yaml").write_text(json.dumps(values | {"method": name, "sequence_length": 2}))
+    return outputs
+
+
 def command(outputs: Path, run: str, **values: object) -> list[str]:
     file = outputs / f"{run}.yaml"
     file.write_text(json.dumps(QUICK | values | {"run": run}))  # JSON is YAML
@@ -107,6 +125,33 @@ def test_offline_killed_and_resumed_is_bit_identical_and_what_is_frozen_stays(ou
     assert "this is no transfer to an unseen game" in (outputs / "06_transfer" / "again" / "run.html").read_text()
     about = runs.read_json(outputs / "06_transfer" / "again" / "summary.json")["pretrained"]
     assert about["games"] == ["Breakout"] and about["encoder"] == "nature_narrow" and about["steps"] == 200
+
+
+@pytest.mark.parametrize("initial, parts", [("dt", "all"), ("cpc", "encoder")])
+def test_a_decision_transformer_is_fine_tuned_and_plays_with_its_memory(
+    transformers: Path, recording: Path, initial: str, parts: str
+) -> None:
+    run, sources = (
+        f"tuned_{initial}",
+        {"initial": f"04_scaled_training/{initial}", "built_like": "04_scaled_training/dt"},
+    )
+    values = {"game": "Breakout", "dataset": str(recording), "parts": parts, "num_steps": 6, "log_every": 3}
+    values |= {"checkpoint_every": 3, "video_steps": 10, "probe_moments": 64}
+    finish(command(transformers, run, **sources, **values))
+    folder = transformers / "06_transfer" / run
+    assert [row["step"] for row in rows(folder)] == [3, 6] and "return_nll" in rows(folder)[0]
+    summary = runs.read_json(folder / "summary.json")
+    assert summary["pretrained"]["method"] == initial and summary["network"]["transformer"] == "tiny"
+    assert summary["network"]["tokenizer"] == {"dt": "patches", "cpc": "nature_narrow"}[initial]
+    assert np.isfinite(summary["games"]["Breakout"]["agent_return"]) and summary["probe"] is None
+    assert (folder / "transfer.csv").read_text().count(f"{initial.upper()}, fine-tuned") == 1
+    assert (folder / "videos" / "Breakout.mp4").stat().st_size > 0
+    tuned = transfer.load(folder)
+    assert tuned.about["method"] == "dt" and tuned.about["games"] == ["Breakout"]
+    given = transfer.load(transformers / "04_scaled_training" / initial).params
+    taken = [path for path in given if initial == "dt" or training.is_part(path, ["encoder"])]
+    assert taken and all(tuned.params[path].shape == given[path].shape for path in taken)
+    assert all((tuned.params[path] != given[path]).any() for path in taken), "it was trained further"
 
 
 def test_online_on_a_variant_killed_and_resumed_loses_unfinished_episodes_only(outputs: Path) -> None:

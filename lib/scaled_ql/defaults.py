@@ -50,7 +50,7 @@ METHODS = {
     "dt": (
         "decision_transformer",
         ("rewards", "transformer", "sequence_length", "return_low", "return_high", "target_return", "return_kappa",
-         "return_samples", "return_temperature", "action_percentile", "random_shift"),
+         "return_samples", "return_temperature", "action_percentile", "random_shift", "tokenizer"),
     ),
     "bc_transformer": ("decision_transformer", ("rewards", "transformer", "sequence_length", "random_shift")),
     "mae": ("mae", ("random_shift",)),
@@ -62,4 +62,4 @@ EVAL_EPSILON = 0.001  # share of random moves in evaluation (Table B.1)
 Head = Literal["c51", "hl_gauss", "two_hot", "mse"]
 Embedding = Literal["pointwise", "sum", "attention", "none"]
 Rewards = Literal["real", "zero", "shuffled"]
-Parts = Literal["encoder", "encoder + embedding", "all but the head"]  # that are transferred
+Parts = Literal["encoder", "encoder + embedding", "all but the head", "all"]  # that are transferred

@@ -156,7 +156,7 @@ INCIDENTAL = frozenset((
 ))  # fmt: skip
 # Refused if set for a method that ignores them; alpha, tau and kappa may be set in a file that several methods share.
 CHECKED = (
-    "head", "double_q", "scale_rewards", "dr3", "rewards", "transformer", "sequence_length", "return_low",
+    "head", "double_q", "scale_rewards", "dr3", "rewards", "transformer", "tokenizer", "sequence_length", "return_low",
     "return_high", "target_return", "return_kappa", "return_samples", "return_temperature", "action_percentile",
 )  # fmt: skip
 
@@ -186,6 +186,7 @@ class ScaledTraining(Parameters):
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     transformer: Literal[tuple(defaults.TRANSFORMERS)] = "40M"
+    tokenizer: Literal[("patches", *defaults.ENCODERS)] = "patches"
     sequence_length: Count = 4
     return_low: int = defaults.RETURN_LOW
     return_high: int = defaults.RETURN_HIGH

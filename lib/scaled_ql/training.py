@@ -33,7 +33,7 @@ from scaled_ql.replay.store import Replay
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every save
 
 
-# In the parameters of a `QNetwork`, a `BCQNetwork`, a decision transformer, a masked autoencoder, a contrastive predictor.
+# In the parameters of a `QNetwork`, a `BCQNetwork`, a decision transformer, and what `mae` and `cpc` train.
 HEADS = {"head_kernel", "q/head_kernel", "action_head/kernel", "painting/kernel", "bilinear/kernel"}
 
 
@@ -536,7 +536,7 @@ ABOUT = (
     "method", "encoder", "head", "rewards", "hidden_sizes", "embedding", "normalize_features", "group_size",
     "subtract_mean_frames", "narrow_start", "num_atoms", "v_min", "v_max", "dtype", "seed",
 )  # fmt: skip
-ABOUT_TRANSFORMER = ("transformer", "sequence_length", "return_low", "return_high")
+ABOUT_TRANSFORMER = ("transformer", "tokenizer", "sequence_length", "return_low", "return_high")
 
 
 def about_run(p: Any, games: list[str], dataset: str) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Contrastive predictive coding (``cpc``): an encoder learns which frame follows which (van den Oord et al., 2018).
 
 The paper takes its bar "CPC + DT" from Lee et al. (2022): a representation phi of single frames is trained so that
-phi(o_t)' W phi(o_{t+1}) is larger for a frame's successor than for other frames, and a decision transformer is then trained
-on it. Nothing is learned of actions, rewards or games: the network cannot play. `transfer` takes the encoder into a
-decision transformer, which sees single frames, too; a Q-network, which sees four at a time, cannot have it.
+phi(o_t)' W phi(o_{t+1}) is larger for a frame's successor than for other frames, and a decision transformer is then
+trained on it. Nothing is learned of actions, rewards or games: the network cannot play. `transfer` takes the encoder
+into a decision transformer, which sees single frames, too; a Q-network, which sees four at a time, cannot have it.
 """
 
 import math
@@ -66,11 +66,11 @@ class ContrastivePredictor(nnx.Module):
 def cpc(*, sequence_length: int = 4, random_shift: int = 0) -> Method:
     """Contrastive predictive coding: the mean over a batch's pairs of successive frames of `losses.info_nce`.
 
-    A pair is two successive steps of a window, both of its episode: not padding, and nothing follows a terminal step. The
-    candidates for a frame's successor are the second frames of all pairs of the batch: of the other windows, whatever their
-    game, and of the other moments of its own window. A frame that equals the right one counts as wrong where it
-    is another pair's, as when nothing moves; no encoder can then be certain. With `accumulate`, candidates are those of a
-    part of the batch: another, easier task, and not the same result in less memory.
+    A pair is two successive steps of a window, both of its episode: not padding, and nothing follows a terminal step.
+    The candidates for a frame's successor are the second frames of all pairs of the batch: of the other windows,
+    whatever their game, and of the other moments of its own window. Another pair's frame is wrong even where it looks
+    like the right one, as when nothing moves: no encoder can then be certain. With `accumulate`, candidates are those
+    of a part of the batch: another, easier task, and not the same result in less memory.
 
     Args:
         sequence_length: steps of a window, at least 2; more steps give more pairs, and more candidates of one game.
@@ -78,8 +78,8 @@ def cpc(*, sequence_length: int = 4, random_shift: int = 0) -> Method:
             which frames are of one window. See `losses.shift_image`.
 
     Returns:
-        a method with the metrics `loss`, `nll`, `accuracy` (how often the successor has the largest score; one of k that
-        are equally large counts as 1 / k), `chance` (1 / candidates), and float32 [games] `nll_sum`, `nll_count`.
+        a method with the metrics `loss`, `nll`, `accuracy` (how often the successor has the largest score; one of k
+        that are equally large counts as 1 / k), `chance` (1 / candidates), and float32 [games] `nll_sum`, `nll_count`.
         Its network cannot play.
 
     Raises:
@@ -88,7 +88,7 @@ def cpc(*, sequence_length: int = 4, random_shift: int = 0) -> Method:
     if sequence_length < 2:
         raise ValueError(f"sequence_length must be at least 2 steps, a frame and its successor, got {sequence_length}.")
     return Method(
-        minimises=r"$-\log\ \exp(\phi_t^\top W \phi_{t+1}) / \sum_j \exp(\phi_t^\top W \phi_j)$ over the batch's frames $j$",
+        minimises=r"$-\phi_t^\top W \phi_{t+1} + \log \sum_j \exp(\phi_t^\top W \phi_j)$ over second frames $j$",
         build=_build,
         objective=partial(_objective, random_shift),
         preferences=None,
