@@ -219,7 +219,7 @@ def test_it_tells_the_next_frame_from_others_in_frames_it_has_not_seen():
         state, _ = step(state, drifting(rng, 32))
     _, metrics = method.objective(graph, [18])(state.params, None, drifting(np.random.default_rng(9), 32), None)
     assert metrics["chance"] == pytest.approx(1 / 32)
-    assert metrics["accuracy"] > 0.6, "two windows in 81 show the same place"
+    assert metrics["accuracy"] > 0.6, "among 32 windows, one in three shares its place with another"
 
 
 def test_training_that_was_stopped_resumes_bit_identically(tmp_path):

@@ -75,11 +75,14 @@ def test_the_summary_compares_agent_dataset_and_random_player(outputs: Path) -> 
 
 
 def test_what_cannot_play_says_so_and_its_encoder_is_frozen_in_a_q_network(outputs: Path) -> None:
-    folder = outputs / "04_scaled_training" / "tiny_mae"
-    said = "The network of <code>mae</code> cannot play: nothing is evaluated and nothing is filmed in this run."
-    assert (folder / "run.html").read_text().count(said) == 2, "at the beginning, and where scores would be"
-    assert not (folder / "evaluation").exists() and json.loads((folder / "summary.json").read_text())["games"] == {}
-    assert [row["step"] for row in metrics(folder)] == [5, 10, 15, 20]
+    for method in ("mae", "cpc"):
+        folder = outputs / "04_scaled_training" / f"tiny_{method}"
+        said = (
+            f"The network of <code>{method}</code> cannot play: nothing is evaluated and nothing is filmed in this run."
+        )
+        assert (folder / "run.html").read_text().count(said) == 2, "at the beginning, and where scores would be"
+        assert not (folder / "evaluation").exists() and json.loads((folder / "summary.json").read_text())["games"] == {}
+        assert [row["step"] for row in metrics(folder)] == [5, 10, 15, 20]
     summary = json.loads((outputs / "06_transfer" / "tiny_mae" / "summary.json").read_text())
     assert summary["pretrained"]["method"] == "mae" and summary["network"]["encoder"] == "vit_narrow"
     assert summary["trained_parameters"] < summary["parameters"]

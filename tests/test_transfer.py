@@ -300,7 +300,7 @@ def test_an_encoder_of_single_frames_becomes_a_transformers_tokenizer(pretrained
     settings, network, source, optimizer, (graph, state) = begin(pretrained, **about)
     assert (settings.method, settings.tokenizer, settings.group_size) == ("dt", "nature_narrow", 8)
     assert settings.transformer == "tiny" and settings.target_return == 2.5
-    assert transfer.built(settings)["tokenizer"] == "nature_narrow" and network.patches == 9
+    assert transfer.built(settings)["tokenizer"] == "nature_narrow" and network.patches == 49
     ours, theirs = (training.flat_params(tree) for tree in (state.params, source.params))
     encoder = {path for path in ours if training.is_part(path, ["encoder"])}
     assert encoder == {path for path in theirs if training.is_part(path, ["encoder"])} and len(encoder) == 6

@@ -31,8 +31,10 @@ PRINTED: dict[tuple[str, str, str], float] = {
     ("near_optimal", SCALED_QL, "IQM"): 1.141,
 }
 
-METHODS = {"cql": "Scaled QL", "bcq": "Discrete BCQ", "bc": "BC", "return_bc": "Return-conditioned BC", "mae": "MAE"}
-METHODS |= {"dt": "DT", "bc_transformer": "BC transformer", "cpc": "CPC"}
+METHODS = {
+    "cql": "Scaled QL", "bcq": "Discrete BCQ", "bc": "BC", "return_bc": "Return-conditioned BC", "dt": "DT",
+    "bc_transformer": "BC transformer", "mae": "MAE", "cpc": "CPC",
+}  # fmt: skip
 # Two runs that differ only in these are one system; `data_id`, not the path, identifies the data.
 NO_PART_OF_A_SYSTEM = INCIDENTAL | {"dataset", "view", "num_parameters", "paper_parameters"}
 

@@ -291,16 +291,16 @@ def init_state(
     """
     if source is None:
         return training.init_state(network, optimizer)
+    if isinstance(network, QNetwork) and source.is_transformer:
+        raise TransferError(
+            f"{source.folder}: holds a transformer that {source.about['method']} trained; it has no Q-values, and no "
+            "encoder that a Q-network could take. Choose a run with another method, such as cql or bc."
+        )
     own = {module.group_size for _, module in nnx.iter_modules(network) if isinstance(module, GroupNorm)}
     if own - {source.about["group_size"]}:
         raise TransferError(
             f"part 'encoder' does not fit: group_size is {source.about['group_size']} in {source.folder}, "
             f"{', '.join(map(str, own))} in the new network. Build the new network as that one was."
-        )
-    if isinstance(network, QNetwork) and source.is_transformer:
-        raise TransferError(
-            f"{source.folder}: holds a transformer that {source.about['method']} trained; it has no Q-values, and no "
-            "encoder that a Q-network could take. Choose a run with another method, such as cql or bc."
         )
     whole = isinstance(network, QNetwork) and parts in ("all but the head", "all")
     if whole and network.normalize != source.about["normalize_features"]:
