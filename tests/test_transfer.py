@@ -232,20 +232,18 @@ CPC = {"method": "cpc", "encoder": "nature_narrow", "group_size": 8}
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    """Runs by name, of two games, with noise in place of what they learned, and their parameters."""
+    """Runs by name, of two games, with noise in place of what they learned."""
     folder = tmp_path_factory.mktemp("outputs")
-    for name, values in {"dt": DT | {"target_return": 2.5}, "cpc": CPC, "clone": {"method": "bc_transformer"}}.items():
-        small = {"clone": {"transformer": "tiny"}}.get(name, {})
-        p = parameters.check("04_scaled_training", values | small)
-        network = methods.make(p).build(p.encoder, 2, 1, group_size=p.group_size)
-        _, state = training.init_state(network, training.make_optimizer())
+    for name, values in {"dt": DT | {"target_return": 2.5}, "cpc": CPC}.items():
+        p = parameters.check("04_scaled_training", values)
+        _, state = training.init_state(methods.make(p).build(p.encoder, 2, 1), training.make_optimizer())
         rng = np.random.default_rng(3)
         moved = jax.tree.map(lambda x, rng=rng: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), state.params)
         about = training.about_run(p, ["Breakout", "Freeway"], "of a test")
         checkpoints = training.Checkpoints(folder / name / "checkpoints", about)
         checkpoints.save(state._replace(step=jnp.int32(20), params=moved))
         checkpoints.close()
-        (folder / name / "parameters.yaml").write_text(json.dumps(values | small))  # JSON is YAML
+        (folder / name / "parameters.yaml").write_text(json.dumps(values))  # JSON is YAML
     write_run(folder / "cql")
     return folder
 
@@ -255,8 +253,7 @@ def begin(folder, **values):
     p = parameters.check("06_transfer", {"game": "Pong", "batch_size": 4, **values})
     source, like = transfer.sources(p, lambda name: folder / getattr(p, name))
     settings = transfer.training_parameters(p, like)
-    architecture = like.architecture | {"group_size": settings.group_size}
-    network = methods.make(settings).build(num_games=1, seed=7, **architecture)
+    network = methods.make(settings).build(num_games=1, seed=7, **like.architecture)
     optimizer = training.make_optimizer(0.01, 1e-8, frozen=source.names(p.parts) if p.freeze else ())
     return settings, network, source, optimizer, transfer.init_state(network, optimizer, source, p.parts)
 
@@ -277,13 +274,16 @@ def test_a_decision_transformer_is_transferred_whole_and_plays_as_it_did(pretrai
 
 
 def test_a_transformer_from_scratch_is_built_like_another(pretrained):
-    settings, network, source, _, (_, state) = begin(pretrained, initial="scratch", built_like="clone")
-    assert source is None and settings.method == "bc_transformer" and network.num_returns == 0
-    theirs = transfer.load(pretrained / "clone").params
-    assert {path: x.shape for path, x in theirs.items()} == {
-        path: x.shape for path, x in training.flat_params(state.params).items()
-    }
-    assert not np.array_equal(theirs["blocks/0/attention/kernel"], state.params["blocks"][0]["attention"]["kernel"])
+    settings, _, source, _, (_, state) = begin(pretrained, initial="scratch", built_like="dt")
+    assert source is None and settings.method == "dt" and settings.target_return == 2.5
+    ours, theirs = training.flat_params(state.params), transfer.load(pretrained / "dt").params
+    assert {path: x.shape for path, x in ours.items()} == {path: x.shape for path, x in theirs.items()}
+    assert not np.array_equal(ours["blocks/0/attention/kernel"], theirs["blocks/0/attention/kernel"])
+    clone = parameters.check("04_scaled_training", {"method": "bc_transformer", "transformer": "tiny"})
+    like = transfer.Source(pretrained / "clone" / "checkpoints" / "20", training.about_run(clone, ["Pong"], "x"), {})
+    settings = transfer.training_parameters(parameters.check("06_transfer", {"initial": "scratch"}), like)
+    assert (settings.method, settings.transformer) == ("bc_transformer", "tiny")
+    assert set(transfer.built(settings)) == {"transformer", "sequence_length", "group_size", "dtype"}
 
 
 def test_a_transformers_checkpoint_is_no_q_network(pretrained):

@@ -115,10 +115,10 @@ def by_hand(net, frames, first_return, action, reward):
     return [np.array(output) for output in outputs]
 
 
-@pytest.mark.parametrize("returns, tokenizer", [(RETURNS, "patches"), (0, "patches"), (RETURNS, "resnet_narrow")])
+@pytest.mark.parametrize("returns, tokenizer", [(RETURNS, "patches"), (0, "patches"), (RETURNS, "nature_narrow")])
 def test_predictions_equal_a_float64_reference(returns, tokenizer):
     net = network(returns, tokenizer=tokenizer)
-    assert net.patches == {"patches": 36, "resnet_narrow": 9}[tokenizer]
+    assert net.patches == {"patches": 36, "nature_narrow": 49}[tokenizer]
     assert networks.layers(net)["parameters"].sum() == networks.count_parameters(net)
     predicted, expected = predict(net, *inputs()), by_hand(net, *inputs())
     assert [x.shape[2] for x in predicted] == [returns, 18, 4]
