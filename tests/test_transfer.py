@@ -261,6 +261,8 @@ def begin(folder, **values):
 def test_a_decision_transformer_is_transferred_whole_and_plays_as_it_did(pretrained):
     settings, _, source, _, (_, state) = begin(pretrained, initial="dt", parts="all")
     assert {name: getattr(settings, name) for name in DT} == DT and settings.target_return == 2.5
+    about = json.loads((source.folder / "about" / "metadata").read_text())["run"]
+    assert "tokenizer" not in about and transfer.built(settings)["tokenizer"] == "patches", "as before there was one"
     assert (settings.games_per_batch, settings.transitions_per_game, settings.rewards) == (1, 4, "real")
     assert paths_and_bytes(state.params) == paths_and_bytes(source.params) == paths_and_bytes(state.target_params)
     assert source.in_words("Pong").startswith("Transformer tiny trained by dt on Breakout, Freeway for 20 steps")

@@ -139,6 +139,12 @@ def test_pre_trainings_and_parts_that_differ_are_named(outputs):
     assert "Scaled QL, games Breakout, encoder, fine-tuned" in names
 
 
+def test_a_parameter_that_came_after_a_run_makes_no_arm(outputs):
+    write(outputs, "later", 5.0, PRETRAINED | {"tokenizer": "patches"}, seed=9)
+    scores = scores_of(outputs).set_index("run")
+    assert scores.loc["later", "arm"] == scores.loc["tuned0", "arm"] == "Scaled QL, fine-tuned"
+
+
 def test_what_cannot_be_compared(outputs):
     write(outputs, "cut", 9.0, parts="encoder", truncated=90.0, seed=0)
     with pytest.raises(GatherError, match="have equal parameters and seeds"):

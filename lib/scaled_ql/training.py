@@ -536,12 +536,14 @@ ABOUT = (
     "method", "encoder", "head", "rewards", "hidden_sizes", "embedding", "normalize_features", "group_size",
     "subtract_mean_frames", "narrow_start", "num_atoms", "v_min", "v_max", "dtype", "seed",
 )  # fmt: skip
-ABOUT_TRANSFORMER = ("transformer", "tokenizer", "sequence_length", "return_low", "return_high")
+ABOUT_TRANSFORMER = ("transformer", "sequence_length", "return_low", "return_high")
+LATER = {"tokenizer": "patches"}  # likewise, but not written where it is what it was before there was a choice
 
 
 def about_run(p: Any, games: list[str], dataset: str) -> dict[str, Any]:
     """`Checkpoints.about` of a run with the parameters of `04_scaled_training`, its games in the order of the heads."""
     own = [name for name in ABOUT_TRANSFORMER if name in METHODS[p.method][1]]
+    own += [name for name, before in LATER.items() if getattr(p, name) != before]
     return {name: getattr(p, name) for name in (*ABOUT, *own)} | {"games": games, "dataset": dataset}
 
 
@@ -904,7 +906,7 @@ def read_params(folder: str | Path, step: int | None = None) -> tuple[Path, dict
     where = folder / str(steps[-1] if step is None else step)
     try:
         stored = json.loads((where / "about" / "metadata").read_text(encoding="utf-8"))
-        about = stored["run"]
+        about = LATER | stored["run"]
         metadata = ocp.StandardCheckpointer().metadata(where / "state").item_metadata["params"]
         abstract = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), metadata)}
         on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)

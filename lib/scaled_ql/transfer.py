@@ -42,7 +42,7 @@ FORM = (*ARCHITECTURE, "subtract_mean_frames", "dtype")  # and of what the netwo
 
 def _form(method: str) -> tuple[str, ...]:
     """Parameters of `04_scaled_training` that say how a method's network is built: a transformer, or a Q-network."""
-    own = [name for name in training.ABOUT_TRANSFORMER if name in METHODS[method][1]]
+    own = [name for name in (*training.ABOUT_TRANSFORMER, *training.LATER) if name in METHODS[method][1]]
     return (*own, "group_size", "dtype") if own else FORM
 
 

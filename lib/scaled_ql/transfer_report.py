@@ -41,7 +41,8 @@ def gather(folder: Path, asking: str = "") -> Gathered:
         return gathered
     summaries = [runs.read_json(folder / NOTEBOOK / name / "summary.json") for name in gathered.runs.index]
     table = gathered.runs.assign(built_like="")
-    table["pretrained"] = [summary["pretrained"] for summary in summaries]
+    before = parameters.ScaledTraining().model_dump()  # a parameter that came after a run had its default's effect
+    table["pretrained"] = [summary["pretrained"] and before | summary["pretrained"] for summary in summaries]
     table["network"] = [json.dumps(summary["network"], sort_keys=True) for summary in summaries]
     table.loc[table["pretrained"].isna(), "parts"] = ""
     return gathered._replace(runs=table)
