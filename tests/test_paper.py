@@ -16,6 +16,7 @@ DEFAULTS = {
     "method": "cql", "encoder": "resnet101", "head": "c51", "hidden_sizes": [2048, 1024], "alpha": "paper", "seed": 0,
     "view": VIEW, "dataset": "dqn_replay", "num_steps": 10_000, "log_every": 100, "data_id": "0123456789ab",
     "num_parameters": 122_100_000, "paper_parameters": 80_300_000, "eval_epsilon": 0.001, "eval_max_steps": 27_000,
+    "transformer": "40M",
 }  # fmt: skip
 NO_RUNS, NO_SCORES = pd.DataFrame(), pd.DataFrame(columns=["run", "game", "agent_return", "human_normalized"])
 
@@ -109,6 +110,7 @@ def test_runs_that_differ_in_the_seed_are_one_system_and_others_are_told_apart()
         a={"seed": 0}, b={"seed": 1, "dataset": "elsewhere", "log_every": 50}, c={"method": "bc"},
         d={"method": "bc", "num_steps": 20_000}, e={"view": "six_games_suboptimal"},
         f={"encoder": "impala_x4", "hidden_sizes": [32]}, g={"encoder": "impala_x4", "hidden_sizes": [64]},
+        h={"method": "dt"},
     )  # fmt: skip
     assert paper.systems(runs, VIEW)["system"].to_dict() == {
         "a": "Scaled QL, resnet101, here",
@@ -117,9 +119,11 @@ def test_runs_that_differ_in_the_seed_are_one_system_and_others_are_told_apart()
         "d": "BC, resnet101, num_steps 20,000, here",
         "f": "Scaled QL, impala_x4, hidden_sizes [32], here",
         "g": "Scaled QL, impala_x4, hidden_sizes [64], here",
+        "h": "DT, 40M, here",
     }
     assert (
-        paper.systems(runs.assign(data_id=list("abcdefg")), VIEW)["system"]["b"] == "Scaled QL, resnet101, data b, here"
+        paper.systems(runs.assign(data_id=list("abcdefgh")), VIEW)["system"]["b"]
+        == "Scaled QL, resnet101, data b, here"
     )
 
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from stacks import batch_of_stacks
+from stacks import batch_of_stacks, windows
 
-from scaled_ql import devices, methods, networks, training, transfer
+from scaled_ql import devices, methods, networks, parameters, training, transfer
 from scaled_ql.training import CheckpointError
 
 PARTS = tuple(transfer.MODULES)
@@ -59,12 +59,6 @@ def run(tmp_path_factory):
     """A run with mean frames, its graph, its state."""
     folder = tmp_path_factory.mktemp("outputs") / "run"
     return folder, *write_run(folder, grey=100)
-
-
-def test_a_transformers_checkpoint_is_no_q_network(tmp_path):
-    write_run(tmp_path, "dt", ABOUT | {"transformer": "tiny"})
-    with pytest.raises(CheckpointError, match=r"holds a transformer that dt trained; it has no Q-values.*such as cql"):
-        transfer.load(tmp_path)
 
 
 def start(source, parts="encoder", freeze=True):
@@ -257,6 +251,123 @@ def test_unknown_parts_are_refused(run):
     folder, *_ = run
     with pytest.raises(ValueError, match="parts = 'decoder'; there are 'encoder', "):
         transfer.load(folder).names("decoder")
+
+
+def test_all_of_a_network_with_as_many_games_is_taken_but_its_mean_frames(run):
+    folder, _, old = run
+    source = transfer.load(folder)
+    _, state = transfer.init_state(build(2, grey=3), training.make_optimizer(), source, "all")
+    ours, theirs = paths_and_bytes(state.params), paths_and_bytes(old.params)
+    assert ours.keys() == theirs.keys()
+    assert {path for path in ours if ours[path] != theirs[path]} == {"mean_frames"}
+    with pytest.raises(transfer.TransferError, match=r"part 'head_bias' does not fit: .*take fewer parts"):
+        transfer.init_state(build(1), training.make_optimizer(), source, "all")
+    with pytest.raises(transfer.TransferError, match=r"normalize_features is True in .*, False in the new"):
+        transfer.init_state(build(2, normalize_features=False), training.make_optimizer(), source, "all")
+    assert "mean_frames" not in source.names("all") and "head_kernel" in source.names("all")
+
+
+# Transformers, and encoders of single frames.
+
+DT = {"method": "dt", "transformer": "tiny", "sequence_length": 2, "return_low": -2, "return_high": 3}
+CPC = {"method": "cpc", "encoder": "nature_narrow", "group_size": 8}
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """Runs by name, of two games, with noise in place of what they learned."""
+    folder = tmp_path_factory.mktemp("outputs")
+    for name, values in {"dt": DT | {"target_return": 2.5}, "cpc": CPC}.items():
+        p = parameters.check("04_scaled_training", values)
+        _, state = training.init_state(methods.make(p).build(p.encoder, 2, 1), training.make_optimizer())
+        rng = np.random.default_rng(3)
+        moved = jax.tree.map(lambda x, rng=rng: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), state.params)
+        about = training.about_run(p, ["Breakout", "Freeway"], "of a test")
+        checkpoints = training.Checkpoints(folder / name / "checkpoints", about)
+        checkpoints.save(state._replace(step=jnp.int32(20), params=moved))
+        checkpoints.close()
+        (folder / name / "parameters.yaml").write_text(json.dumps(values))  # JSON is YAML
+    write_run(folder / "cql")
+    return folder
+
+
+def begin(folder, **values):
+    """A run of `06_transfer` until its first step: its settings, network, source and state."""
+    p = parameters.check("06_transfer", {"game": "Pong", "batch_size": 4, **values})
+    source, like = transfer.sources(p, lambda name: folder / getattr(p, name))
+    settings = transfer.training_parameters(p, like)
+    network = methods.make(settings).build(num_games=1, seed=7, **like.architecture)
+    optimizer = training.make_optimizer(0.01, 1e-8, frozen=source.names(p.parts) if p.freeze else ())
+    return settings, network, source, optimizer, transfer.init_state(network, optimizer, source, p.parts)
+
+
+def test_a_decision_transformer_is_transferred_whole_and_plays_as_it_did(pretrained):
+    settings, _, source, _, (_, state) = begin(pretrained, initial="dt", parts="all")
+    assert {name: getattr(settings, name) for name in DT} == DT and settings.target_return == 2.5
+    about = json.loads((source.folder / "about" / "metadata").read_text())["run"]
+    assert "tokenizer" not in about and transfer.built(settings)["tokenizer"] == "patches", "as before there was one"
+    assert (settings.games_per_batch, settings.transitions_per_game, settings.rewards) == (1, 4, "real")
+    assert paths_and_bytes(state.params) == paths_and_bytes(source.params) == paths_and_bytes(state.target_params)
+    assert source.in_words("Pong").startswith("Transformer tiny trained by dt on Breakout, Freeway for 20 steps")
+    for parts in ("encoder", "encoder + embedding"):
+        with pytest.raises(transfer.TransferError, match=r"has nothing by the name of encoder.*set parts to all"):
+            begin(pretrained, initial="dt", parts=parts)
+    with pytest.raises(transfer.TransferError, match="a transformer that dt trained, which learns from a dataset"):
+        begin(pretrained, initial="dt", parts="all", setting="online")
+    with pytest.raises(ValueError, match="everything is frozen"):
+        begin(pretrained, initial="dt", parts="all", freeze=True)
+
+
+def test_a_transformer_from_scratch_is_built_like_another(pretrained):
+    settings, _, source, _, (_, state) = begin(pretrained, initial="scratch", built_like="dt")
+    assert source is None and settings.method == "dt" and settings.target_return == 2.5
+    ours, theirs = training.flat_params(state.params), transfer.load(pretrained / "dt").params
+    assert {path: x.shape for path, x in ours.items()} == {path: x.shape for path, x in theirs.items()}
+    assert not np.array_equal(ours["blocks/0/attention/kernel"], theirs["blocks/0/attention/kernel"])
+    clone = parameters.check("04_scaled_training", {"method": "bc_transformer", "transformer": "tiny"})
+    like = transfer.Source(pretrained / "clone" / "checkpoints" / "20", training.about_run(clone, ["Pong"], "x"), {})
+    settings = transfer.training_parameters(parameters.check("06_transfer", {"initial": "scratch"}), like)
+    assert (settings.method, settings.transformer) == ("bc_transformer", "tiny")
+    assert set(transfer.built(settings)) == {"transformer", "sequence_length", "group_size", "dtype"}
+
+
+def test_a_transformers_checkpoint_is_no_q_network(pretrained):
+    source = transfer.load(pretrained / "dt")
+    with pytest.raises(
+        transfer.TransferError, match=r"holds a transformer that dt trained; it has no Q-values.*such as cql"
+    ):
+        transfer.init_state(build(), training.make_optimizer(), source, "encoder")
+
+
+def test_an_encoder_of_single_frames_becomes_a_transformers_tokenizer(pretrained):
+    """CPC + DT: all but the encoder is fresh; where that is frozen, a step trains all the rest."""
+    about = {"initial": "cpc", "built_like": "dt", "parts": "encoder", "freeze": True}
+    settings, network, source, optimizer, (graph, state) = begin(pretrained, **about)
+    assert (settings.method, settings.tokenizer, settings.group_size) == ("dt", "nature_narrow", 8)
+    assert settings.transformer == "tiny" and settings.target_return == 2.5
+    assert transfer.built(settings)["tokenizer"] == "nature_narrow" and network.patches == 49
+    ours, theirs = (training.flat_params(tree) for tree in (state.params, source.params))
+    encoder = {path for path in ours if training.is_part(path, ["encoder"])}
+    assert encoder == {path for path in theirs if training.is_part(path, ["encoder"])} and len(encoder) == 6
+    before = paths_and_bytes(state.params)
+    assert all(before[path] == theirs[path].tobytes() for path in encoder)
+    fresh = training.flat_params(nnx.to_pure_dict(nnx.state(network, nnx.Param)))
+    assert all(np.array_equal(ours[path], fresh[path]) for path in ours.keys() - encoder)
+    objective = methods.make(settings).objective(graph, [6])
+    state, metrics = training.make_train_step(objective, optimizer)(state, windows(4, 2, games=1))
+    after = paths_and_bytes(state.params)
+    assert np.isfinite(metrics["loss"]) and {path for path in after if after[path] == before[path]} == encoder
+
+
+def test_an_encoder_of_single_frames_goes_nowhere_else(pretrained):
+    with pytest.raises(transfer.TransferError, match=r"built_like = 'cql': a network of cql.*name a run of method dt"):
+        begin(pretrained, initial="cpc", built_like="cql", parts="encoder")
+    with pytest.raises(transfer.TransferError, match=r"built_like = 'cpc': a network of cpc.*name a run of method dt"):
+        begin(pretrained, initial="scratch", built_like="cpc")
+    with pytest.raises(transfer.TransferError, match=r"part '\w+' does not fit: .*absent.*take fewer parts"):
+        begin(pretrained, initial="cpc", built_like="dt", parts="all")
+    with pytest.raises(transfer.TransferError, match=r"part 'encoder' does not fit"):
+        transfer.init_state(build(), training.make_optimizer(), transfer.load(pretrained / "cpc"), "encoder")
 
 
 # Freezing.

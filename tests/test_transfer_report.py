@@ -93,6 +93,34 @@ def test_dqn_normalised_scores_are_of_the_default_variant(outputs):
     assert np.isnan(row["DQN-normalised %"]) and row["mean return"] == 1.0
 
 
+def test_all_offline_arms_stand_side_by_side_whatever_their_network(outputs):
+    """Figure 7's bars: a score is a mean over seeds; an arm that lacks a game has no mean over games."""
+    dt = {"transformer": "40M", "tokenizer": "patches", "return_low": -20}
+    for game, agents in {"Pong": (3.0, -2.0), "Alien": (900.0, 700.0)}.items():
+        how = {"game": game, "num_steps": 100_000, "network": dt}
+        write(outputs, f"dt_{game}", agents[0], PRETRAINED | {"method": "dt"}, parts="all", **how)
+        write(outputs, f"dt_scratch_{game}", agents[1], None, **how)
+    on_cpc = {"game": "Pong", "network": dt | {"tokenizer": "resnet101"}, "parts": "encoder"}
+    write(outputs, "cpc", 1.0, PRETRAINED | {"method": "cpc"}, **on_cpc)
+    write(outputs, "online", 21.0, game="Pong", setting="online", data="online")
+    table = transfer_report.offline_scores(transfer_report.by_target(outputs)[0])
+    assert list(table) == ["Alien", "Pong", "mean"] and table.index.names == ["network", "arm"]
+
+    def normalized(game, score):
+        random, dqn = (reference_score(game, player) for player in ("random", "dqn_50m"))
+        return 100 * (score - random) / (dqn - random)
+
+    row = table.loc["DT 40M", "DT, fine-tuned"]
+    assert row[["Alien", "Pong"]].tolist() == pytest.approx([normalized("Alien", 900), normalized("Pong", 3)])
+    assert row["mean"] == pytest.approx(row[["Alien", "Pong"]].mean())
+    assert table.loc[("DT 40M", "scratch"), "Pong"] == pytest.approx(normalized("Pong", -2))
+    assert table.loc[("nature", "scratch"), "Pong"] == pytest.approx(normalized("Pong", -13)), "of three seeds"
+    row = table.loc["DT 40M on resnet101", "CPC, fine-tuned"]
+    assert row["Pong"] == pytest.approx(normalized("Pong", 1)) and np.isnan(row["mean"])
+    assert transfer_report.offline_scores({}).empty
+    assert transfer_report.network_in_words({"transformer": "tiny"}) == "BC transformer tiny"
+
+
 def test_one_learning_rate_per_arm_the_best(outputs):
     for seed in range(3):
         write(outputs, f"fast{seed}", -5.0, None, seed=seed, learning_rate=1e-3)
@@ -109,6 +137,12 @@ def test_pre_trainings_and_parts_that_differ_are_named(outputs):
     names = set(scores_of(outputs)["arm"])
     assert "Scaled QL, games Breakout Freeway, encoder + embedding, fine-tuned" in names
     assert "Scaled QL, games Breakout, encoder, fine-tuned" in names
+
+
+def test_a_parameter_that_came_after_a_run_makes_no_arm(outputs):
+    write(outputs, "later", 5.0, PRETRAINED | {"tokenizer": "patches"}, seed=9)
+    scores = scores_of(outputs).set_index("run")
+    assert scores.loc["later", "arm"] == scores.loc["tuned0", "arm"] == "Scaled QL, fine-tuned"
 
 
 def test_what_cannot_be_compared(outputs):

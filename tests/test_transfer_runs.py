@@ -14,7 +14,7 @@ import pytest
 from running import arguments, metrics, run
 from written import write_run
 
-from scaled_ql import methods, runs, training, transfer
+from scaled_ql import methods, parameters, runs, training, transfer
 from scaled_ql.replay import open_replay
 
 TARGET, PRETRAINED = "06_transfer", "04_scaled_training/tiny_mae"
@@ -60,6 +60,23 @@ def outputs(recording: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def transformers(outputs: Path, recording: Path) -> Path:
+    """The same folder with a decision transformer, as fresh as it is made, and an encoder of single frames."""
+    values = {"method": "dt", "run": "tiny_dt", "transformer": "tiny", "target_return": 1.0, "sequence_length": 2}
+    p = parameters.check("04_scaled_training", values)
+    _, state = training.init_state(methods.make(p).build(p.encoder, 2, 5), training.make_optimizer())
+    where = outputs / "04_scaled_training" / "tiny_dt"
+    checkpoints = training.Checkpoints(where / "checkpoints", training.about_run(p, ["Pong", "Qbert"], "of a test"))
+    checkpoints.save(state._replace(step=jax.numpy.int32(20)))
+    checkpoints.close()
+    (where / "status.json").write_text('{"state": "finished"}')
+    (where / "parameters.yaml").write_text(json.dumps(values))
+    file = "params/04_scaled_training/tiny_cpc.yaml"
+    finish(outputs, "04_scaled_training", *words(file, dataset=str(recording)))
+    return outputs
+
+
+@pytest.fixture(scope="module")
 def offline(recording: Path) -> list[str]:
     """Of a Q-network on the frozen encoder."""
     return words("params/06_transfer/tiny_mae.yaml", **OFFLINE, dataset=str(recording))
@@ -71,9 +88,10 @@ def undisturbed(outputs: Path, offline: list[str]) -> Path:
     return outputs / TARGET / "undisturbed"
 
 
-def test_what_cannot_play_says_so(outputs: Path) -> None:
-    folder = outputs / PRETRAINED
-    said = "The network of <code>mae</code> cannot play: nothing is evaluated and nothing is filmed in this run."
+@pytest.mark.parametrize("method", ["mae", "cpc"])
+def test_what_cannot_play_says_so(transformers: Path, method: str) -> None:
+    folder = transformers / "04_scaled_training" / f"tiny_{method}"
+    said = f"The network of <code>{method}</code> cannot play: nothing is evaluated and nothing is filmed in this run."
     assert (folder / "run.html").read_text().count(said) == 2, "at the beginning, and where scores would be"
     assert not (folder / "evaluation").exists() and runs.read_json(folder / "summary.json")["games"] == {}
     assert [row["step"] for row in metrics(folder)] == [5, 10, 15, 20]
@@ -111,6 +129,29 @@ def test_offline_killed_and_resumed_is_bit_identical_and_what_is_frozen_stays(
     for path, array in trained.items():
         if path != "mean_frames" and not training.is_part(path, ["head_kernel", "head_bias"]):
             np.testing.assert_array_equal(taken[path], array, err_msg=path)
+
+
+@pytest.mark.parametrize("initial, parts", [("dt", "all"), ("cpc", "encoder")])
+def test_a_decision_transformer_is_fine_tuned_and_plays_with_its_memory(
+    transformers: Path, recording: Path, initial: str, parts: str
+) -> None:
+    values = QUICK | {"game": "Breakout", "dataset": str(recording), "num_steps": 6, "log_every": 3}
+    values |= {"checkpoint_every": 3, "video_steps": 10, "probe_moments": 64}
+    finish(transformers, TARGET, *words(f"params/06_transfer/tiny_{initial}.yaml", **values))
+    folder = transformers / TARGET / f"tiny_{initial}"
+    assert [row["step"] for row in metrics(folder)] == [3, 6] and "return_nll" in metrics(folder)[0]
+    summary = runs.read_json(folder / "summary.json")
+    assert summary["pretrained"]["method"] == initial and summary["network"]["transformer"] == "tiny"
+    assert summary["network"]["tokenizer"] == {"dt": "patches", "cpc": "nature_narrow"}[initial]
+    assert np.isfinite(summary["games"]["Breakout"]["agent_return"]) and summary["probe"] is None
+    assert (folder / "transfer.csv").read_text().count(f"{initial.upper()}, fine-tuned") == 1
+    assert (folder / "videos" / "Breakout.mp4").stat().st_size > 0
+    tuned = transfer.load(folder)
+    assert tuned.about["method"] == "dt" and tuned.about["games"] == ["Breakout"]
+    given = transfer.load(transformers / "04_scaled_training" / f"tiny_{initial}").params
+    taken = [path for path in given if parts == "all" or training.is_part(path, ["encoder"])]
+    assert taken and all(tuned.params[path].shape == given[path].shape for path in taken)
+    assert all((tuned.params[path] != given[path]).any() for path in taken), "it was trained further"
 
 
 def test_online_on_a_variant_killed_and_resumed_loses_unfinished_episodes_only(tmp_path: Path) -> None:

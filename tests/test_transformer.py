@@ -16,8 +16,8 @@ LENGTH, RETURNS = 3, 7
 
 
 @functools.cache
-def network(returns=RETURNS, dtype="float32", remat=False):
-    how = {"length": LENGTH, "num_returns": returns, "dtype": dtype, "remat": remat}
+def network(returns=RETURNS, dtype="float32", remat=False, tokenizer="patches"):
+    how = {"length": LENGTH, "num_returns": returns, "dtype": dtype, "remat": remat, "tokenizer": tokenizer}
     return networks.make_decision_transformer("tiny", 1, **how)
 
 
@@ -52,11 +52,11 @@ def test_sizes_are_the_published_ones_and_all_that_the_specification_lists(size,
     assert networks.count_parameters(clone) == networks.count_parameters(net) - fewer
 
 
-@pytest.mark.parametrize("has_returns", [True, False])
-def test_a_token_sees_the_past_and_its_own_frame_and_the_first_return_alone(has_returns):
-    kinds = ["patch"] * 36 + ["return"] * has_returns + ["action", "reward"]
+@pytest.mark.parametrize("has_returns, patches", [(True, 36), (False, 36), (True, 9)])
+def test_a_token_sees_the_past_and_its_own_frame_and_the_first_return_alone(has_returns, patches):
+    kinds = ["patch"] * patches + ["return"] * has_returns + ["action", "reward"]
     tokens = [(step, kind) for step in range(LENGTH) for kind in kinds]
-    mask = token_mask(LENGTH, has_returns)
+    mask = token_mask(LENGTH, has_returns, patches)
     assert mask.shape == (len(tokens), len(tokens))
     for i, (step, kind) in enumerate(tokens):
         for j, (other, what) in enumerate(tokens):
@@ -79,19 +79,24 @@ def by_hand(net, frames, first_return, action, reward):
     def gelu(x):
         return x * (1 + special.erf(x / np.sqrt(2))) / 2
 
+    def cells(frame):
+        """What a frame's tokens are made of, row by row."""
+        if net.encoder:
+            found = np.asarray(net.encoder(jnp.array(frame[None, :, :, None] / 255, jnp.float32)), np.float64)
+            return found.reshape(-1, found.shape[-1])
+        return [frame[14 * y : 14 * y + 14, 14 * x : 14 * x + 14].reshape(-1) / 255 for y in range(6) for x in range(6)]
+
     per_step, outputs = net.per_step, ([], [], [])
     for row in range(len(action)):
         tokens = []
         for step in range(action.shape[1]):
-            for y in range(6):
-                for x in range(6):
-                    square = frames[row, step, 14 * y : 14 * y + 14, 14 * x : 14 * x + 14].reshape(-1) / 255
-                    tokens.append(dense(tree["patch"], square) + tree["patch_position"][6 * y + x])
+            for number, cell in enumerate(cells(frames[row, step])):
+                tokens.append(dense(tree["patch"], cell) + tree["patch_position"][number])
             if net.num_returns:
                 tokens.append(tree["returns"][first_return[row]] if step == 0 else np.zeros(128))
             tokens += [tree["actions"][action[row, step]], tree["rewards"][reward[row, step]]]
         x = np.array(tokens) + tree["position"][: len(tokens)]
-        mask = token_mask(action.shape[1], bool(net.num_returns))
+        mask = token_mask(action.shape[1], bool(net.num_returns), net.patches)
         for block in tree["blocks"].values():
             q, k, v = np.split(dense(block["attention"], norm(block["norm1"], x)), 3, axis=1)
             seen = np.zeros_like(x)
@@ -104,15 +109,18 @@ def by_hand(net, frames, first_return, action, reward):
             x = x + dense(block["contraction"], gelu(dense(block["expansion"], norm(block["norm2"], x))))
         x = norm(tree["norm"], x)
         if net.num_returns:
-            outputs[0].append(dense(tree["return_head"], x[35::per_step]))
+            outputs[0].append(dense(tree["return_head"], x[net.patches - 1 :: per_step]))
         outputs[1].append(dense(tree["action_head"], x[per_step - 3 :: per_step]))
         outputs[2].append(dense(tree["reward_head"], x[per_step - 2 :: per_step]))
     return [np.array(output) for output in outputs]
 
 
-@pytest.mark.parametrize("returns", [RETURNS, 0])
-def test_predictions_equal_a_float64_reference(returns):
-    predicted, expected = predict(network(returns), *inputs()), by_hand(network(returns), *inputs())
+@pytest.mark.parametrize("returns, tokenizer", [(RETURNS, "patches"), (0, "patches"), (RETURNS, "nature_narrow")])
+def test_predictions_equal_a_float64_reference(returns, tokenizer):
+    net = network(returns, tokenizer=tokenizer)
+    assert net.patches == {"patches": 36, "nature_narrow": 49}[tokenizer]
+    assert networks.layers(net)["parameters"].sum() == networks.count_parameters(net)
+    predicted, expected = predict(net, *inputs()), by_hand(net, *inputs())
     assert [x.shape[2] for x in predicted] == [returns, 18, 4]
     for ours, wanted in zip(predicted, expected):
         assert ours.dtype == jnp.float32
@@ -186,5 +194,7 @@ def test_dropout_is_a_function_of_its_key():
 def test_what_does_not_exist_is_refused():
     with pytest.raises(ValueError, match=r"unknown transformer '80M'; there are tiny, 40M, 200M\."):
         networks.make_decision_transformer("80M")
+    with pytest.raises(ValueError, match="unknown encoder 'pixels'; there are resnet34"):
+        networks.make_decision_transformer("tiny", tokenizer="pixels")
     with pytest.raises(ValueError, match="length must be at least 1 step, got 0"):
         networks.make_decision_transformer("tiny", length=0)

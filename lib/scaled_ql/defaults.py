@@ -55,10 +55,11 @@ METHODS = {
     "dt": (
         "decision_transformer",
         ("rewards", "transformer", "sequence_length", "return_low", "return_high", "target_return", "return_kappa",
-         "return_samples", "return_temperature", "action_percentile", "random_shift"),
+         "return_samples", "return_temperature", "action_percentile", "random_shift", "tokenizer"),
     ),
     "bc_transformer": ("decision_transformer", ("rewards", "transformer", "sequence_length", "random_shift")),
     "mae": ("mae", ("random_shift",)),
+    "cpc": ("cpc", ("sequence_length", "random_shift")),
 }  # fmt: skip
 
 EVAL_EPSILON = 0.001  # share of random moves in evaluation (Table B.1)
@@ -67,4 +68,4 @@ Head = Literal["c51", "hl_gauss", "two_hot", "mse"]
 Heads = Literal["per_game", "shared"]
 Embedding = Literal["pointwise", "sum", "attention", "none"]
 Rewards = Literal["real", "zero", "shuffled"]
-Parts = Literal["encoder", "encoder + embedding", "all but the head"]  # that are transferred
+Parts = Literal["encoder", "encoder + embedding", "all but the head", "all"]  # that are transferred

@@ -264,6 +264,19 @@ def dr3_penalty(features_t: jax.Array, features_tn: jax.Array) -> jax.Array:
     return features_t @ features_tn
 
 
+def info_nce(scores: jax.Array, positive: jax.Array, candidates: jax.Array) -> jax.Array:
+    """Negative log-likelihood, in nats, of the one right candidate: InfoNCE (van den Oord et al., 2018, equation 4).
+
+    Args:
+        scores: float [N], of the candidates.
+        positive: int scalar, the number of the right one.
+        candidates: bool [N], those that count; the right one is among them.
+    """
+    chex.assert_rank([scores, positive, candidates], [1, 0, 1])
+    chex.assert_type([scores, positive, candidates], [float, int, bool])
+    return jax.nn.logsumexp(jnp.where(candidates, scores, MASKED)) - scores[positive]
+
+
 def masked_patch_loss(predicted: jax.Array, patches: jax.Array, hidden: jax.Array, epsilon: float = 1e-6) -> jax.Array:
     """Squared error of an image's hidden patches, each less its mean and divided by its standard deviation.
 

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from scaled_ql import metrics
+from scaled_ql import defaults, metrics
 from scaled_ql.games import TRAINING_GAMES, reference_score
 from scaled_ql.parameters import INCIDENTAL
 
@@ -31,7 +31,10 @@ PRINTED: dict[tuple[str, str, str], float] = {
     ("near_optimal", SCALED_QL, "IQM"): 1.141,
 }
 
-METHODS = {"cql": "Scaled QL", "bcq": "Discrete BCQ", "bc": "BC", "return_bc": "Return-conditioned BC", "mae": "MAE"}
+METHODS = {
+    "cql": "Scaled QL", "bcq": "Discrete BCQ", "bc": "BC", "return_bc": "Return-conditioned BC", "dt": "DT",
+    "bc_transformer": "BC transformer", "mae": "MAE", "cpc": "CPC",
+}  # fmt: skip
 # Two runs that differ only in these are one system; `data_id`, not the path, identifies the data.
 NO_PART_OF_A_SYSTEM = INCIDENTAL | {"dataset", "view", "num_parameters", "paper_parameters"}
 
@@ -76,7 +79,7 @@ def published(setting: Setting) -> pd.DataFrame:
 def systems(runs: pd.DataFrame, view: str) -> pd.DataFrame:
     """Runs of a view with a further column, `system`: equal for runs that differ only in their seed.
 
-    Its name has method and encoder and, if those are not unique, the other differences.
+    Its name has method and encoder, or the transformer's size, and, if those are not unique, the other differences.
 
     Args:
         runs: `ablations.Gathered.runs`; index the run's name, a column for each parameter, data_id,
@@ -87,7 +90,8 @@ def systems(runs: pd.DataFrame, view: str) -> pd.DataFrame:
         return pd.DataFrame(columns=[*runs.columns, "system"])
     chosen = runs[runs["view"] == view].copy()
     what = chosen.drop(columns=[name for name in NO_PART_OF_A_SYSTEM if name in chosen]).map(_words)
-    short = chosen["method"].map(METHODS) + ", " + chosen["encoder"]
+    transformers = chosen["method"].isin([name for name, (_, own) in defaults.METHODS.items() if "transformer" in own])
+    short = chosen["method"].map(METHODS) + ", " + chosen["encoder"].where(~transformers, chosen["transformer"])
     chosen["system"] = ""
     for name, rows in what.groupby(short, sort=False):
         differ = [column for column in rows if rows[column].nunique() > 1]

@@ -161,7 +161,7 @@ INCIDENTAL = frozenset((
 # Refused if set for a method that ignores them; alpha, tau and kappa may be set in a file that several methods share.
 CHECKED = (
     "head", "double_q", "scale_rewards", "dr3", "attention_temperature", "attention_entropy", "rewards", "transformer",
-    "sequence_length", "return_low", "return_high", "target_return", "return_kappa", "return_samples",
+    "tokenizer", "sequence_length", "return_low", "return_high", "target_return", "return_kappa", "return_samples",
     "return_temperature", "action_percentile",
 )  # fmt: skip
 
@@ -192,6 +192,7 @@ class ScaledTraining(Parameters):
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     transformer: Literal[tuple(defaults.TRANSFORMERS)] = "40M"
+    tokenizer: Literal[("patches", *defaults.ENCODERS)] = "patches"
     sequence_length: Count = 4
     return_low: int = defaults.RETURN_LOW
     return_high: int = defaults.RETURN_HIGH
@@ -266,6 +267,8 @@ class ScaledTraining(Parameters):
             raise ValueError(f"encoder ({self.encoder!r}): method 'mae' needs one of {', '.join(VITS)}")
         if self.attention_temperature and self.encoder not in VITS:
             raise ValueError(f"attention_temperature: {self.encoder!r} has no attention; choose {', '.join(VITS)} or 0")
+        if self.method == "cpc" and self.sequence_length < 2:
+            raise ValueError("sequence_length (1): method 'cpc' needs at least 2, a frame and its successor")
         if self.warmup_steps >= self.num_steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below num_steps ({self.num_steps})")
         return self

@@ -33,8 +33,8 @@ from scaled_ql.replay.store import Replay
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every save
 
 
-# In the parameters of a `QNetwork`, a `BCQNetwork`, a decision transformer, a masked autoencoder.
-HEADS = {"head_kernel", "q/head_kernel", "action_head/kernel", "painting/kernel"}
+# In the parameters of a `QNetwork`, a `BCQNetwork`, a decision transformer, and what `mae` and `cpc` train.
+HEADS = {"head_kernel", "q/head_kernel", "action_head/kernel", "painting/kernel", "bilinear/kernel"}
 
 
 class TrainState(NamedTuple):
@@ -536,8 +536,9 @@ ABOUT = (
     "method", "encoder", "head", "rewards", "hidden_sizes", "embedding", "normalize_features", "group_size",
     "subtract_mean_frames", "narrow_start", "num_atoms", "v_min", "v_max", "dtype", "seed",
 )  # fmt: skip
-LATER = {"heads": "per_game"}  # likewise, but not written where it is what it was before there was a choice
 ABOUT_TRANSFORMER = ("transformer", "sequence_length", "return_low", "return_high")
+# likewise, but not written where it is what it was before there was a choice
+LATER = {"heads": "per_game", "tokenizer": "patches"}
 
 
 def about_run(p: Any, games: list[str], dataset: str) -> dict[str, Any]:

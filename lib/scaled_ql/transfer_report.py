@@ -24,7 +24,7 @@ FREE = ("initial", "built_like", "parts", "freeze", "learning_rate")  # what sib
 SCRATCH = "scratch"
 SCORE_COLUMNS = (
     "arm", "learning_rate", "run", "seed", "game", "mode", "difficulty", "agent_return", "random_return",
-    "dataset_return", "truncated_share", "cut", "distance",
+    "dataset_return", "truncated_share", "cut", "distance", "network",
 )  # fmt: skip
 # Of how the initial network was trained, what an arm's name always says, or never.
 NAMED, UNNAMED = {"method", "rewards"}, {"seed", "initial", "built_like"} | INCIDENTAL
@@ -41,7 +41,8 @@ def gather(folder: Path, asking: str = "") -> Gathered:
         return gathered
     summaries = [runs.read_json(folder / NOTEBOOK / name / "summary.json") for name in gathered.runs.index]
     table = gathered.runs.assign(built_like="")
-    table["pretrained"] = [summary["pretrained"] for summary in summaries]
+    before = parameters.ScaledTraining().model_dump()  # a parameter that came after a run had its default's effect
+    table["pretrained"] = [summary["pretrained"] and before | summary["pretrained"] for summary in summaries]
     table["network"] = [json.dumps(summary["network"], sort_keys=True) for summary in summaries]
     table.loc[table["pretrained"].isna(), "parts"] = ""
     return gathered._replace(runs=table)
@@ -57,7 +58,7 @@ def siblings(gathered: Gathered, base: Parameters) -> pd.DataFrame:
     Returns:
         columns `SCORE_COLUMNS`, sorted by arm, scratch first, and seed. Returns are raw means over episodes.
         `distance` of the target from the games of the pre-training: ``same`` where it is one of them, ``far`` where it
-        is one of `games.FAR_GAMES`, else ``near``; "" from scratch.
+        is one of `games.FAR_GAMES`, else ``near``; "" from scratch. `network`: `network_in_words`.
 
     Raises:
         GatherError: two runs of one arm and seed, or runs of different contents of the dataset.
@@ -74,6 +75,7 @@ def siblings(gathered: Gathered, base: Parameters) -> pd.DataFrame:
         "" if not origin else "same" if game in origin["games"] else "far" if game in FAR_GAMES else "near"
         for origin, game in zip(chosen["pretrained"], chosen["game"])
     ]
+    about["network"] = [network_in_words(json.loads(network)) for network in chosen["network"]]
     table = table.join(about, on="run").reindex(columns=list(SCORE_COLUMNS))
     order = table["arm"] != SCRATCH
     return table.assign(order=order).sort_values(["order", "arm", "learning_rate", "seed"], ignore_index=True)[
@@ -84,6 +86,15 @@ def siblings(gathered: Gathered, base: Parameters) -> pd.DataFrame:
 def nothing() -> pd.DataFrame:
     """The table of `siblings` where there are none."""
     return pd.DataFrame(columns=list(SCORE_COLUMNS))
+
+
+def network_in_words(network: Mapping[str, Any]) -> str:
+    """Which network it is, from `transfer.built`: resnet101; DT 40M; DT 40M on resnet101, its tokenizer."""
+    if "transformer" not in network:
+        return network["encoder"]
+    kind = METHODS["dt" if "return_low" in network else "bc_transformer"]
+    tokenizer = network.get("tokenizer", "patches")
+    return f"{kind} {network['transformer']}" + (f" on {tokenizer}" if tokenizer != "patches" else "")
 
 
 def arm_names(chosen: pd.DataFrame) -> list[str]:
@@ -283,6 +294,26 @@ def mean_gain(compared: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     means = table[["scratch", "score"]].mean()
     means["gain %"] = (100 * (means["score"] / means["scratch"] - 1)).where(means["scratch"] > 0)
     return means.assign(targets=table["targets"].agg("; ".join))
+
+
+def offline_scores(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """DQN-normalised scores, %, of all arms offline, whatever their networks: the bars of Figure 7.
+
+    Args:
+        found: tables of `siblings`, by target. Of several sets that have a network in common the first counts.
+
+    Returns:
+        index network, arm; a column per game that has such scores, means over seeds; `mean` over the games, NaN of an
+        arm that lacks one.
+    """
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    for name, scores in found.items():
+        if ", offline" in name and len(scores):
+            for key, table in best_learning_rates(scores).groupby(["network", "arm"], sort=False):
+                rows.setdefault(key, {}).setdefault(table["game"].iloc[0], 100 * dqn_normalized(table))
+    index = pd.MultiIndex.from_tuples(list(rows), names=["network", "arm"]) if rows else None
+    table = pd.DataFrame(list(rows.values()), index=index).dropna(axis=1, how="all").sort_index(axis=1)
+    return table.assign(mean=table.mean(axis=1, skipna=False))
 
 
 def target(p: Parameters) -> str:

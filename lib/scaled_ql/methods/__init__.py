@@ -13,13 +13,14 @@ from typing import Any
 from scaled_ql import defaults, losses
 from scaled_ql.methods.cloning import bc, return_bc
 from scaled_ql.methods.common import Method, MethodError, Metrics, Objective, Preferences, PyTree, without_rewards
+from scaled_ql.methods.cpc import cpc
 from scaled_ql.methods.decision_transformer import bc_transformer, dt
 from scaled_ql.methods.mae import mae
 from scaled_ql.methods.q_learning import bcq, q_learning
 
 __all__ = [
     "METHODS", "Method", "MethodError", "Metrics", "Objective", "Preferences", "PyTree", "bc",
-    "bc_transformer", "bcq", "dt", "mae", "make", "q_learning", "return_bc", "without_rewards",
+    "bc_transformer", "bcq", "cpc", "dt", "mae", "make", "q_learning", "return_bc", "without_rewards",
 ]  # fmt: skip
 
 METHODS: dict[str, Callable[..., Method]] = {

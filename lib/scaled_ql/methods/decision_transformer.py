@@ -17,6 +17,7 @@ from flax import nnx
 
 from scaled_ql.defaults import (
     ACTION_PERCENTILE,
+    GROUP_SIZE,
     RETURN_HIGH,
     RETURN_KAPPA,
     RETURN_LOW,
@@ -42,6 +43,7 @@ TargetReturn = float | Literal["notebook", "paper", "data"]
 def dt(
     *,
     transformer: str = "40M",
+    tokenizer: str = "patches",
     sequence_length: int = 4,
     return_low: int = RETURN_LOW,
     return_high: int = RETURN_HIGH,
@@ -57,6 +59,8 @@ def dt(
 
     Args:
         transformer: a key of `networks.TRANSFORMERS`.
+        tokenizer: what makes tokens of a frame: ``patches``, or an encoder, such as one that `cpc` has trained; see
+            `networks.make_decision_transformer`.
         sequence_length: steps of a window, T.
         return_low, return_high: undiscounted returns with a token, each integer between; others count as the nearest.
         target_return: the return that the policy asks for at each step: ``notebook``, the largest of `return_samples`
@@ -109,7 +113,7 @@ def dt(
 
     return Method(
         minimises=r"$-\frac{1}{3} \log p(R_1 \mid s_1)\, p(a_t \mid \cdot)\, p(r_t \mid \cdot)$",
-        build=partial(_build, transformer, sequence_length, return_high - return_low + 1),
+        build=partial(_build, transformer, sequence_length, return_high - return_low + 1, tokenizer),
         objective=partial(_objective, returns, random_shift),
         preferences=prefer,
         metrics=METRICS,
@@ -144,7 +148,7 @@ def bc_transformer(*, transformer: str = "40M", sequence_length: int = 4, random
 
     return Method(
         minimises=r"$-\frac{1}{2} \log p(a_t \mid \cdot)\, p(r_t \mid \cdot)$",
-        build=partial(_build, transformer, sequence_length, 0),
+        build=partial(_build, transformer, sequence_length, 0, "patches"),
         objective=partial(_objective, None, random_shift),
         preferences=prefer,
         metrics={name: title for name, title in METRICS.items() if name not in ("return_nll", "clipped")},
@@ -156,14 +160,13 @@ def bc_transformer(*, transformer: str = "40M", sequence_length: int = 4, random
 
 
 def _build(
-    transformer: str, length: int, num_returns: int, encoder: str, num_games: int, seed: int = 0, *,
-    dtype: str = "float32", remat: bool = False, **of_q_networks: Any,
+    transformer: str, length: int, num_returns: int, tokenizer: str, encoder: str, num_games: int, seed: int = 0, *,
+    group_size: int = GROUP_SIZE, dtype: str = "float32", remat: bool = False, **of_q_networks: Any,
 ) -> nnx.Module:  # fmt: skip
     """`Method.build`: a transformer is the same for all games, and has nothing else of a Q-network's architecture."""
     del encoder, num_games, of_q_networks
-    return make_decision_transformer(
-        transformer, seed, length=length, num_returns=num_returns, dtype=dtype, remat=remat
-    )
+    how = {"tokenizer": tokenizer, "group_size": group_size, "dtype": dtype, "remat": remat}
+    return make_decision_transformer(transformer, seed, length=length, num_returns=num_returns, **how)
 
 
 def reward_tokens(reward: jax.Array, terminal: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """The multi-game decision transformer (Lee et al., 2022): frames, returns, actions and rewards as one sequence."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -8,8 +9,9 @@ import numpy as np
 import pandas as pd
 from flax import nnx
 
-from scaled_ql.defaults import DROPOUT, RETURN_HIGH, RETURN_LOW, TRANSFORMERS
+from scaled_ql.defaults import DROPOUT, GROUP_SIZE, RETURN_HIGH, RETURN_LOW, TRANSFORMERS
 from scaled_ql.games import NUM_ACTIONS
+from scaled_ql.networks.encoders import make_encoder
 from scaled_ql.networks.parts import Dtype, TransformerBlock, run_block, squares_to_channels
 from scaled_ql.networks.q_network import count_parameters, layers
 from scaled_ql.networks.vit import PATCH
@@ -34,19 +36,20 @@ class Predictions(NamedTuple):
     rewards: jax.Array
 
 
-def token_mask(length: int, has_returns: bool) -> np.ndarray:
+def token_mask(length: int, has_returns: bool, patches: int = PATCHES) -> np.ndarray:
     """Which tokens a token sees, bool [tokens, tokens]: those before it and itself, and all patches of its own frame.
 
-    A step is 36 patches, a return, an action, a reward. Of the returns only the first step's is seen: the others are
-    not known in play.
+    A step is 36 or other `patches`, a return, an action, a reward. Of the returns only the first step's is seen: the
+    others are not known in play.
 
     Args:
         length: steps, T.
         has_returns: whether there are return tokens.
+        patches: tokens of a frame.
     """
-    per_step = PATCHES + 2 + has_returns
+    per_step = patches + 2 + has_returns
     step, place = np.divmod(np.arange(length * per_step), per_step)
-    is_patch, is_return = place < PATCHES, has_returns & (place == PATCHES)
+    is_patch, is_return = place < patches, has_returns & (place == patches)
     causal = np.tril(np.ones((len(step), len(step)), bool))
     same_frame = (step[:, None] == step) & is_patch[:, None] & is_patch
     return (causal | same_frame) & ~(is_return & (step > 0))
@@ -56,7 +59,8 @@ class DecisionTransformer(nnx.Module):
     """A causal transformer over T steps of 36 patches, a return, an action and a reward each.
 
     It predicts a step's return from its frame, its action from the return, its reward from the action. All games share
-    all of it: which game it is, only the frames tell. Without return tokens it is a cloning transformer.
+    all of it: which game it is, only the frames tell. Without return tokens it is a cloning transformer. With an
+    encoder as its tokenizer, the cells of its feature map stand in for patches of pixels: 9 of a ResNet, 36 of a ViT.
     """
 
     def __init__(
@@ -68,6 +72,8 @@ class DecisionTransformer(nnx.Module):
         length: int,
         num_returns: int,
         dropout: float,
+        tokenizer: str,
+        group_size: int,
         remat: bool,
         dtype: Dtype,
         rngs: nnx.Rngs,
@@ -77,8 +83,14 @@ class DecisionTransformer(nnx.Module):
         def table(rows: int, init: nnx.Initializer = truncated) -> nnx.Param:
             return nnx.Param(init(rngs.params(), (rows, width)))
 
-        self.patch = nnx.Linear(PATCH * PATCH, width, kernel_init=truncated, dtype=dtype, rngs=rngs)
-        self.patch_position = table(PATCHES, normal)
+        of_encoder = {"channels": 1, "group_size": group_size, "remat": remat, "dtype": dtype, "rngs": rngs}
+        self.encoder = None if tokenizer == "patches" else make_encoder(tokenizer, **of_encoder)
+        self.patches, features = PATCHES, PATCH * PATCH
+        if self.encoder:
+            *cells, features = jax.eval_shape(self.encoder, jax.ShapeDtypeStruct((1, 84, 84, 1), dtype)).shape[1:]
+            self.patches = math.prod(cells)
+        self.patch = nnx.Linear(features, width, kernel_init=truncated, dtype=dtype, rngs=rngs)
+        self.patch_position = table(self.patches, normal)
         self.position = table(length * self.per_step)
         self.returns = table(num_returns) if num_returns else None
         self.actions, self.rewards = table(NUM_ACTIONS), table(NUM_REWARDS)
@@ -94,7 +106,7 @@ class DecisionTransformer(nnx.Module):
     @property
     def per_step(self) -> int:
         """Tokens of a step."""
-        return PATCHES + 2 + bool(self.num_returns)
+        return self.patches + 2 + bool(self.num_returns)
 
     @property
     def published(self) -> tuple[nnx.Module, ...]:
@@ -123,11 +135,11 @@ class DecisionTransformer(nnx.Module):
         x = self._embedded(frames, first_return, action, reward).reshape(size, length * self.per_step, -1)
         x = (x + self.position[...][: x.shape[1]]).astype(self.dtype)
         x = self.dropout(x, deterministic=key is None, rngs=keys[-1])
-        mask = jnp.asarray(token_mask(length, bool(self.num_returns)))[None, None]
+        mask = jnp.asarray(token_mask(length, bool(self.num_returns), self.patches))[None, None]
         for block, of_block in zip(self.blocks, keys):
             x = run_block(block, x, mask, of_block, remat=self.remat)
         x = self.norm(x).reshape(size, length, self.per_step, -1).astype(jnp.float32)  # so that logits are not rounded
-        last = PATCHES - 1
+        last = self.patches - 1
         returns = self.return_head(x[:, :, last]) if self.num_returns else jnp.zeros((size, length, 0))
         before_action = last + bool(self.num_returns)
         return Predictions(
@@ -139,8 +151,9 @@ class DecisionTransformer(nnx.Module):
     ) -> jax.Array:
         """The tokens, without their positions: [B, T, tokens of a step, width]."""
         size, length = action.shape
-        squares = squares_to_channels(frames.reshape(-1, 84, 84, 1).astype(self.dtype) / 255, PATCH)
-        patches = self.patch(squares.reshape(size, length, PATCHES, PATCH * PATCH))
+        images = frames.reshape(-1, 84, 84, 1).astype(self.dtype) / 255
+        cells = self.encoder(images) if self.encoder else squares_to_channels(images, PATCH)
+        patches = self.patch(cells.reshape(size, length, self.patches, -1))
         parts = [patches + self.patch_position[...].astype(self.dtype)]
         if self.num_returns:
             first = self.returns[...][first_return][:, None, None]
@@ -156,6 +169,8 @@ def make_decision_transformer(
     length: int = 4,
     num_returns: int = RETURN_HIGH - RETURN_LOW + 1,
     dropout: float = DROPOUT,
+    tokenizer: str = "patches",
+    group_size: int = GROUP_SIZE,
     remat: bool = False,
     dtype: str = "float32",
 ) -> DecisionTransformer:
@@ -170,17 +185,20 @@ def make_decision_transformer(
         length: steps of a window, T.
         num_returns: number of return tokens; 0: there are none, and the network clones.
         dropout: share of the embeddings, and of the outputs of attention and MLP, that is dropped in training.
+        tokenizer: what makes tokens of a frame: ``patches``, or a key of `networks.ENCODERS`, which sees one frame.
+        group_size: of such an encoder; see `encoders.make_encoder`.
         remat: recompute each block in the backward pass; see `encoders.make_encoder`.
         dtype: dtype of the computation, ``float32`` or ``bfloat16``; parameters and logits are float32.
 
     Raises:
-        ValueError: an unknown size, or `length` below 1.
+        ValueError: an unknown size or tokenizer, or `length` below 1.
     """
     if size not in TRANSFORMERS:
         raise ValueError(f"unknown transformer {size!r}; there are {', '.join(TRANSFORMERS)}.")
     if length < 1:
         raise ValueError(f"length must be at least 1 step, got {length}.")
     how = {"length": length, "num_returns": num_returns, "dropout": dropout, "remat": remat, "dtype": jnp.dtype(dtype)}
+    how |= {"tokenizer": tokenizer, "group_size": group_size}
     return nnx.jit(lambda key: DecisionTransformer(*TRANSFORMERS[size], **how, rngs=nnx.Rngs(key)))(
         jax.random.key(seed)
     )
@@ -190,12 +208,13 @@ def make_decision_transformer(
 def _(network: DecisionTransformer) -> pd.DataFrame:
     width, tables = network.position.shape[-1], [network.actions, network.rewards, network.position]
     tables += [network.returns] if network.num_returns else []
+    encoder = [part for part in (network.encoder, network.patch, [network.patch_position]) if part]
     heads = [head for head in (network.return_head, network.action_head, network.reward_head) if head]
     outputs = " + ".join(str(head.out_features) for head in heads)
     tokens = f"{network.length * network.per_step} × {width}"
     rows = [
         ("observation, pixels", f"{network.length} × 84 × 84", 0),
-        ("encoder: patches", f"{network.length * PATCHES} × {width}", (network.patch, [network.patch_position])),
+        ("encoder: patches", f"{network.length * network.patches} × {width}", encoder),
         ("tokens and positions", tokens, (tables,)),
         (f"{len(network.blocks)} blocks: attention, MLP", tokens, (network.blocks, network.norm)),
         ("heads", outputs, heads),
