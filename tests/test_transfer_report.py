@@ -230,7 +230,7 @@ def test_pre_trainings_that_differ_in_anything_are_arms(outputs):
     other = PRETRAINED | {"alpha": 0.0, "seed": 9, "outputs": "elsewhere"}
     write(outputs, "pessimist", 1.0, other, initial="04_scaled_training/alpha0")
     names = set(scores_of(outputs)["arm"])
-    assert {"Scaled QL, alpha 0.0, fine-tuned", "Scaled QL, alpha None, fine-tuned"} <= names
+    assert {"Scaled QL, alpha 0.0, fine-tuned", "Scaled QL, alpha paper, fine-tuned"} <= names
 
 
 def test_a_rate_with_one_lucky_seed_is_not_the_best(outputs):
