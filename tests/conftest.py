@@ -49,3 +49,10 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     collect.record_game(store, "Breakout", 600, seed=3)
     collect.record_game(store, "Freeway", 400, seed=3, max_steps=150)
     return store
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests measured."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value}")

@@ -143,26 +143,28 @@ def episode_browser(replay: Replay) -> widgets.Widget:
     """Controls over game, episode and step around `episode_view`, for JupyterLab; keys as in `agent_browser`."""
     game = widgets.Dropdown(options=replay.games, description="game")
     episode = widgets.IntSlider(description="episode", min=0, max=0, continuous_update=False)
-    steps = Steps()
-    picture = widgets.Image(format="png")
+    words, picture = widgets.HTML(), widgets.Image(format="png")
 
     def set_game(_: object = None) -> None:
+        episode.unobserve(set_episode, "value")  # shown once, below
         episode.value, episode.max = 0, len(replay.episodes(game.value)) - 1
+        episode.observe(set_episode, "value")
         set_episode()
 
     def set_episode(_: object = None) -> None:
         rewards = replay.episode(game.value, episode.value)["reward"]
         steps.set_episode(len(rewards), {"reward": np.flatnonzero(rewards)})
-        show()
 
-    def show(_: object = None) -> None:
-        picture.value = to_png(episode_view(replay, game.value, episode.value, steps.slider.value))
+    def show() -> None:
+        figure = episode_view(replay, game.value, episode.value, steps.slider.value)
+        words.value = f'<div role="status">{html.escape(figure.get_suptitle())}</div>'
+        figure.suptitle("")
+        picture.value = to_png(figure)
 
+    steps = Steps(show)
     game.observe(set_game, "value")
-    episode.observe(set_episode, "value")
-    steps.slider.observe(show, "value")
     set_game()
-    return widgets.VBox([widgets.HBox([game, episode]), steps, picture])
+    return widgets.VBox([widgets.HBox([game, episode]), steps, words, picture])
 
 
 def sliders(
