@@ -27,8 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Minutes; to be started first.
 LONG = (
-    "test_notebooks.py", "test_resuming.py", "test_devices.py", "test_transfer_runs.py", "test_online.py",
-    "test_networks.py",
+    "test_notebooks.py", "test_browser.py", "test_resuming.py", "test_devices.py", "test_transfer_runs.py",
+    "test_online.py", "test_networks.py",
 )  # fmt: skip
 
 

@@ -44,32 +44,30 @@ class Lab(NamedTuple):
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """With settings of its own, not those of whoever runs the tests."""
     folder = tmp_path_factory.mktemp("lab")
     home, notebooks = folder / "home", folder / "notebooks"
     notebooks.mkdir()
-    kinds = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")
-    own = {
-        kind: str(home / kind) for kind in (*kinds, "JUPYTERLAB_SETTINGS_DIR")
-    }  # not those of whoever runs the tests
-    settings = (
-        home / "JUPYTERLAB_SETTINGS_DIR" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
-    )
+    kinds = ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR", "LAB_SETTINGS_DIR", "LAB_WORKSPACES_DIR")
+    own = {f"JUPYTER{'' if kind.startswith('LAB') else '_'}{kind}": str(home / kind) for kind in kinds}
+    own["IPYTHONDIR"] = str(home)
+    settings = home / "LAB_SETTINGS_DIR" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     settings.parent.mkdir(parents=True)
     settings.write_text('{"fetchNews": "false", "checkForUpdates": false}')
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--notebook-dir={notebooks}"]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.root_dir={notebooks}"]
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(command, env=os.environ | own, stdout=log, stderr=log)
     try:
-        where = home / "JUPYTER_RUNTIME_DIR" / f"jpserver-{server.pid}.json"
+        where = home / "RUNTIME_DIR" / f"jpserver-{server.pid}.json"
         while not where.exists():
             assert server.poll() is None, (folder / "log").read_text()
             time.sleep(0.1)
-        time.sleep(0.2)
+        time.sleep(0.2)  # it is being written
         said = json.loads(where.read_text())
         yield Lab(said["url"], said["token"], notebooks, folder / "outputs")
     finally:
         server.terminate()
-        server.wait(30)
+        server.wait(60)
 
 
 @pytest.fixture(scope="module")

@@ -97,6 +97,19 @@ def test_figures_show_the_numbers_they_are_given(recording: Path) -> None:
     plt.close("all")
 
 
+def test_names_of_runs_lead_to_their_reports() -> None:
+    InteractiveShell.instance()
+    with capture_output(stdout=False, stderr=False) as captured:
+        explore.table(pd.DataFrame({"system": ["a, <b>"], "runs": ["first, second.seed-1"]}), links={"runs": "04"})
+    InteractiveShell.clear_instance()
+    (page,) = (output.data["text/html"] for output in captured.outputs)
+    assert re.findall('href="([^"]+)">([^<]+)<', page) == [
+        ("../../04/first/run.html", "first"),
+        ("../../04/second.seed-1/run.html", "second.seed-1"),
+    ]
+    assert "a, &lt;b&gt;" in page
+
+
 def test_progress_reaches_the_status_file_and_draws_at_the_end(tmp_path: Path) -> None:
     values = runs.parameters.check("01_data_collection", {"outputs": str(tmp_path)})
     run, drawn = runs.Run("01_data_collection", values), []

@@ -6,6 +6,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,10 @@ def values(named: Mapping[str, object]) -> None:
         print(f"{name:{width}}  {shown}")
 
 
-def table(data: pd.DataFrame, decimals: int = 1, caption: str = "", none: Sequence[Hashable] = ()) -> None:
+def table(
+    data: pd.DataFrame, decimals: int = 1, caption: str = "", none: Sequence[Hashable] = (),
+    links: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
     """Show a table, numbers rounded, readable in a report; a long or wide one scrolls.
 
     Args:
@@ -211,6 +215,7 @@ def table(data: pd.DataFrame, decimals: int = 1, caption: str = "", none: Sequen
         decimals: decimals of numbers.
         caption: caption above the table.
         none: columns whose missing values are findings, not gaps, and are shown as the word "none".
+        links: columns that name runs, separated by commas, and the notebook of each: names lead to the runs' reports.
     """
     floats = data.select_dtypes("float").columns
     data = data.copy()
@@ -220,6 +225,8 @@ def table(data: pd.DataFrame, decimals: int = 1, caption: str = "", none: Sequen
     style = style.format_index(escape="html", axis=0).format_index(escape="html", axis=1)
     if len(none):
         style = style.format(precision=decimals, thousands=",", na_rep="none", escape="html", subset=list(none))
+    for column, notebook in (links or {}).items():
+        style = style.format(partial(_report_links, notebook), subset=[column])
     words = [i for i, column in enumerate(data.columns) if not pd.api.types.is_numeric_dtype(data[column])]
     looks = {"caption": "text-align: left; white-space: pre-line; min-width: 20em"}
     looks |= {f".col{i}": "text-align: left" for i in words}
@@ -228,6 +235,12 @@ def table(data: pd.DataFrame, decimals: int = 1, caption: str = "", none: Sequen
         style = style.hide(axis="index")
     style = style.set_table_attributes('class="tex2jax_ignore mathjax_ignore"')  # names of files have dollar signs
     display(HTML(f'<div style="max-height: 110em; overflow: auto">{style.to_html()}</div>'))
+
+
+def _report_links(notebook: str, names: str) -> str:
+    """Runs' names, each a link from a report of the same outputs folder; `site` finds and changes them."""
+    links = [f'<a href="../../{notebook}/{name}/run.html">{name}</a>' for name in names.split(", ")]
+    return ", ".join(links)
 
 
 def records(data: pd.DataFrame) -> list[dict]:
