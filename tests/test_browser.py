@@ -119,6 +119,18 @@ def step_of(cell: Locator) -> int:
     return int(cell.get_by_role("slider").last.get_attribute("aria-valuetext") or "")
 
 
+def expect_shown(cell: Locator) -> None:
+    """Wait until the kernel has shown the step that the slider is at, and has nothing older to do."""
+    expect(cell.get_by_role("status")).to_contain_text(f"step {step_of(cell)} of ")
+
+
+def wait_until(page: Page, happened: Callable[[], bool]) -> None:
+    began = time.monotonic()
+    while not happened():
+        assert time.monotonic() - began < 180, "it did not happen"
+        page.wait_for_timeout(50)  # and events are heard
+
+
 def drag(page: Page, handle: Locator, share: float) -> None:
     """Drag the handle of a slider to a share of its length."""
     at = handle.bounding_box()
@@ -144,13 +156,12 @@ def play_a_while(page: Page, cell: Locator) -> None:
     """Press play, wait until some steps have passed, and pause."""
     button, began = cell.locator(".widget-play button").first, step_of(cell)
     button.click()
-    while step_of(cell) < began + 5:
-        page.wait_for_timeout(20)
+    wait_until(page, lambda: step_of(cell) >= began + 5)
     button.click()
     page.wait_for_timeout(300)
     stopped = step_of(cell)
-    page.wait_for_timeout(300)
-    assert step_of(cell) == stopped > began
+    expect_shown(cell)
+    assert step_of(cell) == stopped, "it is not playing any more"
 
 
 def test_the_lab_wants_its_token(lab: Lab) -> None:
@@ -168,6 +179,7 @@ def test_the_episode_browser_is_dragged_clicked_and_played(lab: Lab, chromium: B
     last = int(float(step.get_attribute("aria-valuemax") or 0))
     another_picture(page, picture, lambda: drag(page, step, 0.5))
     assert abs(step_of(cell) - last / 2) < 0.1 * last
+    expect_shown(cell)
     another_picture(page, picture, lambda: step.press("ArrowLeft"))
     play_a_while(page, cell)
     another_picture(page, picture, lambda: episode.press("ArrowRight"))
@@ -188,13 +200,16 @@ def test_the_widgets_of_07_are_dragged_clicked_and_played(
         write_run(lab.outputs / "04_scaled_training" / name, ["Breakout", "Freeway"], **more)
     values = {"agent": "04_scaled_training/noise", "other": "04_scaled_training/other", "map_states": 40}
     values |= {"run": "browsed", "outputs": str(lab.outputs)}
-    page, errors = open_notebook(chromium, lab, opening("07_agents", "this_run.finish(", values), "agents")
+    book = opening("07_agents", "this_run.finish(", values)
+    book.cells.append(nbformat.v4.new_code_cell("explore.watch_runs(runs.outputs_folder(p), seconds=1)"))
+    page, errors = open_notebook(chromium, lab, book, "agents")
     cell_with(page, "this_run.finish(")
     assert "data:image/png" in (lab.outputs / "07_agents" / "browsed" / "run.html").read_text()
     browse_an_agent(page, record_property)
     browse_two_agents(page)
     click_on_the_map(page)
     play_along(page)
+    watch_a_run_of_another_program(page, lab.outputs / "04_scaled_training" / "noise")
     page.close()
     assert not errors
 
@@ -210,7 +225,7 @@ def browse_an_agent(page: Page, record_property: Callable[[str, object], None]) 
     record_property("a step of the agent browser", text)
     another_picture(page, picture, lambda: drag(page, step, 0.5))
     assert abs(step_of(cell) - 75) < 10
-    expect(words).to_contain_text(f"step {step_of(cell)} of 149")
+    expect_shown(cell)
     another_picture(page, picture, lambda: cell.get_by_role("button", name="where it looks").click())
     cell.get_by_role("button", name="where it looks").click()
     another_picture(page, picture, lambda: cell.get_by_label("played by").select_option("recording"))
@@ -226,7 +241,7 @@ def browse_two_agents(page: Page) -> None:
     cell = cell_with(page, "explore.agent_browser(agent, other")
     picture, cases = cell.locator("img.widget-image"), cell.get_by_label("disagree")
     chosen = cases.locator("option").last
-    step = re.findall(r"step (\d+):", chosen.inner_text())[0]
+    step = re.findall(r"step (\d+):", chosen.text_content() or "")[0]
     another_picture(page, picture, lambda: cases.select_option(index=cases.locator("option").count() - 1))
     expect(cell.get_by_role("status")).to_contain_text(f"step {step} of 149")
 
@@ -262,20 +277,25 @@ def play_along(page: Page) -> None:
     expect(words).to_contain_text("Step 0,")
 
 
+def watch_a_run_of_another_program(page: Page, folder: Path) -> None:
+    cell = cell_with(page, "explore.watch_runs(")
+    expect(cell.get_by_role("row", name="browsed")).to_contain_text("finished")
+    runs.write_json(folder / "status.json", {"state": "interrupted", "done": 7, "total": 9, "updated": time.time()})
+    expect(cell.get_by_role("row", name="noise")).to_contain_text("7 of 9")
+
+
 def test_training_is_interrupted_and_resumed(lab: Lab, chromium: Browser, recording: Path) -> None:
     values = parameters.load(runs.workspace() / TINY["04_scaled_training"])
     values |= {"dataset": str(recording), "outputs": str(lab.outputs), "num_steps": 60, "log_every": 1, "run": "again"}
     values |= {"encoder": "nature_narrow"}
     page, errors = open_notebook(chromium, lab, opening("04_scaled_training", "trainer.steps(", values), "training")
     folder = lab.outputs / "04_scaled_training" / "again"
-    began = time.monotonic()
-    while not ((folder / "metrics.jsonl").exists() and len(metrics(folder)) > 2):
-        assert time.monotonic() - began < 180, "no step was logged"
-        page.wait_for_timeout(50)  # and events are heard
+    log = folder / "metrics.jsonl"
+    wait_until(page, lambda: log.exists() and log.read_bytes().count(b"\n") > 2)
     page.get_by_role("button", name=re.compile("^Interrupt")).click()
     cell = page.locator(".jp-CodeCell", has_text="trainer.steps(")
     expect(cell.locator(".jp-OutputArea-output").last).to_contain_text("KeyboardInterrupt")
-    assert runs.read_json(folder / "status.json")["state"] == "interrupted"
+    wait_until(page, lambda: runs.read_json(folder / "status.json")["state"] == "interrupted")
     done = len(metrics(folder))
     cell.locator(".cm-content").click()
     page.keyboard.press("Control+Enter")

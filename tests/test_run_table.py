@@ -8,7 +8,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from scaled_ql import run_table, runs
+from scaled_ql import explore, run_table, runs
 from scaled_ql.command import main
 
 
@@ -148,3 +148,18 @@ def test_the_version() -> None:
 
 def test_the_workspaces_own_outputs_are_the_default() -> None:
     assert str(runs.workspace() / "outputs") in CliRunner().invoke(main, ["runs"]).output
+
+
+def test_a_list_of_runs_refreshes_itself(outputs: Path) -> None:
+    watched = explore.watch_runs(outputs, seconds=3)
+    (named, clock), (rows, picture) = watched.children[0].children, watched.children[1:]
+    assert (clock.playing, clock.interval) == (True, 3_000)
+    assert "6 runs at" in rows.value and rows.value.count("30 of 40") == 2 and "40.0%" in rows.value
+    status = outputs / "04_scaled_training" / "killed" / "status.json"
+    status.write_text(status.read_text().replace('"done": 30', '"done": 33'))
+    clock.value = 1
+    assert "33 of 40" in rows.value
+    drawn = bytes(picture.value)
+    named.value = "04_scaled_training/seed"
+    assert "2 runs at" in rows.value and "killed" not in rows.value
+    assert bytes(picture.value) != drawn, "curves instead of the sentence that there are none in common"

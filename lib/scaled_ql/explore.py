@@ -19,6 +19,7 @@ from IPython.display import HTML, DisplayHandle, Image, Video, display
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from scaled_ql import plots, run_table
 from scaled_ql.controls import Steps
 from scaled_ql.environments import in_words
 from scaled_ql.games import PUBLISHED_SOURCES, RULES, UnknownGame, rom_badge
@@ -217,6 +218,16 @@ def table(
         none: columns whose missing values are findings, not gaps, and are shown as the word "none".
         links: columns that name runs, separated by commas, and the notebook of each: names lead to the runs' reports.
     """
+    display(HTML(_styled(data, decimals, caption, none, links or {})))
+
+
+def _styled(
+    data: pd.DataFrame,
+    decimals: int,
+    caption: str,
+    none: Sequence[Hashable] = (),
+    links: Mapping[str, str] | None = None,
+) -> str:
     floats = data.select_dtypes("float").columns
     data = data.copy()
     data[floats] = data[floats].round(decimals) + 0.0  # no -0.0
@@ -234,7 +245,7 @@ def table(
     if isinstance(data.index, pd.RangeIndex):
         style = style.hide(axis="index")
     style = style.set_table_attributes('class="tex2jax_ignore mathjax_ignore"')  # names of files have dollar signs
-    display(HTML(f'<div style="max-height: 110em; overflow: auto">{style.to_html()}</div>'))
+    return f'<div style="max-height: 110em; overflow: auto">{style.to_html()}</div>'
 
 
 def _report_links(notebook: str, names: str) -> str:
@@ -247,6 +258,35 @@ def records(data: pd.DataFrame) -> list[dict]:
     """Rows as JSON values: plain numbers, None if missing; an index becomes columns."""
     flat = data.set_axis([" ".join(name) if isinstance(name, tuple) else name for name in data.columns], axis=1)
     return json.loads(flat.reset_index().to_json(orient="records"))
+
+
+def watch_runs(outputs: Path, seconds: float = 10, limit: int = 8) -> widgets.Widget:
+    """Runs below an outputs folder, wherever they were started, in JupyterLab: states, progress, scores, curves.
+
+    It refreshes itself as long as its clock plays, between the cells of this notebook.
+
+    Args:
+        outputs: an outputs folder.
+        seconds: between two refreshments.
+        limit: runs whose curves are drawn, the ones updated last.
+    """
+    named = widgets.Text(description="runs", placeholder="part of notebook/run")
+    clock = widgets.Play(min=0, max=2**30, interval=round(1_000 * seconds), playing=True, show_repeat=False)
+    rows, picture = widgets.HTML(), widgets.Image(format="png")
+
+    def show(_: object = None) -> None:
+        found = run_table.gather(outputs)
+        found = found[(found["notebook"] + "/" + found["run"]).str.contains(named.value, regex=False)]
+        now = time.strftime("%H:%M:%S")
+        rows.value = _styled(run_table.in_words(found, time.time()), 1, f"{len(found)} runs at {now}")
+        logged = [outputs / row.notebook / row.run for row in found.itertuples()]
+        logged = [folder for folder in logged if (folder / "metrics.jsonl").exists()][:limit]
+        picture.value = to_png(plots.compare_curves(run_table.learning_curves(logged)))
+
+    named.observe(show, "value")
+    clock.observe(show, "value")
+    show()
+    return widgets.VBox([widgets.HBox([named, clock]), rows, picture])
 
 
 def sources(replay: Replay) -> pd.DataFrame:
