@@ -105,8 +105,8 @@ def open_notebook(browser: Browser, lab: Lab, book: nbformat.NotebookNode, name:
 
 
 def cell_with(page: Page, source: str) -> Locator:
-    """The code cell in which a text stands, once it is executed."""
-    cell = page.locator(".jp-CodeCell", has_text=source)
+    """The first code cell in which a text stands, once it is executed."""
+    cell = page.locator(".jp-CodeCell", has_text=source).first
     done = cell.locator(".jp-InputPrompt", has_text=re.compile(r"\[\d+\]:"))
     raised = page.locator(".jp-OutputArea-output", has_text="Traceback (most recent call last)")
     expect(done.or_(raised).first).to_be_attached(timeout=3 * MINUTE)
@@ -240,8 +240,8 @@ def browse_an_agent(page: Page, record_property: Callable[[str, object], None]) 
 def browse_two_agents(page: Page) -> None:
     cell = cell_with(page, "explore.agent_browser(agent, other")
     picture, cases = cell.locator("img.widget-image"), cell.get_by_label("disagree")
-    chosen = cases.locator("option").last
-    step = re.findall(r"step (\d+):", chosen.text_content() or "")[0]
+    words = cases.locator("option").last.text_content() or ""
+    (step,) = re.findall(r"step\s(\d+):", words)  # with a space that does not break
     another_picture(page, picture, lambda: cases.select_option(index=cases.locator("option").count() - 1))
     expect(cell.get_by_role("status")).to_contain_text(f"step {step} of 149")
 

@@ -1,6 +1,8 @@
 """Interactive views for notebooks; each widget has a static twin for rendered reports."""
 
+import asyncio
 import base64
+import contextlib
 import html
 import io
 import json
@@ -263,7 +265,7 @@ def records(data: pd.DataFrame) -> list[dict]:
 def watch_runs(outputs: Path, seconds: float = 10, limit: int = 8) -> widgets.Widget:
     """Runs below an outputs folder, wherever they were started, in JupyterLab: states, progress, scores, curves.
 
-    It refreshes itself as long as its clock plays, between the cells of this notebook.
+    It refreshes itself whenever no cell is running; of several in one kernel, the last one does.
 
     Args:
         outputs: an outputs folder.
@@ -271,7 +273,7 @@ def watch_runs(outputs: Path, seconds: float = 10, limit: int = 8) -> widgets.Wi
         limit: runs whose curves are drawn, the ones updated last.
     """
     named = widgets.Text(description="runs", placeholder="part of notebook/run")
-    clock = widgets.Play(min=0, max=2**30, interval=round(1_000 * seconds), playing=True, show_repeat=False)
+    live = widgets.ToggleButton(value=True, description="refresh")
     rows, picture = widgets.HTML(), widgets.Image(format="png")
 
     def show(_: object = None) -> None:
@@ -283,10 +285,22 @@ def watch_runs(outputs: Path, seconds: float = 10, limit: int = 8) -> widgets.Wi
         logged = [folder for folder in logged if (folder / "metrics.jsonl").exists()][:limit]
         picture.value = to_png(plots.compare_curves(run_table.learning_curves(logged)))
 
+    async def refresh() -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            if live.value:
+                show()
+
     named.observe(show, "value")
-    clock.observe(show, "value")
     show()
-    return widgets.VBox([widgets.HBox([named, clock]), rows, picture])
+    while _refreshing:
+        _refreshing.pop().cancel()
+    with contextlib.suppress(RuntimeError):  # a program without an event loop, unlike a kernel
+        _refreshing.append(asyncio.get_running_loop().create_task(refresh()))
+    return widgets.VBox([widgets.HBox([named, live]), rows, picture])
+
+
+_refreshing: list[asyncio.Task] = []  # at most one
 
 
 def sources(replay: Replay) -> pd.DataFrame:
