@@ -220,7 +220,7 @@ def table(
         none: columns whose missing values are findings, not gaps, and are shown as the word "none".
         links: columns that name runs, separated by commas, and the notebook of each: names lead to the runs' reports.
     """
-    display(HTML(_styled(data, decimals, caption, none, links or {})))
+    display(HTML(_styled(data, decimals, caption, none, links)))
 
 
 def _styled(
@@ -252,8 +252,7 @@ def _styled(
 
 def _report_links(notebook: str, names: str) -> str:
     """Runs' names, each a link from a report of the same outputs folder; `site` finds and changes them."""
-    links = [f'<a href="../../{notebook}/{name}/run.html">{name}</a>' for name in names.split(", ")]
-    return ", ".join(links)
+    return ", ".join(f'<a href="../../{notebook}/{name}/run.html">{name}</a>' for name in names.split(", "))
 
 
 def records(data: pd.DataFrame) -> list[dict]:
@@ -262,7 +261,10 @@ def records(data: pd.DataFrame) -> list[dict]:
     return json.loads(flat.reset_index().to_json(orient="records"))
 
 
-def watch_runs(outputs: Path, seconds: float = 10, limit: int = 8) -> widgets.Widget:
+_refreshing: list[asyncio.Task] = []  # of `watch_runs`, at most one
+
+
+def watch_runs(outputs: str | Path, seconds: float = 10, limit: int = 8) -> widgets.Widget:
     """Runs below an outputs folder, wherever they were started, in JupyterLab: states, progress, scores, curves.
 
     It refreshes itself whenever no cell is running; of several in one kernel, the last one does.
@@ -274,22 +276,25 @@ def watch_runs(outputs: Path, seconds: float = 10, limit: int = 8) -> widgets.Wi
     """
     named = widgets.Text(description="runs", placeholder="part of notebook/run")
     live = widgets.ToggleButton(value=True, description="refresh")
-    rows, picture = widgets.HTML(), widgets.Image(format="png")
+    rows = widgets.HTML(layout=widgets.Layout(max_height="24em", overflow="auto"))
+    picture = widgets.Image(format="png")
 
     def show(_: object = None) -> None:
-        found = run_table.gather(outputs)
-        found = found[(found["notebook"] + "/" + found["run"]).str.contains(named.value, regex=False)]
-        now = time.strftime("%H:%M:%S")
-        rows.value = _styled(run_table.in_words(found, time.time()), 1, f"{len(found)} runs at {now}")
-        logged = [outputs / row.notebook / row.run for row in found.itertuples()]
+        found = run_table.gather(Path(outputs))
+        meant = (found["notebook"] + "/" + found["run"]).str.contains(named.value, regex=False)
+        found = found[meant].reset_index(drop=True)
+        shown = run_table.in_words(found, time.time()).drop(columns="differs")
+        rows.value = _styled(shown, 1, f"{len(found)} runs at {time.strftime('%H:%M:%S')}")
+        logged = [Path(outputs, row.notebook, row.run) for row in found.itertuples()]
         logged = [folder for folder in logged if (folder / "metrics.jsonl").exists()][:limit]
         picture.value = to_png(plots.compare_curves(run_table.learning_curves(logged)))
 
     async def refresh() -> None:
         while True:
             await asyncio.sleep(seconds)
-            if live.value:
-                show()
+            with contextlib.suppress(FileNotFoundError):  # a run that is being deleted
+                if live.value:
+                    show()
 
     named.observe(show, "value")
     show()
@@ -298,9 +303,6 @@ def watch_runs(outputs: Path, seconds: float = 10, limit: int = 8) -> widgets.Wi
     with contextlib.suppress(RuntimeError):  # a program without an event loop, unlike a kernel
         _refreshing.append(asyncio.get_running_loop().create_task(refresh()))
     return widgets.VBox([widgets.HBox([named, live]), rows, picture])
-
-
-_refreshing: list[asyncio.Task] = []  # at most one
 
 
 def sources(replay: Replay) -> pd.DataFrame:
