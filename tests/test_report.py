@@ -116,6 +116,8 @@ def test_a_verdict_that_no_result_says_comes_first_and_progress_lines_stay_below
         ] == said
         figure = next(outputs for outputs in tops if "image/png" in str(outputs))
         assert [list(output.data) for output in figure] == [["image/png"]]
+    book.cells[4].outputs = [output("stream", name="stdout", text="nothing to see")]
+    assert str(arrange(book, ABOUT).cells).count("nothing to see") == 1, "in its place alone"
     book.cells[6].outputs[0].data = {"text/markdown": "**yes**, and why"}
     arranged = arrange(book, ABOUT | {"verdict": "**yes**"})
     assert arranged.cells[2].outputs[0].data["text/markdown"] == "**yes**, and why"

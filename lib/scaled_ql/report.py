@@ -110,7 +110,8 @@ def arrange(book: NotebookNode, about: Mapping[str, Any]) -> NotebookNode:
     for cell in book.cells:
         headings = _headings(cell)
         anchor = headings[-1][2] if headings else anchor
-        if "result" in cell.metadata.get("tags", ()) and cell.get("outputs"):
+        said_more = any("data" in output for output in cell.get("outputs", ()))  # than what it printed
+        if "result" in cell.metadata.get("tags", ()) and said_more:
             rich = [output for output in cell.outputs if {*output.get("data", ())} != {"text/plain"}]
             shown = copy.deepcopy(rich or cell.outputs)  # no progress line above a figure
             results.append(_without_code(shown, id=f"{cell.get('id', 'result')}-top"))

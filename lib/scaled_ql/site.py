@@ -40,9 +40,10 @@ def build(source: Path, destination: Path) -> Path:
     if not reports:
         raise runs.RunError(f"{source}: neither finished runs nor reports are in it. Give an outputs folder.")
     destination.mkdir(parents=True, exist_ok=True)
+    names = {*reports.values(), *(file.name for file in destination.glob("*.html"))}
     for file, name in reports.items():
         page = file.read_text(encoding="utf-8")
-        linked = LINK.sub(lambda found: _link(*found.groups(), set(reports.values())), page)
+        linked = LINK.sub(lambda found: _link(*found.groups(), names), page)
         if file != destination / name or linked != page:
             (destination / name).write_text(linked, encoding="utf-8")
     entries = [describe(file) for file in sorted(destination.glob("*.html")) if file.name != "index.html"]
