@@ -32,8 +32,8 @@ def pytest_xdist_auto_num_workers() -> int:
 
 # Minutes; to be started first.
 LONG = (
-    "test_notebooks.py", "test_devices.py", "test_resuming.py", "test_transfer_runs.py", "test_online.py",
-    "test_grids.py", "test_networks.py",
+    "test_notebooks.py", "test_browser.py", "test_devices.py", "test_resuming.py", "test_transfer_runs.py",
+    "test_online.py", "test_grids.py", "test_networks.py",
 )  # fmt: skip
 
 
@@ -54,3 +54,10 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     collect.record_game(store, "Breakout", 600, seed=3)
     collect.record_game(store, "Freeway", 400, seed=3, max_steps=150)
     return store
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests measured."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value}")

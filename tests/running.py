@@ -5,6 +5,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import nbformat
 
 from scaled_ql import parameters, runs
 
@@ -22,6 +25,16 @@ def run(target: str, folder: Path, *more: str, **environment: str) -> subprocess
         arguments(target, folder, *more), env={**os.environ, **environment}, cwd=runs.workspace(),
         capture_output=True, text=True, timeout=850,
     )  # fmt: skip
+
+
+def opening(notebook: str, until: str, values: dict[str, Any]) -> nbformat.NotebookNode:
+    """The code cells of a committed notebook up to the one with a text; parameters as a person changes them."""
+    book = nbformat.read(runs.workspace() / "notebooks" / f"{notebook}.ipynb", as_version=4)
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    (last,) = (number for number, cell in enumerate(code) if until in cell.source)
+    given = nbformat.v4.new_code_cell("\n".join(f"{name} = {value!r}" for name, value in values.items()))
+    book.cells = [code[0], given, *code[1 : last + 1]]
+    return book
 
 
 def metrics(folder: Path) -> list[dict]:

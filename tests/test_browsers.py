@@ -97,7 +97,8 @@ def test_telling_moments_are_where_the_numbers_say(agents: list[Agent]) -> None:
 
 def test_jumps_go_to_the_next_event_and_stay_after_the_last() -> None:
     assert [next_event(np.array([3, 7]), now) for now in (0, 3, 7, 9)] == [3, 7, 7, 9]
-    steps = Steps()
+    shown = []
+    steps = Steps(lambda: shown.append(steps.slider.value))
     steps.set_episode(10, {"reward": np.array([3, 7]), "disagreement": np.array([], int)})
     (reward, disagreement), visited = steps.jumps.children, []
     for _ in range(3):
@@ -107,6 +108,7 @@ def test_jumps_go_to_the_next_event_and_stay_after_the_last() -> None:
     steps.set_episode(5, {"reward": np.array([1])})
     assert (steps.slider.value, steps.slider.max, steps.play.max) == (0, 4, 4)
     assert [button.description for button in steps.jumps.children] == ["next reward"]
+    assert shown == [0, 3, 7, 0], "each step once"
 
 
 def test_the_browser_shows_the_episode_that_its_controls_name(agents: list[Agent], recording: Path) -> None:

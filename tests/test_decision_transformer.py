@@ -322,7 +322,7 @@ def test_play_is_a_function_of_its_numbers_and_asks_for_the_target(shallow):
     assert np.abs(policies[0] - policies[1]).max() > 0
 
 
-def test_an_experts_returns_from_data_weigh_the_predicted_ones_in_each_game():
+def test_an_experts_returns_from_data_weigh_the_predicted_ones_in_each_game(shallow):
     """Where one return is left, it is played for; where nothing is known of an expert, as the data's players did."""
     batch = windows(64)
     one = batch._replace(**{name: np.repeat(x[:1], 64, 0) for name, x in batch._asdict().items()})

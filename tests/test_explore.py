@@ -24,10 +24,11 @@ from scaled_ql.replay.store import Replay
 from scaled_ql.replay.views import drawn_transitions
 
 
-def test_the_browser_shows_the_episode_that_its_sliders_name(recording: Path) -> None:
-    data = open_replay(recording)
+def test_the_browser_shows_the_episode_that_its_sliders_name(recording: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, drawn, draw = open_replay(recording), [], explore.episode_view
+    monkeypatch.setattr(explore, "episode_view", lambda _, *of: drawn.append(of) or draw(_, *of))
     browser = explore.episode_browser(data)
-    (game, episode), steps, picture = browser.children[0].children, browser.children[1], browser.children[2]
+    (game, episode), (steps, words, picture) = browser.children[0].children, browser.children[1:]
     step = steps.slider
     pictures = {bytes(picture.value)}
     assert step.max == data.episodes("Breakout")["length"].iloc[0] - 1
@@ -37,7 +38,10 @@ def test_the_browser_shows_the_episode_that_its_sliders_name(recording: Path) ->
     pictures.add(bytes(picture.value))
     assert (episode.value, step.value) == (0, 0)
     assert episode.max == len(data.episodes("Freeway")) - 1
-    assert len(pictures) == 3
+    assert len(pictures) == 3 and "Freeway, episode 0, truncated, step 0 of 149: " in words.value
+    step.value, episode.value, game.value = 2, 1, "Breakout"
+    expected = [("Breakout", 0, 0), ("Breakout", 0, 5), ("Freeway", 0, 0)]
+    assert drawn == [*expected, ("Freeway", 0, 2), ("Freeway", 1, 0), ("Breakout", 0, 0)], "each once"
 
 
 def test_sliders_draw_with_what_they_are_set_to() -> None:
@@ -91,6 +95,19 @@ def test_figures_show_the_numbers_they_are_given(recording: Path) -> None:
         list(line.get_ydata()) for line in rate
     ] == [[500, 0], [0, 500]]
     plt.close("all")
+
+
+def test_names_of_runs_lead_to_their_reports() -> None:
+    InteractiveShell.instance()
+    with capture_output(stdout=False, stderr=False) as captured:
+        explore.table(pd.DataFrame({"system": ["a, <b>"], "runs": ["first, second.seed-1"]}), links={"runs": "04"})
+    InteractiveShell.clear_instance()
+    (page,) = (output.data["text/html"] for output in captured.outputs)
+    assert re.findall('href="([^"]+)">([^<]+)<', page) == [
+        ("../../04/first/run.html", "first"),
+        ("../../04/second.seed-1/run.html", "second.seed-1"),
+    ]
+    assert "a, &lt;b&gt;" in page
 
 
 def test_progress_reaches_the_status_file_and_draws_at_the_end(tmp_path: Path) -> None:

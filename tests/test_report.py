@@ -104,6 +104,26 @@ def test_a_report_begins_with_title_run_result_and_film() -> None:
     ]
 
 
+def test_a_verdict_that_no_result_says_comes_first_and_progress_lines_stay_below() -> None:
+    book, output = executed(), nbformat.v4.new_output
+    lines = [output("display_data", {"text/plain": "100%"}), output("display_data", {"image/png": PIXEL})]
+    book.cells[4].update(outputs=lines, metadata={"tags": ["result"]})
+    for verdict, said in (("**yes**", ["**yes**"]), ("", [])):
+        arranged = arrange(book, ABOUT | {"verdict": verdict})
+        tops = [cell.outputs for cell in arranged.cells if "top" in cell.metadata.get("tags", ())]
+        assert [
+            output.data["text/markdown"] for outputs in tops for output in outputs if "text/markdown" in output.data
+        ] == said
+        figure = next(outputs for outputs in tops if "image/png" in str(outputs))
+        assert [list(output.data) for output in figure] == [["image/png"]]
+    book.cells[4].outputs = [output("stream", name="stdout", text="nothing to see")]
+    assert str(arrange(book, ABOUT).cells).count("nothing to see") == 1, "in its place alone"
+    book.cells[6].outputs[0].data = {"text/markdown": "**yes**, and why"}
+    arranged = arrange(book, ABOUT | {"verdict": "**yes**"})
+    assert arranged.cells[2].outputs[0].data["text/markdown"] == "**yes**, and why"
+    assert str(arranged.cells).count("**yes**") == 2, "at the top and in its place"
+
+
 def test_the_page() -> None:
     html, _ = ReportExporter(embed_images=True).from_notebook_node(executed(), {"about": ABOUT})
     page = html.split("<body", 1)[1]

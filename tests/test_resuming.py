@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from running import TINY, arguments, metrics, run
+from running import TINY, arguments, metrics, opening, run
 
 from scaled_ql import evaluation, parameters, runs
 
@@ -112,11 +112,7 @@ def test_the_training_cell_goes_on_after_an_interrupt_and_shows_its_curves_again
     """As in JupyterLab: the cell is interrupted, and executed again in the same kernel; and again when all is done."""
     values = parameters.load(runs.workspace() / TINY["04_scaled_training"])
     values |= {"dataset": str(recording), "outputs": str(tmp_path), "num_steps": 200, "log_every": 1, "run": "again"}
-    book = nbformat.read(runs.workspace() / "notebooks" / "04_scaled_training.ipynb", as_version=4)
-    code = [cell for cell in book.cells if cell.cell_type == "code"]
-    (training,) = (number for number, cell in enumerate(code) if "trainer.steps(" in cell.source)
-    given = nbformat.v4.new_code_cell("\n".join(f"{name} = {value!r}" for name, value in values.items()))
-    book.cells = [code[0], given, *code[1 : training + 1]]
+    book = opening("04_scaled_training", "trainer.steps(", values)
     client = NotebookClient(book, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
     log = tmp_path / "04_scaled_training" / "again" / "metrics.jsonl"
     with client.setup_kernel():

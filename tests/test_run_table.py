@@ -1,5 +1,6 @@
 """The table of runs: their states, what differs, comparisons, what may be deleted."""
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from scaled_ql import run_table, runs
+from scaled_ql import explore, run_table, runs
 from scaled_ql.command import main
 
 
@@ -148,3 +149,25 @@ def test_the_version() -> None:
 
 def test_the_workspaces_own_outputs_are_the_default() -> None:
     assert str(runs.workspace() / "outputs") in CliRunner().invoke(main, ["runs"]).output
+
+
+def test_a_list_of_runs_refreshes_itself(outputs: Path) -> None:
+    status = outputs / "04_scaled_training" / "killed" / "status.json"
+    seen = []
+
+    async def watch() -> None:
+        watched = explore.watch_runs(outputs, seconds=0.01)
+        (named, live), (rows, picture) = watched.children[0].children, watched.children[1:]
+        seen.append(rows.value)
+        drawn = bytes(picture.value)
+        status.write_text(status.read_text().replace('"done": 30', '"done": 33'))
+        while "33 of 40" not in rows.value:
+            await asyncio.sleep(0.01)
+        live.value, named.value = False, "04_scaled_training/seed"
+        seen.append(rows.value)
+        assert bytes(picture.value) != drawn, "curves instead of the sentence that there are none in common"
+
+    asyncio.run(asyncio.wait_for(watch(), 60))
+    assert "6 runs at" in seen[0] and seen[0].count("30 of 40") == 2 and "40.0%" in seen[0]
+    assert "2 runs at" in seen[1] and "killed" not in seen[1]
+    assert "6 runs at" in explore.watch_runs(outputs).children[1].value, "without an event loop, too"

@@ -39,6 +39,16 @@ def test_an_index_has_title_picture_verdict_and_link_of_every_report(outputs: Pa
     assert not re.search(r'(src|href)="(http|/)', page), "it needs no network"
 
 
+def test_links_between_reports_lead_to_the_same_reports_in_the_site(outputs: Path, tmp_path: Path) -> None:
+    links = [f'<a href="../../04_scaled_training/{run}/run.html">' for run in ("second", "half")]
+    report = outputs / "04_scaled_training" / "first" / "run.html"
+    report.write_text(report.read_text().replace("</main>", "".join(links) + "</main>"))
+    assert (report.parent / "../../04_scaled_training/second/run.html").exists()
+    site.build(outputs, tmp_path / "site")
+    page = (tmp_path / "site" / "04_scaled_training.first.html").read_text()
+    assert '<a href="04_scaled_training.second.html"><a title="this report is not here"></main>' in page
+
+
 def test_a_folder_of_reports_gets_an_index_of_its_own(outputs: Path, tmp_path: Path) -> None:
     site.build(outputs, tmp_path / "gallery")
     (tmp_path / "gallery" / "old.html").write_text("<h1>An older report</h1>")

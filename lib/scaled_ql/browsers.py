@@ -98,7 +98,7 @@ class Moments:
             axis.tick_params(labelsize="x-small")
         axis = figure.add_subplot(inner[-1])
         places, low, high = np.arange(len(self._names)), min(finite.min(), 0.0), max(finite.max(), 0.0)
-        axis.set(xlim=(low, low + 1.6 * max(high - low, 1e-6)), ylim=(len(self._names) - 0.5, -0.5))
+        axis.set(xlim=(low, low + 1.8 * max(high - low, 1e-6)), ylim=(len(self._names) - 0.5, -0.5))
         axis.set_yticks(places, self._names, fontsize="x-small" if len(self._names) < 10 else 6.5)
         axis.set_title(agent.values_name, fontsize="small")
         axis.tick_params(labelsize="x-small", axis="x")
@@ -241,7 +241,7 @@ class AgentBrowser(widgets.VBox):
         self.game = widgets.Dropdown(options=shared, value=game if game in shared else shared[0], description="game")
         self.source = widgets.Dropdown(options=["agent"], description="played by")
         self.number = widgets.BoundedIntText(min=0, max=2**30, description="seed")
-        self.steps = Steps()
+        self.steps = Steps(self._show)
         self.picture = widgets.Image(format="png", layout=widgets.Layout(max_width="960px"))
         self.words = widgets.HTML()
         self.looks_at = widgets.ToggleButton(description="where it looks", tooltip="blur spots; slower")
@@ -256,7 +256,6 @@ class AgentBrowser(widgets.VBox):
         ]  # fmt: skip
         for widget, call in self._observed:
             widget.observe(call, "value")
-        self.steps.slider.observe(self._show, "value")
         self.looks_at.observe(self._show, "value")
         self._set_game(number=seed)
 
@@ -293,7 +292,6 @@ class AgentBrowser(widgets.VBox):
         self._looks = [watch(agent, self.episode) for agent in self._agents]
         self._moments = Moments(self._agents, self.episode, self._looks)
         self.steps.set_episode(len(self.episode.actions), self._events())
-        self._show()
 
     def _events(self) -> dict[str, np.ndarray]:
         events = {"reward": np.flatnonzero(self.episode.rewards)}

@@ -1,11 +1,14 @@
 """Interactive views for notebooks; each widget has a static twin for rendered reports."""
 
+import asyncio
 import base64
+import contextlib
 import html
 import io
 import json
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from IPython.display import HTML, DisplayHandle, Image, Video, display
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from scaled_ql import plots, run_table
 from scaled_ql.controls import Steps
 from scaled_ql.environments import in_words
 from scaled_ql.games import PUBLISHED_SOURCES, RULES, UnknownGame, rom_badge
@@ -143,26 +147,28 @@ def episode_browser(replay: Replay) -> widgets.Widget:
     """Controls over game, episode and step around `episode_view`, for JupyterLab; keys as in `agent_browser`."""
     game = widgets.Dropdown(options=replay.games, description="game")
     episode = widgets.IntSlider(description="episode", min=0, max=0, continuous_update=False)
-    steps = Steps()
-    picture = widgets.Image(format="png")
+    words, picture = widgets.HTML(), widgets.Image(format="png")
 
     def set_game(_: object = None) -> None:
+        episode.unobserve(set_episode, "value")  # shown once, below
         episode.value, episode.max = 0, len(replay.episodes(game.value)) - 1
+        episode.observe(set_episode, "value")
         set_episode()
 
     def set_episode(_: object = None) -> None:
         rewards = replay.episode(game.value, episode.value)["reward"]
         steps.set_episode(len(rewards), {"reward": np.flatnonzero(rewards)})
-        show()
 
-    def show(_: object = None) -> None:
-        picture.value = to_png(episode_view(replay, game.value, episode.value, steps.slider.value))
+    def show() -> None:
+        figure = episode_view(replay, game.value, episode.value, steps.slider.value)
+        words.value = f'<div role="status">{html.escape(figure.get_suptitle())}</div>'
+        figure.suptitle("")
+        picture.value = to_png(figure)
 
+    steps = Steps(show)
     game.observe(set_game, "value")
-    episode.observe(set_episode, "value")
-    steps.slider.observe(show, "value")
     set_game()
-    return widgets.VBox([widgets.HBox([game, episode]), steps, picture])
+    return widgets.VBox([widgets.HBox([game, episode]), steps, words, picture])
 
 
 def sliders(
@@ -201,7 +207,10 @@ def values(named: Mapping[str, object]) -> None:
         print(f"{name:{width}}  {shown}")
 
 
-def table(data: pd.DataFrame, decimals: int = 1, caption: str = "", none: Sequence[Hashable] = ()) -> None:
+def table(
+    data: pd.DataFrame, decimals: int = 1, caption: str = "", none: Sequence[Hashable] = (),
+    links: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
     """Show a table, numbers rounded, readable in a report; a long or wide one scrolls.
 
     Args:
@@ -209,7 +218,18 @@ def table(data: pd.DataFrame, decimals: int = 1, caption: str = "", none: Sequen
         decimals: decimals of numbers.
         caption: caption above the table.
         none: columns whose missing values are findings, not gaps, and are shown as the word "none".
+        links: columns that name runs, separated by commas, and the notebook of each: names lead to the runs' reports.
     """
+    display(HTML(_styled(data, decimals, caption, none, links)))
+
+
+def _styled(
+    data: pd.DataFrame,
+    decimals: int,
+    caption: str,
+    none: Sequence[Hashable] = (),
+    links: Mapping[str, str] | None = None,
+) -> str:
     floats = data.select_dtypes("float").columns
     data = data.copy()
     data[floats] = data[floats].round(decimals) + 0.0  # no -0.0
@@ -218,6 +238,8 @@ def table(data: pd.DataFrame, decimals: int = 1, caption: str = "", none: Sequen
     style = style.format_index(escape="html", axis=0).format_index(escape="html", axis=1)
     if len(none):
         style = style.format(precision=decimals, thousands=",", na_rep="none", escape="html", subset=list(none))
+    for column, notebook in (links or {}).items():
+        style = style.format(partial(_report_links, notebook), subset=[column])
     words = [i for i, column in enumerate(data.columns) if not pd.api.types.is_numeric_dtype(data[column])]
     looks = {"caption": "text-align: left; white-space: pre-line; min-width: 20em"}
     looks |= {f".col{i}": "text-align: left" for i in words}
@@ -225,13 +247,62 @@ def table(data: pd.DataFrame, decimals: int = 1, caption: str = "", none: Sequen
     if isinstance(data.index, pd.RangeIndex):
         style = style.hide(axis="index")
     style = style.set_table_attributes('class="tex2jax_ignore mathjax_ignore"')  # names of files have dollar signs
-    display(HTML(f'<div style="max-height: 110em; overflow: auto">{style.to_html()}</div>'))
+    return f'<div style="max-height: 110em; overflow: auto">{style.to_html()}</div>'
+
+
+def _report_links(notebook: str, names: str) -> str:
+    """Runs' names, each a link from a report of the same outputs folder; `site` finds and changes them."""
+    return ", ".join(f'<a href="../../{notebook}/{name}/run.html">{name}</a>' for name in names.split(", "))
 
 
 def records(data: pd.DataFrame) -> list[dict]:
     """Rows as JSON values: plain numbers, None if missing; an index becomes columns."""
     flat = data.set_axis([" ".join(name) if isinstance(name, tuple) else name for name in data.columns], axis=1)
     return json.loads(flat.reset_index().to_json(orient="records"))
+
+
+_refreshing: list[asyncio.Task] = []  # of `watch_runs`, at most one
+
+
+def watch_runs(outputs: str | Path, seconds: float = 10, limit: int = 8) -> widgets.Widget:
+    """Runs below an outputs folder, wherever they were started, in JupyterLab: states, progress, scores, curves.
+
+    It refreshes itself whenever no cell is running; of several in one kernel, the last one does.
+
+    Args:
+        outputs: an outputs folder.
+        seconds: between two refreshments.
+        limit: runs whose curves are drawn, the ones updated last.
+    """
+    named = widgets.Text(description="runs", placeholder="part of notebook/run")
+    live = widgets.ToggleButton(value=True, description="refresh")
+    rows = widgets.HTML(layout=widgets.Layout(max_height="24em", overflow="auto"))
+    picture = widgets.Image(format="png")
+
+    def show(_: object = None) -> None:
+        found = run_table.gather(Path(outputs))
+        meant = (found["notebook"] + "/" + found["run"]).str.contains(named.value, regex=False)
+        found = found[meant].reset_index(drop=True)
+        shown = run_table.in_words(found, time.time()).drop(columns="differs")
+        rows.value = _styled(shown, 1, f"{len(found)} runs at {time.strftime('%H:%M:%S')}")
+        logged = [Path(outputs, row.notebook, row.run) for row in found.itertuples()]
+        logged = [folder for folder in logged if (folder / "metrics.jsonl").exists()][:limit]
+        picture.value = to_png(plots.compare_curves(run_table.learning_curves(logged)))
+
+    async def refresh() -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            with contextlib.suppress(FileNotFoundError):  # a run that is being deleted
+                if live.value:
+                    show()
+
+    named.observe(show, "value")
+    show()
+    while _refreshing:
+        _refreshing.pop().cancel()
+    with contextlib.suppress(RuntimeError):  # a program without an event loop, unlike a kernel
+        _refreshing.append(asyncio.get_running_loop().create_task(refresh()))
+    return widgets.VBox([widgets.HBox([named, live]), rows, picture])
 
 
 def sources(replay: Replay) -> pd.DataFrame:

@@ -239,19 +239,23 @@ def compare_curves(curves: pd.DataFrame) -> Figure:
     """Learning curves of several runs.
 
     Args:
-        curves: columns run, step, and metrics; losses, values and the gradient's norm are drawn if all runs have them.
+        curves: columns run, step, and metrics; losses, values and the gradient's norm are drawn if all runs have them,
+            and without any a sentence says so.
     """
     import seaborn as sns
 
     wanted = ("loss", "td_loss", "cql_loss", "nll", "accuracy", "q_data", "entropy", "grad_norm")
     names = [name for name in wanted if name in curves and curves.groupby("run")[name].count().all()]
+    if not names:
+        figure = plt.figure(figsize=(6, 0.5))
+        figure.text(0, 0.5, "These runs have logged no metric that all of them have.")
+        return figure
     figure, axes = _grid(len(names))
     for axis, name in zip(axes, names):
         sns.lineplot(curves, x="step", y=name, hue="run", ax=axis, legend=name == names[0], errorbar=None)
-    if names:
-        lines, labels = axes[0].get_legend_handles_labels()
-        axes[0].get_legend().remove()
-        figure.legend(lines, labels, loc="outside upper left", frameon=False)
+    lines, labels = axes[0].get_legend_handles_labels()
+    axes[0].get_legend().remove()
+    figure.legend(lines, labels, loc="outside upper left", frameon=False)
     return figure
 
 

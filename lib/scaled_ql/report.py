@@ -1,7 +1,7 @@
 """Reports: rendered notebooks that begin with their result, in one file that opens offline.
 
-A cell tagged ``result`` is shown at the top, below the title; `templates/report` has the page. LaTeX becomes MathML,
-which browsers show without a network.
+A cell tagged ``result`` is shown at the top, below the title, small enough to share the first screen with others;
+`templates/report` has the page. LaTeX becomes MathML, which browsers show without a network.
 """
 
 import copy
@@ -106,25 +106,35 @@ def arrange(book: NotebookNode, about: Mapping[str, Any]) -> NotebookNode:
         book.cells[0].source = rest.strip("\n")
     if about:
         top.append(new_markdown_cell(_about(about)))
-    results, films, anchor, hidden = [], [], "", {"transient": {"remove_source": True}}
+    results, films, anchor = [], [], ""
     for cell in book.cells:
         headings = _headings(cell)
         anchor = headings[-1][2] if headings else anchor
-        if "result" in cell.metadata.get("tags", ()) and cell.get("outputs"):
-            shown = copy.deepcopy(cell)
-            shown.metadata |= hidden
-            shown.id = f"{cell.get('id', 'result')}-top"
-            results.append(shown)
+        said_more = any("data" in output for output in cell.get("outputs", ()))  # than what it printed
+        if "result" in cell.metadata.get("tags", ()) and said_more:
+            rich = [output for output in cell.outputs if {*output.get("data", ())} != {"text/plain"}]
+            shown = copy.deepcopy(rich or cell.outputs)  # no progress line above a figure
+            results.append(_without_code(shown, id=f"{cell.get('id', 'result')}-top"))
         posters = re.findall(r'poster="(data:image/[^"]+)"', str(cell.get("outputs", "")))
         if posters:
             pictures = "".join(f'<img src="{poster}" alt="a moment of play; leads to the film">' for poster in posters)
             shown = new_output("display_data", {"text/html": f'<a class="film" href="#{anchor}">{pictures}</a>'})
-            films.append(new_code_cell(outputs=[shown], metadata=hidden))
+            films.append(_without_code([shown]))
+    said = [output.get("data", {}).get("text/markdown", "") for cell in results for output in cell.outputs]
+    verdict = about.get("verdict", "")
+    if verdict and not any(verdict in text for text in said):
+        results.append(_without_code([new_output("display_data", {"text/markdown": verdict})]))
+    results.sort(key=lambda cell: "text/markdown" not in str(cell.outputs))  # verdicts first
     book.cells = [*top, *results[:1], *films, *results[1:], *book.cells]
     book.metadata["contents"] = [heading for cell in book.cells for heading in _headings(cell) if heading[0] > 1]
     book.metadata["report"] = {name: about[name] for name in ("line", "verdict") if name in about}
     book.metadata["report"]["title"] = book.metadata.get("title", "")
     return book
+
+
+def _without_code(outputs: list[NotebookNode], **more: Any) -> NotebookNode:
+    """A cell at a report's top."""
+    return new_code_cell(outputs=outputs, metadata={"transient": {"remove_source": True}, "tags": ["top"]}, **more)
 
 
 def _headings(cell: NotebookNode) -> list[tuple[int, str, str]]:

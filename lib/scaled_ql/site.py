@@ -5,7 +5,6 @@ import html
 import io
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,15 @@ from PIL import Image
 from scaled_ql import run_table, runs
 
 THUMBNAIL = 480  # pixels
+LINK = re.compile(r'href="\.\./\.\./([^/"]+)/([^/"]+)/run\.html"')  # of `explore.table`, from report to report
 
 
 def build(source: Path, destination: Path) -> Path:
     """Copy reports to a folder, and write its `index.html`.
 
     Args:
-        source: an outputs folder, whose finished runs' reports become ``<notebook>.<run>.html``; or a folder of
-            reports, which keep their names.
+        source: an outputs folder, whose finished runs' reports become ``<notebook>.<run>.html``, links between them
+            included; or a folder of reports, which keep their names.
         destination: folder to write to, which may be the folder of reports. Reports in it already are indexed, too.
 
     Returns:
@@ -40,9 +40,12 @@ def build(source: Path, destination: Path) -> Path:
     if not reports:
         raise runs.RunError(f"{source}: neither finished runs nor reports are in it. Give an outputs folder.")
     destination.mkdir(parents=True, exist_ok=True)
+    names = {*reports.values(), *(file.name for file in destination.glob("*.html"))}
     for file, name in reports.items():
-        if file != destination / name:
-            shutil.copyfile(file, destination / name)
+        page = file.read_text(encoding="utf-8")
+        linked = LINK.sub(lambda found: _link(*found.groups(), names), page)
+        if file != destination / name or linked != page:
+            (destination / name).write_text(linked, encoding="utf-8")
     entries = [describe(file) for file in sorted(destination.glob("*.html")) if file.name != "index.html"]
     entries.sort(key=lambda entry: entry["title"])
     folder = Path(__file__).parent / "templates"
@@ -51,6 +54,12 @@ def build(source: Path, destination: Path) -> Path:
     page = environment.get_template("site.html.j2").render(reports=entries)
     index.write_text(page, encoding="utf-8")
     return index
+
+
+def _link(notebook: str, run: str, names: set[str]) -> str:
+    """The attribute of a link to a run's report: its name in the site, or none where the site does not have it."""
+    name = f"{notebook}.{run}.html"
+    return f'href="{name}"' if name in names else 'title="this report is not here"'
 
 
 def describe(file: Path) -> dict[str, str]:
