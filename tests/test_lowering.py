@@ -79,18 +79,19 @@ def test_a_bfloat16_step_has_nothing_that_accelerators_are_slow_at(encoder: str)
     assert len(images) == 2, "each of the two stacks is transposed once, as bytes"
 
 
-# The others of a family have more blocks, or wider ones.
-SMALLEST = {
-    "resnet_basic": "resnet_narrow",
-    "resnet_bottleneck": "resnet50",
-    "impala": "impala_x1",
-    "vit": "vit_narrow",
-}
+# The others of a family have more blocks, or wider ones: `pytest -m slow -n 0 tests/test_lowering.py`.
+SMALLEST = {"resnet_narrow", "resnet50", "impala_x1", "nature", "nature_narrow", "vit_narrow"}
 
 
-@pytest.mark.parametrize("family", sorted({family for family, *_ in defaults.ENCODERS.values()}))
-def test_every_kind_of_encoders_step_lowers_for_accelerators(family: str) -> None:
-    lowers(SMALLEST.get(family, family), dtype="bfloat16", remat=not family.startswith("nature"))
+@pytest.mark.parametrize(
+    "encoder", [pytest.param(name, marks=[] if name in SMALLEST else [pytest.mark.slow]) for name in defaults.ENCODERS]
+)
+def test_every_encoders_step_lowers_for_accelerators(encoder: str) -> None:
+    lowers(encoder, dtype="bfloat16", remat=not encoder.startswith("nature"))
+
+
+def test_a_small_encoder_of_each_family_lowers_in_every_run_of_the_tests() -> None:
+    assert {defaults.ENCODERS[name][0] for name in SMALLEST} == {family for family, *_ in defaults.ENCODERS.values()}
 
 
 @pytest.mark.parametrize("method", defaults.METHODS)
