@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from stacks import batch_of_stacks
+from tensorboardX.proto.event_pb2 import Event
 from test_losses import Table, reference_batch
 
 from scaled_ql import devices, losses, methods, training
@@ -598,6 +599,33 @@ def test_metrics_log_goes_on_behind_the_checkpoint(tmp_path):
     table = MetricsLog(file, 100).table()
     assert table["step"].tolist() == [2, 4, 6] and table["loss"].tolist() == [1, 2, 9]
     assert table["td_loss/Pong"].isna().tolist() == [True, True, False]
+
+
+def events(folder):
+    """(step, {name: value}) of each event in TensorBoard's files: a length, its CRC, a message, its CRC."""
+    found = []
+    for file in sorted(folder.iterdir()):
+        content, place = file.read_bytes(), 0
+        while place < len(content):
+            size = int.from_bytes(content[place : place + 8], "little")
+            event = Event.FromString(content[place + 12 : place + 12 + size])
+            found.append((event.step, {value.tag: value.simple_value for value in event.summary.value}))
+            place += size + 16
+    return found
+
+
+def test_metrics_are_mirrored_for_tensorboard(tmp_path, monkeypatch):
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0, tensorboard=True)
+    for step in (2, 4, 6):
+        log.append({"step": step, "loss": step / 2, "td_loss/Pong": math.nan})
+    log = MetricsLog(tmp_path / "metrics.jsonl", 4, tensorboard=True)  # killed, resumed from the checkpoint of step 4
+    log.append({"step": 6, "loss": 30.0, "td_loss/Pong": 1.0})
+    log.close()
+    written = [(step, value) for step, values in events(tmp_path / "tensorboard") for value in values.items()]
+    assert written == [(2, ("loss", 1)), (4, ("loss", 2)), (6, ("loss", 30)), (6, ("td_loss/Pong", 1))]
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e 'lib\[tensorboard\]'"):
+        MetricsLog(tmp_path / "metrics.jsonl", 6, tensorboard=True)
 
 
 # Checkpoints.

@@ -155,7 +155,7 @@ class DataExploration(Parameters):
 # Parameters of training runs that affect neither learning nor evaluation, and the seed.
 INCIDENTAL = frozenset((
     "run", "outputs", "seed", "replay_storage", "sampling_processes", "log_every", "checkpoint_every",
-    "keep_checkpoint_every", "eval_every", "video_steps", "probe_moments", "num_devices", "distributed",
+    "keep_checkpoint_every", "tensorboard", "eval_every", "video_steps", "probe_moments", "num_devices", "distributed",
     "shard_parameters", "accumulate", "remat",
 ))  # fmt: skip
 # Refused if set for a method that ignores them; alpha, tau and kappa may be set in a file that several methods share.
@@ -233,6 +233,7 @@ class ScaledTraining(Parameters):
     log_every: Count = 1_000
     checkpoint_every: Count = 10_000
     keep_checkpoint_every: Count = 1_000_000
+    tensorboard: bool = False
 
     eval_episodes: Count = 10
     eval_min_steps: Annotated[int, Field(ge=0)] = 0
@@ -298,6 +299,7 @@ class Transfer(Parameters):
     target_update_period: Count = defaults.TARGET_UPDATE_PERIOD
     batch_size: Count = 32
     checkpoint_every: Count = 10_000
+    tensorboard: bool = False
 
     dataset: str = "01_data_collection/default/replay"
     view: str = ""

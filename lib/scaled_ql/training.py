@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+import shutil
 import signal
 import threading
 import time
@@ -495,6 +496,7 @@ def resume(
     *,
     checkpoints: "Checkpoints",
     log_file: Path,
+    tensorboard: bool = False,
     shardings: PyTree,
     log_every: int,
     checkpoint_every: int,
@@ -508,7 +510,7 @@ def resume(
         train_step, games, log_every, checkpoint_every: see `train`.
         batches_from: (steps done) -> the batches of the remaining steps, or this process's shares of them.
         checkpoints: checkpoints of the run, closed at the end.
-        log_file: file of the rows of metrics, see `MetricsLog`.
+        log_file, tensorboard: where the rows of metrics go, see `MetricsLog`.
         shardings: shardings of the state (`devices.state_shardings`).
 
     Yields:
@@ -519,12 +521,12 @@ def resume(
         Diverged: see `train`.
     """
     state = checkpoints.restore(devices.place_state(state, shardings))
-    log = MetricsLog(log_file, int(state.step))
+    log = MetricsLog(log_file, int(state.step), tensorboard)
     yield state, log
     batches = devices.place_batches(batches_from(int(state.step)), jax.tree.leaves(shardings)[0].mesh)
     periods = {"log_every": log_every, "checkpoint_every": checkpoint_every}
     steps = train(state, train_step, batches, games, checkpoints=checkpoints, **periods)
-    with contextlib.closing(steps):
+    with contextlib.closing(steps), contextlib.closing(log):
         for state, row in steps:
             log.append(row)
             yield state, log
@@ -650,7 +652,7 @@ class Trainer:
         train_step = make_train_step(objective, optimizer, shardings=shardings, **options)
         about = about_run(p, self.data.games, self.data.identity())
         checkpoints = Checkpoints(self.folder / part / "checkpoints", about, p.keep_checkpoint_every)
-        kept = {"checkpoints": checkpoints, "log_file": self.own / part / "metrics.jsonl"}
+        kept = {"checkpoints": checkpoints, "log_file": self.own / part / "metrics.jsonl", "tensorboard": p.tensorboard}
         periods = {"log_every": p.log_every, "checkpoint_every": p.checkpoint_every}
         batches = partial(self.batches, kind)
         return resume(state, train_step, batches, self.data.games, shardings=shardings, **kept, **periods)
@@ -689,8 +691,18 @@ def _average(window: list[dict[str, np.ndarray]], games: list[str]) -> dict[str,
 class MetricsLog:
     """Rows of metrics in a JSON-lines file; a resumed run continues after its checkpoint's step."""
 
-    def __init__(self, file: str | Path, step: int):
-        """Keep the rows up to `step`; later steps will be repeated."""
+    def __init__(self, file: str | Path, step: int, tensorboard: bool = False):
+        """Keep the rows up to `step`; later steps will be repeated.
+
+        Args:
+            file: JSON lines, a row each.
+            step: the restored checkpoint's.
+            tensorboard: mirror the rows in TensorBoard's files, in the folder `tensorboard` beside the file, which is
+                written anew.
+
+        Raises:
+            ModuleNotFoundError: tensorboardX is not installed.
+        """
         self.file = Path(file)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if self.file.exists() else []
@@ -699,6 +711,9 @@ class MetricsLog:
         partial = self.file.with_name(f".{self.file.name}.partial")
         partial.write_text("".join(map(self._line, self.rows)), encoding="utf-8")
         partial.replace(self.file)
+        self._mirror = _tensorboard(self.file.parent / "tensorboard") if tensorboard else None
+        for row in self.rows:
+            self._show(row)
 
     @staticmethod
     def _line(row: dict[str, float]) -> str:
@@ -712,10 +727,34 @@ class MetricsLog:
         with self.file.open("a", encoding="utf-8") as file:
             file.write(self._line(row))
         self.rows.append(row)
+        self._show(row)
+
+    def _show(self, row: dict[str, float]) -> None:
+        for name, value in row.items() if self._mirror else ():
+            if name != "step" and value is not None and math.isfinite(value):
+                self._mirror.add_scalar(name, value, int(row["step"]))
+
+    def close(self) -> None:
+        """Write what the mirror still holds."""
+        if self._mirror:
+            self._mirror.close()
 
     def table(self) -> pd.DataFrame:
         """All rows."""
         return pd.DataFrame(self.rows).astype(float)
+
+
+def _tensorboard(folder: Path) -> Any:
+    """A writer of TensorBoard's files, in an empty folder."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ModuleNotFoundError as error:
+        message = (
+            "tensorboard: tensorboardX is not installed. Install it, pip install -e 'lib[tensorboard]', or set no."
+        )
+        raise ModuleNotFoundError(message) from error
+    shutil.rmtree(folder, ignore_errors=True)
+    return SummaryWriter(str(folder), flush_secs=5)
 
 
 class Checkpoints:
