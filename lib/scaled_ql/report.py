@@ -100,7 +100,8 @@ def arrange(book: NotebookNode, about: Mapping[str, Any]) -> NotebookNode:
     top = []
     if book.cells and book.cells[0].cell_type == "markdown" and book.cells[0].source.startswith("# "):
         title, _, rest = book.cells[0].source.partition("\n")
-        title += f": {html.escape(about['run'])}" if about else ""
+        name = about.get("run", "").partition(".")[0]  # a grid's run has its values behind
+        title += f": {html.escape(name)}" if name else ""
         top.append(new_markdown_cell(title))
         book.metadata["title"] = re.sub(r"[*`]", "", title.removeprefix("# "))  # of the page
         book.cells[0].source = rest.strip("\n")

@@ -689,7 +689,8 @@ def _about(folder: Path) -> dict[str, Any]:
     usual = [name for name, value in stored.items() if name in fields and fields[name].default == value]
     made = read_json(folder / "provenance.json")
     updated = read_json(folder / "status.json").get("updated")
-    words = [f"seed {stored['seed']}"] if "seed" in stored else []
+    words = [folder.name] if "." in folder.name else []  # the title has the first part of a grid's run
+    words += [f"seed {stored['seed']}"] if "seed" in stored else []
     words += [time.strftime("%d %B %Y", time.gmtime(updated))] if updated is not None else []
     words += (
         [f"commit {made['git_commit'][:7]}{', modified' if made.get('git_dirty') else ''}"]
