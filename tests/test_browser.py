@@ -17,7 +17,7 @@ from typing import NamedTuple
 import nbformat
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
-from running import TINY, metrics, opening
+from running import TINY, metrics, opening, run
 from written import write_run
 
 from scaled_ql import parameters, runs
@@ -34,12 +34,13 @@ REPORTS = sorted(file for file in GALLERY.glob("*.html") if file.name != "index.
 
 
 class Lab(NamedTuple):
-    """A JupyterLab whose folder has notebooks, and the outputs folder of their runs."""
+    """A JupyterLab whose folder has notebooks; the outputs folder of their runs; what makes a process its user's."""
 
     address: str
     token: str
     folder: Path
     outputs: Path
+    environment: dict[str, str]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
             time.sleep(0.1)
         time.sleep(0.2)  # it is being written
         said = json.loads(where.read_text())
-        yield Lab(said["url"], said["token"], notebooks, folder / "outputs")
+        yield Lab(said["url"], said["token"], notebooks, folder / "outputs", own)
     finally:
         server.terminate()
         server.wait(60)
@@ -304,6 +305,30 @@ def test_training_is_interrupted_and_resumed(lab: Lab, chromium: Browser, record
     assert cell.locator(".jp-RenderedImage img").count() == 1
     assert 3 <= done < 60, "it was interrupted in the middle"
     assert [row["step"] for row in metrics(folder)] == list(range(1, 61))
+    page.close()
+    assert not errors
+
+
+def test_a_run_opens_trusted_with_its_films_and_figures(lab: Lab, chromium: Browser, recording: Path) -> None:
+    values = {"run": "seen", "dataset": str(recording), "encoder": "nature_narrow", "num_steps": 4, "log_every": 2}
+    values |= {"checkpoint_every": 4, "eval_episodes": 1, "eval_max_steps": 40, "video_steps": 20}
+    words = [word for name, value in values.items() for word in ("-p", name, json.dumps(value))]
+    done = run("04_scaled_training", lab.folder / "runs", TINY["04_scaled_training"], *words, **lab.environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    book = nbformat.read(lab.folder / "runs" / "04_scaled_training" / "seen" / "run.ipynb", as_version=4)
+    book.metadata["from"] = "elsewhere"
+    nbformat.write(book, lab.folder / "foreign.ipynb")
+    page, errors = open_page(chromium, viewport={"width": 1300, "height": 1000})
+    for path, films in (("foreign.ipynb", 0), ("runs/04_scaled_training/seen/run.ipynb", 2)):
+        page.goto(f"{lab.address}lab/tree/{path}?token={lab.token}&reset")
+        page.get_by_text(re.compile(r"Python 3 \(ipykernel\) \| ")).wait_for()
+        page.locator(".jp-RenderedImage img").first.wait_for(state="attached")
+        page.get_by_role("heading", name="Films").or_(page.locator("video")).first.scroll_into_view_if_needed()
+        page.wait_for_timeout(500)
+        assert page.locator("video source[src]").count() == films, path  # JupyterLab takes an untrusted one's away
+    film = page.locator("video").first
+    film.evaluate("film => { film.muted = true; return film.play() }")
+    wait_until(page, lambda: film.evaluate("film => film.currentTime") > 0)
     page.close()
     assert not errors
 
