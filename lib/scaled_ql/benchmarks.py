@@ -52,6 +52,7 @@ def repeat_store(source: Replay, destination: str | Path, games: list[str], copi
     lenders = {game: source.games[number % len(source.games)] for number, game in enumerate(games)}
     first: dict[str, Path] = {}
     lent: list[dict] = []
+    made: dict[tuple[str, int], tuple[list, list]] = {}  # games of one lender and as many actions have the same rows
     for game, lender in sorted(lenders.items(), key=lambda pair: pair[1]):  # each lender's episodes are read once
         if lender not in first:
             lent = _first_episodes(source, lender, rows)
@@ -61,13 +62,17 @@ def repeat_store(source: Replay, destination: str | Path, games: list[str], copi
         )
         fmt.write_or_compare_manifest(folder, manifest)
         arrays = fmt.open_arrays(folder)
-        episodes, columns, at = [], [], 0
-        for episode in lent:
-            actions = episode["action"] % len(manifest["actions"])
-            data, entry = episode_rows(episode["observation"], actions, episode["reward"], True, at, at)
-            episodes.append(entry)
-            columns.append(data)
-            at += len(actions)
+        number = len(manifest["actions"])
+        if (lender, number) not in made:
+            episodes, columns, at = [], [], 0
+            for episode in lent:
+                actions = episode["action"] % number
+                data, entry = episode_rows(episode["observation"], actions, episode["reward"], True, at, at)
+                episodes.append(entry)
+                columns.append(data)
+                at += len(actions)
+            made[lender, number] = episodes, columns
+        episodes, columns = made[lender, number]
         together = {name: np.concatenate([data[name] for data in columns]) for name in columns[0]}
         once = together.pop("observation")
         repeated = {name: np.tile(column, min(per_shard, copies)) for name, column in together.items()}
