@@ -184,9 +184,11 @@ def test_the_episode_browser_is_dragged_clicked_and_played(lab: Lab, chromium: B
     another_picture(page, picture, lambda: step.press("ArrowLeft"))
     play_a_while(page, cell)
     another_picture(page, picture, lambda: episode.press("ArrowRight"))
-    assert step_of(cell) == 0
+    wait_until(page, lambda: step_of(cell) == 0)
+    expect_shown(cell)
     another_picture(page, picture, lambda: cell.get_by_role("button", name="next reward").click())
-    assert step_of(cell) > 0
+    wait_until(page, lambda: step_of(cell) > 0)
+    expect_shown(cell)
     another_picture(page, picture, lambda: cell.get_by_label("game").select_option("Freeway"))
     expect(cell.get_by_role("status")).to_contain_text("Freeway, episode 0, truncated, step 0 of 149")
     page.close()
