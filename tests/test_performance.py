@@ -1,6 +1,7 @@
 """Arithmetic of what a step costs against sums by hand and the compiler's own count; the comparison's fairness."""
 
 import itertools
+import time
 
 import jax
 import numpy as np
@@ -171,3 +172,12 @@ def test_pytorchs_network_is_of_the_same_size():
     assert torch.isfinite(theirs(torch.zeros(2, 4, 84, 84, dtype=torch.uint8), torch.tensor([0, 2]))).all()
     noise = performance.random_batch(4, 3)
     assert torch_step.measure_torch_step("resnet_narrow", noise, [18, 18, 18], (16,), seconds=0.01) > 0
+
+
+def test_short_calls_are_timed_together_and_long_ones_alone():
+    calls = []
+    assert performance.median_seconds(lambda: calls.append(time.sleep(0.06)), 0.0) >= 0.06
+    assert len(calls) == 2 + 3, "two to warm up, and three timings of one"
+    calls.clear()
+    assert performance.median_seconds(lambda: calls.append(None), 0.0) < 1e-3
+    assert len(calls) > 2 + 3 * 50, "each timing lasts as many calls as fill 50 ms"

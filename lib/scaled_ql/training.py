@@ -750,7 +750,8 @@ def _tensorboard(folder: Path) -> Any:
         from tensorboardX import SummaryWriter
     except ModuleNotFoundError as error:
         message = (
-            "tensorboard: tensorboardX is not installed. Install it, pip install -e 'lib[tensorboard]', or set no."
+            "tensorboard = True, but tensorboardX is not installed. Install it, pip install -e 'lib[tensorboard]', or "
+            "set tensorboard = False."
         )
         raise ModuleNotFoundError(message) from error
     shutil.rmtree(folder, ignore_errors=True)
