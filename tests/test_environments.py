@@ -298,3 +298,21 @@ def test_unknown_game():
     for make in (make_environment, lambda game: make_vector_environment(game, 2)):
         with pytest.raises(UnknownGame, match="Breakout"):
             make("Brekout")
+
+
+def test_threads_are_as_many_as_cores_that_may_be_used():
+    """Runs of a grid have a share of the cores each; with all cores' threads each, they slow each other down."""
+    code = """
+import os, sys
+from scaled_ql.environments import make_vector_environment
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+before = len(os.listdir("/proc/self/task"))
+vector = make_vector_environment("Pong", 8, num_threads=int(sys.argv[1]))
+vector.reset(seed=0)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    asked = [subprocess.run([sys.executable, "-c", code, number], capture_output=True, text=True, check=True).stdout
+             for number in ("0", "1", "2")]  # fmt: skip
+    assert int(asked[0]) == int(asked[1])
+    if os.cpu_count() > 1:  # ALE starts no more than the machine has cores
+        assert int(asked[1]) < int(asked[2])

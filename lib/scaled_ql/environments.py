@@ -6,6 +6,7 @@ reset, game over (not a lost life) ends an episode, 27,000 agent steps (108,000 
 
 import multiprocessing
 import multiprocessing.connection
+import os
 import queue
 import threading
 import weakref
@@ -390,7 +391,7 @@ def make_vector_environment(
         num_environments: number of environments.
         sticky_actions: as in `make_environment`.
         max_steps: as in `make_environment`.
-        num_threads: threads of the default variant; 0: one per core.
+        num_threads: threads of the default variant; 0: one per core that the process may use.
         mode: as in `make_environment`.
         difficulty: as in `make_environment`.
         screens: observe colour screens, uint8 [N, 1, 210, 160, 3], of the same play.
@@ -408,7 +409,7 @@ def make_vector_environment(
     return ThreadVectorEnv(
         game,
         num_environments,
-        num_threads=num_threads,
+        num_threads=num_threads or min(num_environments, len(os.sched_getaffinity(0))),  # ALE's 0: the machine's cores
         max_num_frames_per_episode=FRAME_SKIP * max_steps,
         repeat_action_probability=sticky_actions,
         stack_num=1 if screens else STACK_SIZE,

@@ -220,7 +220,7 @@ def play(
         source: description of the player, for the manifest. A recording is continued only if its manifest has the same.
         run: number of the recording.
         environments: environments per game.
-        num_threads: threads per game for its environments; 0: one per core.
+        num_threads: threads per game for its environments; 0: one per core that the process may use.
         sticky_actions, max_steps, mode, difficulty: see `make_vector_environment`.
         make: factory of environments; others than ALE's need the name and action set of a game that ALE has.
         capacity: transitions per game in the replay: 7.1 GB a million, compressed at most 0.5 GB.
