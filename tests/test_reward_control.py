@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from scipy import stats
 
 from scaled_ql import methods, parameters, reward_control
 from scaled_ql.ablations import GatherError, gather
@@ -110,15 +109,6 @@ def test_runs_that_were_evaluated_otherwise_are_named_where_they_would_be_needed
     (sentence,) = reward_control.verdict(compared)
     assert "no verdict" in sentence and "zero1 (eval_episodes 3, not 10); zero2" in sentence
     assert "aside" not in sentence and "longer" not in sentence
-
-
-def test_intervals_are_scipys():
-    first, second = np.array([3.0, 5.0, 4.5, 7.0, 2.0]), np.array([1.0, 1.5, 0.5])
-    welch = stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
-    assert reward_control.interval(first, second) == pytest.approx((welch.low, welch.high))
-    one = stats.ttest_1samp(first, 2.5).confidence_interval(0.95)
-    low, high = reward_control.interval(first, np.array([2.5]))
-    assert (low + 2.5, high + 2.5) == pytest.approx((one.low, one.high))
 
 
 def test_runs_of_two_recordings_or_twice_the_same_are_refused(outputs):

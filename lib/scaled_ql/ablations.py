@@ -43,7 +43,7 @@ class Gathered(NamedTuple):
 
     Attributes:
         runs: index name of the run; all parameters, `data_id`, `num_parameters` (in all), `paper_parameters` (as the
-            paper counts, encoder and first dense layer; NaN of a run that did not record it).
+            paper counts, encoder and first dense layer), `training_minutes`; NaN of a run that did not record them.
         scores: columns run, game, agent_return (raw), human_normalized (a fraction, NaN where not known or cut),
             episodes, truncated (share of them), cut (whether most were truncated before the protocol's limit), actions
             (by name, their shares of the agent's own choices; empty where there is no table of its episodes), and
@@ -92,6 +92,7 @@ def gather(folder: Path, notebook: str = NOTEBOOK, asking: str = "") -> Gathered
             left_out.append({"run": name, "why": "its network cannot play"})
             continue
         sizes = {"num_parameters": summary["parameters"], "paper_parameters": summary.get("paper_parameters", np.nan)}
+        sizes["training_minutes"] = summary["steps"] / (summary.get("steps_per_second") or np.nan) / 60
         found[name] = values | {"data_id": summary["dataset"]} | sizes
         for game, row in summary["games"].items():
             score = row | {"run": name, "game": game, "episodes": row["agent_episodes"]}

@@ -167,6 +167,25 @@ def compare(names: tuple[str, ...], figure: str, outputs: str) -> None:
             click.echo(f"written: {figure}")
 
 
+@runs_.command("scores")
+@click.argument("params")
+@click.argument("file")
+@_outputs
+def scores(params: str, file: str, outputs: str) -> None:
+    """Write the scores of the runs that differ from PARAMS, a file of params/04_scaled_training, to FILE, a CSV.
+
+    Each row has the command of its run; 08_paper_report tests the paper's claims on such files.
+    """
+    from scaled_ql import ablations, claims
+
+    with _reporting(runs.RunError, parameters.ParameterError, ablations.GatherError, OSError):
+        table = claims.save(ablations.gather(_folder(outputs)), Path(params).name)
+        if table.empty:
+            raise runs.RunError(f"{_folder(outputs)}: no finished run differs from {params} in a claim's parameters.")
+        table.to_csv(file, index=False)
+    click.echo(f"{table['run'].nunique()} runs in {file}")
+
+
 @main.command()
 @click.option("--yes", is_flag=True, help="Delete without asking.")
 @_outputs

@@ -219,6 +219,7 @@ def table(
         caption: caption above the table.
         none: columns whose missing values are findings, not gaps, and are shown as the word "none".
         links: columns that name runs, separated by commas, and the notebook of each: names lead to the runs' reports.
+            A column of files of the gallery is linked by ``gallery``.
     """
     display(HTML(_styled(data, decimals, caption, none, links)))
 
@@ -252,7 +253,8 @@ def _styled(
 
 def _report_links(notebook: str, names: str) -> str:
     """Runs' names, each a link from a report of the same outputs folder; `site` finds and changes them."""
-    return ", ".join(f'<a href="../../{notebook}/{name}/run.html">{name}</a>' for name in names.split(", "))
+    page = "" if notebook == "gallery" else "/run.html"
+    return ", ".join(f'<a href="../../{notebook}/{name}{page}">{name}</a>' for name in names.split(", "))
 
 
 def records(data: pd.DataFrame) -> list[dict]:

@@ -5,7 +5,7 @@ aggregates are those of Agarwal et al. (2021), "Deep RL at the edge of the stati
 stack of such arrays, [..., runs, tasks], and returns one number for each.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -176,6 +176,32 @@ def difference_interval(
         _resampled(one, replicates, rng, "runs", part) for one, rng in zip(pair, np.random.default_rng(seed).spawn(2))
     ]
     return _percentiles(np.concatenate([statistic(one) - statistic(other) for one, other in zip(*samples)]), confidence)
+
+
+def contrast(
+    weights: Sequence[float], samples: Sequence[np.ndarray], confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """A weighted sum of means, and its t interval (Welch, 1947): variances may differ between samples.
+
+    Args:
+        weights: of the samples' means; 1 and -1 for the difference of two.
+        samples: float [n] each; a single value counts as a known number.
+        confidence: confidence level.
+
+    Returns:
+        (value, low, high); the three are equal where nothing varies.
+    """
+    from scipy import stats
+
+    samples = [np.asarray(x, np.float64) for x in samples]
+    value = float(sum(weight * x.mean() for weight, x in zip(weights, samples, strict=True)))
+    parts = [(w**2 * x.var(ddof=1) / len(x), len(x) - 1) for w, x in zip(weights, samples) if len(x) > 1]
+    total = sum(variance for variance, _ in parts)
+    if total == 0:
+        return value, value, value
+    freedom = total**2 / sum(variance**2 / degrees for variance, degrees in parts)
+    half = float(stats.t.ppf((1 + confidence) / 2, freedom) * np.sqrt(total))
+    return value, value - half, value + half
 
 
 def _resampled(

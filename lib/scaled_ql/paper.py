@@ -36,7 +36,9 @@ METHODS = {
     "bc_transformer": "BC transformer", "mae": "MAE", "cpc": "CPC",
 }  # fmt: skip
 # Two runs that differ only in these are one system; `data_id`, not the path, identifies the data.
-NO_PART_OF_A_SYSTEM = INCIDENTAL | {"dataset", "view", "num_parameters", "paper_parameters"}
+NO_PART_OF_A_SYSTEM = INCIDENTAL | {
+    "dataset", "view", "num_parameters", "paper_parameters", "training_minutes",
+}  # fmt: skip
 
 
 class Comparison(NamedTuple):

@@ -8,6 +8,7 @@ cut short, there is no verdict.
 import numpy as np
 import pandas as pd
 
+from scaled_ql import metrics
 from scaled_ql.ablations import Gathered, otherwise_evaluated, select
 from scaled_ql.parameters import Parameters
 
@@ -129,8 +130,8 @@ def differences(
             if why:
                 row["verdict"] = "refused"
             elif len(mine) > 1 and (measured_once or len(other) > 1) and np.isfinite(other).all():
-                low, high = interval(mine, other)
-                row |= {"difference": mine.mean() - other.mean(), "low": low, "high": high}
+                value, low, high = metrics.contrast([1, -1], [mine, other])
+                row |= {"difference": value, "low": low, "high": high}
                 row["verdict"] = "yes" if low > 0 else "no" if high < 0 else "inconclusive"
             rows.append(row | {"verdict": row.get("verdict", "missing")})
     return pd.DataFrame(rows, columns=list(DIFFERENCE_COLUMNS))
@@ -143,23 +144,6 @@ def _refused(arm: pd.DataFrame, foreign: pd.DataFrame | None) -> list[str]:
     if foreign is not None and len(arm) < 2:
         named += [f"{run} ({why})" for run, why in zip(foreign["run"], foreign["why"])]
     return named
-
-
-def interval(first: np.ndarray, second: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """t interval of mean(first) - mean(second), float [seeds] each; a single value counts as a known number.
-
-    Welch (1947): the two variances may differ, as an agent's and a control's do.
-    """
-    from scipy import stats
-
-    variances = [np.var(x, ddof=1) / len(x) if len(x) > 1 else 0.0 for x in (first, second)]
-    total = sum(variances)
-    center = float(np.mean(first) - np.mean(second))
-    if total == 0:
-        return center, center
-    freedom = total**2 / sum(v**2 / (len(x) - 1) for v, x in zip(variances, (first, second)) if len(x) > 1)
-    half = float(stats.t.ppf((1 + confidence) / 2, freedom) * np.sqrt(total))
-    return center - half, center + half
 
 
 def verdict(compared: pd.DataFrame, control: str = "zero") -> list[str]:

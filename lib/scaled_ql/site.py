@@ -15,7 +15,7 @@ from PIL import Image
 from scaled_ql import run_table, runs
 
 THUMBNAIL = 480  # pixels
-LINK = re.compile(r'href="\.\./\.\./([^/"]+)/([^/"]+)/run\.html"')  # of `explore.table`, from report to report
+LINK = re.compile(r'href="\.\./\.\./([^/"]+)/([^/"]+?)(?:/run)?\.html"')  # of `explore.table`, from report to report
 
 
 def build(source: Path, destination: Path) -> Path:
@@ -58,7 +58,7 @@ def build(source: Path, destination: Path) -> Path:
 
 def _link(notebook: str, run: str, names: set[str]) -> str:
     """The attribute of a link to a run's report: its name in the site, or none where the site does not have it."""
-    name = f"{notebook}.{run}.html"
+    name = f"{run}.html" if notebook == "gallery" else f"{notebook}.{run}.html"
     return f'href="{name}"' if name in names else 'title="this report is not here"'
 
 

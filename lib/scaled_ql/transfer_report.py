@@ -17,7 +17,6 @@ from scaled_ql.ablations import Gathered
 from scaled_ql.games import FAR_GAMES, UnknownGame
 from scaled_ql.paper import METHODS
 from scaled_ql.parameters import INCIDENTAL, Parameters
-from scaled_ql.reward_control import interval
 
 NOTEBOOK = "06_transfer"
 FREE = ("initial", "built_like", "parts", "freeze", "learning_rate")  # what siblings may differ in
@@ -155,14 +154,15 @@ def compare(scores: pd.DataFrame) -> pd.DataFrame:
         returns, row = here["agent_return"].to_numpy(), {}
         row["learning rate"], row["seeds"] = f"{here['learning_rate'].iloc[0]:g}", len(here)
         row["mean return"] = returns.mean()
-        row["low"], row["high"] = interval(returns, np.zeros(1)) if len(returns) > 1 else (np.nan, np.nan)
+        row["low"], row["high"] = metrics.contrast([1], [returns])[1:] if len(returns) > 1 else (np.nan, np.nan)
         row["DQN-normalised %"] = 100 * dqn_normalized(here)
         row |= dict.fromkeys(("gain over scratch", "gain low", "gain high"), np.nan)
         if arm != SCRATCH and len(scratch) and not (here["cut"].any() or scratch["cut"].any()):
             gain = returns.mean() - scratch["agent_return"].mean()
             row["gain over scratch"] = gain
             if min(len(here), len(scratch)) > 1:
-                row["gain low"], row["gain high"] = interval(returns, scratch["agent_return"].to_numpy())
+                _, *limits = metrics.contrast([1, -1], [returns, scratch["agent_return"].to_numpy()])
+                row["gain low"], row["gain high"] = limits
         row["truncated %"] = 100 * here["truncated_share"].mean()
         rows[arm] = row | {"distance": here["distance"].iloc[0]}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
