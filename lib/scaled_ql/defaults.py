@@ -19,8 +19,12 @@ ENCODERS = {
     "resnet50": ("resnet_bottleneck", (3, 4, 6, 3), 64),
     "resnet101": ("resnet_bottleneck", (3, 4, 23, 3), 64),
     "resnet152": ("resnet_bottleneck", (3, 8, 36, 3), 64),
+    "resnet_narrow8": ("resnet_basic", (1, 1, 1, 1), 8),  # a family for small data: each has four times the last one's
     "resnet_narrow": ("resnet_basic", (1, 1, 1, 1), 16),
+    "resnet_narrow32": ("resnet_basic", (1, 1, 1, 1), 32),
+    "resnet_narrow64": ("resnet_basic", (1, 1, 1, 1), 64),
     "impala_x1": ("impala", 1),
+    "impala_x2": ("impala", 2),
     "impala_x4": ("impala", 4),
     "impala_x8": ("impala", 8),
     "impala_x16": ("impala", 16),
