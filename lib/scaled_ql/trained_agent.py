@@ -142,9 +142,12 @@ class Agent:
             seen: `Seen`: uint8 [N, 4, 84, 84]; with a `memory`, windows and their `draw`. `episodes.seen` gives them.
 
         Raises:
-            ValueError: a game that it was not trained on.
+            ValueError: a game that it was not trained on, or stacks where it sees windows, or the other way round.
         """
         self._check(game)
+        if len(seen) != 1 + bool(self.memory):
+            what = f"the last {self.memory} steps of an episode" if self.memory else "stacks of frames alone"
+            raise ValueError(f"{self.name} sees {what}: pass on all that episodes.seen(agent, episode) returns.")
         of_game, number = self._of_windows if self.memory else self._of_stacks, len(seen[-1])
         size = 1 if number == 1 else TOGETHER
         padded = jax.tree.map(lambda x: np.concatenate([x, np.zeros((-number % size, *x.shape[1:]), x.dtype)]), seen)
