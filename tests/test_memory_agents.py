@@ -1,5 +1,6 @@
 """Transformers under the loupe: what they see of an episode is what they saw in evaluation, whoever played."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ DT |= {"subtract_mean_frames": False, "action_percentile": 0.0}
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:  # one layer, which compiles sooner
         patch.setitem(defaults.TRANSFORMERS, "tiny", (1, 32, 2))
         yield tmp_path_factory.mktemp("outputs")

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from written import write_online_run, write_run
+from flax import nnx
+from written import save, write_online_run, write_run
 
-from scaled_ql import documents, explore, losses, training
+from scaled_ql import documents, explore, losses, methods, training, transfer
 from scaled_ql.games import action_names
 from scaled_ql.parameters import ParameterError, check
 from scaled_ql.runs import RunError
@@ -119,6 +120,23 @@ def test_a_transferred_agent_plays_its_variant_with_the_networks_own_support(out
     assert agent.dataset == "", "it made its own experience"
     expected = softmax(by_hand(network, STACKS[:2], 0))[:, :4] @ [-1, 0, 1, 2, 3]
     np.testing.assert_allclose(agent.look("Breakout", STACKS[:2]).values, expected, atol=1e-5)
+
+
+def test_a_q_network_on_a_frozen_masked_autoencoders_encoder_is_loaded(outputs: Path) -> None:
+    origin, folder = outputs / "04_scaled_training" / "mae", outputs / "06_transfer" / "frozen"
+    write_run(origin, GAMES, method="mae", encoder="vit_narrow", subtract_mean_frames=False)
+    values = {"initial": "04_scaled_training/mae", "parts": "encoder", "freeze": True, "game": "Pong", "run": "frozen"}
+    p, source = check("06_transfer", values | {"v_min": -1.0, "v_max": 3.0}), transfer.load(origin)
+    settings = transfer.training_parameters(p, source)
+    network = methods.make(settings).build(num_games=1, seed=3, **source.architecture)
+    graph, variables = nnx.split(network, nnx.Param)
+    params = transfer.graft(nnx.to_pure_dict(variables), source, p.parts)
+    about = training.about_run(settings, ["Pong"], "of a test")
+    (network,) = save(folder, p, nnx.merge(graph, nnx.State(params)), about, (20,), 0)
+    agent = explore.load_agent("06_transfer/frozen", outputs=outputs)
+    expected = softmax(by_hand(network, STACKS[:2], 0))[:, :6] @ agent.atoms
+    np.testing.assert_allclose(agent.look("Pong", STACKS[:2]).values, expected, atol=1e-5)
+    assert agent.atoms.tolist() == [-1, 0, 1, 2, 3] and agent.memory == 0
 
 
 def test_what_cannot_be_loaded_is_named_with_a_remedy(outputs: Path, c51: list, tmp_path: Path) -> None:
