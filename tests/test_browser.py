@@ -198,8 +198,9 @@ def test_the_episode_browser_is_dragged_clicked_and_played(lab: Lab, chromium: B
 def test_the_widgets_of_07_are_dragged_clicked_and_played(
     lab: Lab, chromium: Browser, recording: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    for seed, name in enumerate(("noise", "other")):
-        more = {"seed": seed, "num_atoms": 51, "eval_max_steps": 150, "dataset": str(recording)}
+    transformer = {"method": "dt", "transformer": "tiny", "subtract_mean_frames": False}
+    for name, own in {"noise": {"num_atoms": 51, "dataset": str(recording)}, "other": transformer}.items():
+        more = own | {"eval_max_steps": 150}
         write_run(lab.outputs / "04_scaled_training" / name, ["Breakout", "Freeway"], **more)
     values = {"agent": "04_scaled_training/noise", "other": "04_scaled_training/other", "map_states": 40}
     values |= {"run": "browsed", "outputs": str(lab.outputs)}
@@ -247,6 +248,7 @@ def browse_two_agents(page: Page) -> None:
     (step,) = re.findall(r"step\s(\d+):", words)  # with a space that does not break
     another_picture(page, picture, lambda: cases.select_option(index=cases.locator("option").count() - 1))
     expect(cell.get_by_role("status")).to_contain_text(f"step {step} of 149")
+    expect(cell.get_by_role("status")).to_contain_text("asking for a return of")
 
 
 def click_on_the_map(page: Page) -> None:

@@ -95,7 +95,7 @@ def test_a_windows_losses_equal_a_reference():
     rng, mask = np.random.default_rng(0), np.array([False, True, True])
     returns, actions, rewards = rng.normal(size=(3, 5)), rng.normal(size=(3, 18)), rng.normal(size=(3, 4))
     action, reward = np.array([3, 17, 0]), np.array([1, 0, 2])
-    predictions = Predictions(*(jnp.array(x, jnp.float32) for x in (returns, actions, rewards)))
+    predictions = Predictions(*(jnp.array(x, jnp.float32) for x in (returns, actions, rewards)), jnp.zeros((3, 1)))
     found = dt.window_losses(predictions, jnp.int32(4), jnp.array(action), jnp.array(reward), jnp.array(mask))
 
     def nll(logits, label):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from catch import make_catch
+from test_training import events
 
 from scaled_ql import losses, networks, training
 from scaled_ql.devices import OutOfMemory
@@ -270,6 +271,7 @@ def test_everything_logged_was_played(tmp_path, sticky, more):
 
 def test_a_stopped_run_goes_on(tmp_path):
     games, options = ["Breakout", "Pong"], {"checkpoint_every": 5, "num_transitions": 400}
+    options["tensorboard"] = tmp_path / "tensorboard"
     running = play(tmp_path, games, make_learner([4, 6]), **options)
     report = next(report for _, report in running if report["updates"] >= 12)
     running.close()  # as Ctrl-C does
@@ -288,9 +290,28 @@ def test_a_stopped_run_goes_on(tmp_path):
         assert kept["crc32"].tolist() == before.episodes(game)["crc32"].tolist()
         assert replay.episodes(game)["epsilon"].is_monotonic_decreasing
     assert replay.validate() == []
+    mirrored = mirror(tmp_path / "tensorboard")
+    assert mirrored == naive_mirror(replay)
     assert last["updates"] == (min(last["played"].values()) - 100) // 16 or last["updates"] >= saved
     finished = [report for _, report in play(tmp_path, games, make_learner([4, 6]), **options)]
     assert len(finished) == 1 and finished[0]["logged"] == last["logged"]
+    assert mirror(tmp_path / "tensorboard") == mirrored
+
+
+def mirror(folder):
+    """(name, transitions, value) of all that TensorBoard would show."""
+    return sorted((name, step, value) for step, values in events(folder) for name, value in values.items())
+
+
+def naive_mirror(replay):
+    shown = []
+    for game in replay.games:
+        for number, row in replay.episodes(game).iterrows():
+            read = replay.episode(game, number)
+            values = {"return": read["reward"].sum(), "length": len(read["action"]), "epsilon": row["epsilon"]}
+            end = row["start"] + row["length"]
+            shown += [(f"{name}/{game}", end, float(np.float32(value))) for name, value in values.items()]
+    return sorted(shown)
 
 
 def test_an_interrupted_run_writes_what_it_handed_over_before_it_gives_the_store_back(tmp_path, monkeypatch):

@@ -77,7 +77,7 @@ def test_the_agents_random_moves_are_those_of_its_protocol(along: PlayAlong) -> 
     moving.by_agent(40)
     assert 0 < np.mean([by == "chance" for by in moving.episode.by]) < 0.3, "eval_epsilon is 0.1"
     agent, protocol = along._agent, along._agent.protocol | {"max_steps": 40}
-    alone = episodes.play(agent.q_function("Breakout"), "Breakout", seed=0, **protocol)
+    alone = episodes.play(agent.player("Breakout"), "Breakout", seed=0, **protocol)
     for _ in range(2):  # and once more from the beginning
         np.testing.assert_array_equal(moving.episode.actions, alone.actions)
         np.testing.assert_array_equal(moving.episode.frames, alone.frames)

@@ -32,6 +32,9 @@ __all__ = [
     "Moments", "agent_browser", "load_agent", "show_figure", "show_moments", "show_state_map", "state_map_browser",
 ]  # fmt: skip
 
+FRAMES = 8  # of a longer window, the newest ones are shown
+RETURNS = {"predicted": "#0072b2", "drawn from": "#d55e00"}  # distributions of a decision transformer, and colours
+
 
 class Moments:
     """A figure of one step of an episode, for one or two agents, which moves quickly to another step.
@@ -56,12 +59,19 @@ class Moments:
         bottom, top, low = (0.09, 0.26, 0.36) if rows == 1 else (0.065, 0.18, 0.27)
         grid = self._figure.add_gridspec
         below = grid(1, 1, left=0.055, right=0.945, bottom=bottom, top=top)
-        frames = grid(2, 2, left=0.01, right=0.34, bottom=low - 0.02, top=0.93, wspace=0.02, hspace=0.16)
+        self._past = max(agent.memory for agent in agents)  # steps whose actions and rewards are seen, too
+        number = min(max(agent.memory or STACK_SIZE for agent in agents), FRAMES)
+        columns = max(2, -(-number // 2))
+        frames = grid(2, columns, left=0.01, right=0.34, bottom=low - 0.02, top=0.93, wspace=0.02, hspace=0.16)
         panels = grid(rows, 1, left=0.39, right=0.99, bottom=low, top=0.9, hspace=0.42)
         self._moving: list[Any] = []
         self.title = self._move(self._figure.text(0.01, 0.965, "", fontsize="medium"))
-        self._frames = [self._frame(self._figure.add_subplot(frames[age // 2, age % 2]), age) for age in range(4)]
-        self._lines, self._bars, self._marks = [], [], []
+        places = [self._figure.add_subplot(frames[at // columns, at % columns]) for at in range(number)]
+        self._ages = [self._caption(axis, number - 1 - at) for at, axis in enumerate(places)]
+        self._frames = [
+            self._move(axis.imshow(np.zeros((84, 84, 3), np.uint8), interpolation="nearest")) for axis in places
+        ]
+        self._lines, self._bars, self._marks, self._asked = [], [], [], []
         for row, (agent, look) in enumerate(zip(agents, looks)):
             self._distributions(self._figure, panels[row], agent, look)
         self._timeline(self._figure.add_subplot(below[0]))
@@ -72,15 +82,16 @@ class Moments:
         self._moving.append(artist)
         return artist
 
-    def _frame(self, axis: Axes, age: int) -> Any:
+    def _caption(self, axis: Axes, age: int) -> Any:
+        """Of a frame that is so many steps old; of the past of a transformer it changes with the step."""
         axis.set_axis_off()
-        axis.set_title("now" if age == STACK_SIZE - 1 else f"{STACK_SIZE - 1 - age} before", fontsize="x-small", pad=2)
-        return self._move(axis.imshow(np.zeros((84, 84, 3), np.uint8), interpolation="nearest"))
+        caption = axis.set_title(f"{age} before" if age else "now", fontsize="x-small", pad=2)
+        return self._move(caption) if 0 < age < self._past else caption
 
     def _distributions(self, figure: Figure, place: Any, agent: Agent, look: Look) -> None:
         """Curves over the atoms, where there are any, and bars of the values, an action always in one colour."""
         colors = action_colors(self._names)
-        finite = look.values[np.isfinite(look.values)]
+        finite = look.shown[np.isfinite(look.shown)]
         columns = 1 if agent.atoms is None else 2
         inner = place.subgridspec(1, columns, width_ratios=(1.45, 1)[:columns], wspace=0.32)
         lines = []
@@ -89,12 +100,19 @@ class Moments:
             seen = agent.atoms[(look.probabilities > 0.02 * top).any((0, 1))]
             margin = 2 * (agent.atoms[1] - agent.atoms[0])
             axis.set(xlim=(seen[0] - margin, seen[-1] + margin), ylim=(0, 1.05 * top))
-            axis.set_title("return distribution of each action", fontsize="small")
+            asks = look.asked is not None
+            title = "return from the window's first frame on" if asks else "return distribution of each action"
+            axis.set_title(title, fontsize="small")
             axis.set_xlabel("return", fontsize="x-small", labelpad=1)
+            nothing = np.zeros(len(agent.atoms))
+            named = RETURNS if asks else dict(zip(self._names, colors))
             lines = [
-                self._move(axis.plot(agent.atoms, np.zeros(len(agent.atoms)), color=color, drawstyle="steps-mid")[0])
-                for color in colors
+                self._move(axis.plot(agent.atoms, nothing, color=color, drawstyle="steps-mid", label=name)[0])
+                for name, color in named.items()
             ]
+            if asks:
+                self._asked.append((look.asked, self._move(axis.axvline(0, color="black", ls=":", label="asked for"))))
+                axis.legend(fontsize="x-small")
             axis.tick_params(labelsize="x-small")
         axis = figure.add_subplot(inner[-1])
         places, low, high = np.arange(len(self._names)), min(finite.min(), 0.0), max(finite.max(), 0.0)
@@ -118,11 +136,13 @@ class Moments:
         for sign, color, words in ((1, "#009e73", "reward"), (-1, "#d55e00", "negative reward")):
             if len(at := steps[sign * rewards > 0]):
                 axis.vlines(at, 0, 1, transform=axis.get_xaxis_transform(), color=color, lw=1.5, alpha=0.6, label=words)
-        axis.plot(steps, look.values.max(1), color="#0072b2", lw=1, label=f"largest {self._agents[0].values_name}")
+        name, expected = self._agents[0].expectation(look)
+        axis.plot(steps, expected, color="#0072b2", lw=1, label=name)
         if look.entropy is not None:
             other = axis.twinx()
-            other.plot(steps, look.entropy[steps, look.best], color="#777777", lw=0.8)
-            axis.plot([], [], color="#777777", lw=0.8, label="entropy of its distribution, nats (right)")
+            other.plot(steps, look.entropy, color="#777777", lw=0.8)
+            of = "its distribution" if look.policy is None else "the policy"
+            axis.plot([], [], color="#777777", lw=0.8, label=f"entropy of {of}, nats (right)")
             other.grid(False)
             other.tick_params(labelsize="x-small", colors="#777777")
             other.set_zorder(0)
@@ -138,25 +158,39 @@ class Moments:
 
     def set_step(self, step: int, score: np.ndarray | None = None) -> None:
         """Put everything that moves where it is at a step; a score of `saliency` is shown in the newest frame."""
-        stack = self._episode.stacks(np.s_[step : step + 1])[0]
+        stack = self._episode.stacks(np.s_[step : step + 1], len(self._frames))[0]
         for picture, frame in zip(self._frames, stack):
             picture.set_data(np.repeat(frame[..., None], 3, axis=-1))
         if score is not None:
             self._frames[-1].set_data(highlight(stack[-1], score))
+        for age, caption in zip(range(len(self._ages) - 1, 0, -1), self._ages):
+            if age < self._past:
+                caption.set_text(self._did(step - age, age))
+        for asked, line in self._asked:
+            line.set_xdata([asked[step], asked[step]])
         chosen = int(self._episode.actions[step])
         for look, lines, bars, marks in zip(self._looks, self._lines, self._bars, self._marks):
             best = int(look.best[step])
             for action, line in enumerate(lines):
                 line.set_ydata(look.probabilities[step, action])
-                line.set(lw=2.6 if action in (best, chosen) else 1.0, zorder=3 if action in (best, chosen) else 2)
+                if look.asked is None:
+                    line.set(lw=2.6 if action in (best, chosen) else 1.0, zorder=3 if action in (best, chosen) else 2)
             for action, (bar, mark) in enumerate(zip(bars, marks)):
-                value = float(look.values[step, action])
+                value = float(look.shown[step, action])
                 bar.set_width(value if np.isfinite(value) else 0.0)
                 roles = [word for word, which in (("best", best), ("chosen", chosen)) if which == action]
                 shown = f"{value:.2f}" if np.isfinite(value) else "not allowed"
                 mark.set_text(f" {shown}  {', '.join(roles)}")
                 mark.set(x=max(bar.get_width(), 0.0), fontweight="bold" if roles else "normal")
         self._now.set_xdata([step, step])
+
+    def _did(self, step: int, age: int) -> str:
+        """What was done at a step of the past, as a transformer sees it."""
+        if step < 0:
+            return f"{age} before: nothing"
+        reward = np.sign(self._episode.rewards[step])
+        action = self._names[self._episode.actions[step]]
+        return f"{age} before: {action}" + (f", reward {reward:+g}" if reward else "")
 
     def png(self) -> bytes:
         """The figure of this step, drawing only what moves."""
@@ -177,9 +211,13 @@ def moment_in_words(agents: Sequence[Agent], episode: Episode, looks: Sequence[L
     said = []
     for agent, look in zip(agents, looks):
         best = int(look.best[step])
-        words = f"{names[best]} at {agent.values_name} = {look.values[step, best]:.2f}"
+        words = f"{names[best]} at {agent.values_name} = {look.shown[step, best]:.2f}"
         if look.entropy is not None:
-            words += f", entropy {look.entropy[step, best]:.2f} of at most {np.log(len(agent.atoms)):.2f} nats"
+            most = np.log(look.doubtful.shape[-1])
+            words += f", entropy {look.entropy[step]:.2f} of at most {most:.2f} nats"
+        if look.asked is not None:
+            words += f", asking for a return of {look.asked[step]:g} where {agent.expectation(look)[1][step]:.1f} is "
+            words += "predicted"
         said.append(words if len(agents) == 1 else f"of {agent.name} {words}")
     return (
         f"{episode.game}, {episode.title}, step {step} of {len(rewards) - 1}: {chosen}, chosen by {episode.by[step]}; "
@@ -285,7 +323,7 @@ class AgentBrowser(widgets.VBox):
         self.words.value = "playing ..." if self.source.value == "agent" else "reading ..."
         if self.source.value == "agent":
             protocol = agent.protocol | self._protocol
-            self.episode = play(agent.q_function(game), game, seed=number, title=agent.name, **protocol)
+            self.episode = play(agent.player(game), game, seed=number, title=agent.name, **protocol)
         else:
             limit = {"max_steps": self._protocol["max_steps"]} if "max_steps" in self._protocol else {}
             self.episode = recorded(self._data, game, number, **limit)
@@ -308,8 +346,7 @@ class AgentBrowser(widgets.VBox):
 
     def _show(self, _: object = None) -> None:
         step = self.steps.slider.value
-        agent, stack = self._agents[0], self.episode.stacks(np.s_[step : step + 1])[0]
-        score = saliency(agent, self.episode.game, stack) if self.looks_at.value else None
+        score = saliency(self._agents[0], self.episode, step) if self.looks_at.value else None
         self._moments.set_step(step, score)
         self.picture.value = self._moments.png()
         words = html.escape(moment_in_words(self._agents, self.episode, self._looks, step))
@@ -323,7 +360,7 @@ def agent_browser(
 
     The first agent plays, with a seed; or episodes of a recording are shown, and what the agents make of them. After a
     click on the slider, arrow keys move it; the play button plays at the game's speed. With two agents, the clearest
-    cases in which they disagree are listed.
+    cases in which they disagree are listed. A transformer sees the past of the episode, whoever played it.
 
     Args:
         agents: one or two, from `load_agent`.
@@ -395,7 +432,7 @@ class StateMapBrowser(widgets.VBox):
         self._canvas.draw()
         words = (
             f"{state['game']}, transition {state['time']:,}: value {state['value']:.2f}, "
-            f"discounted return that followed {state['return']:.2f}"
+            f"return that followed {state['return']:.2f}"
         )
         data = base64.b64encode(to_picture(np.asarray(self._canvas.buffer_rgba())[..., :3])).decode()
         alternative = f"map of {len(table)} states coloured by {self.by.value}; marked: {words}"

@@ -52,7 +52,10 @@ class MemoryPlayer:
             draw: int32 [N, 3], numbers that a row's random choices are a function of.
         """
         windows = windows._replace(game=np.full(len(draw), self._game, np.int32))
-        log_policy = np.asarray(self._prefer(self._params, windows, draw))
+        return self.in_game(np.asarray(self._prefer(self._params, windows, draw)))
+
+    def in_game(self, log_policy: np.ndarray) -> np.ndarray:
+        """Log-probabilities of the game's actions, from those of the full joystick's, float32 [N, 18]."""
         values = log_policy[:, self.full]
         absent = np.setdiff1d(np.arange(NUM_ACTIONS), self.full)
         values[:, 0] = np.logaddexp.reduce(log_policy[:, [self.full[0], *absent]], axis=1)

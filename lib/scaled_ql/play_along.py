@@ -9,7 +9,7 @@ import numpy as np
 
 from scaled_ql.browsers import stack_picture
 from scaled_ql.controls import GAME_SPEED
-from scaled_ql.episodes import Chance, Emulation, Episode
+from scaled_ql.episodes import Emulation, Episode, begin
 from scaled_ql.games import action_names
 from scaled_ql.trained_agent import Agent
 
@@ -36,9 +36,9 @@ class PlayAlong(widgets.VBox):
         view, words: the observation, oldest frame first, and the state in a sentence.
     """
 
-    def __init__(self, agent: Agent, epsilon: float, rules: dict[str, Any]):
+    def __init__(self, agent: Agent, protocol: dict[str, Any]):
         """Begin an episode of the agent's first game; see `play_along`."""
-        self._agent, self._epsilon, self._rules = agent, epsilon, rules
+        self._agent, self._protocol = agent, protocol
         self._emulations: list[Emulation] = []  # the one in progress
         weakref.finalize(self, self._emulations.clear)  # at exit, too: ALE reports an emulator that is left
         self.game = widgets.Dropdown(options=agent.games, description="game")
@@ -76,14 +76,15 @@ class PlayAlong(widgets.VBox):
     @property
     def episode(self) -> Episode:
         """What was played so far."""
-        return self._emulation.episode(f"{self._agent.name} and you, seed {self.seed.value}")
+        title = f"{self._agent.name} and you, seed {self.seed.value}"
+        return self._emulation.episode(title, self.seed.value)
 
     def by_agent(self, steps: int = 1) -> None:
         """Let the agent play so many steps, or to the episode's end."""
         for _ in range(steps):
             if self._emulation.over:
                 return
-            self._step(*self._chance.choose(int(self._look.best[0])))
+            self._step(*self._chance.choose(self._look.values[0]))
 
     def by_you(self, action: str, steps: int = 1) -> None:
         """Take an action by its name, so many times or to the episode's end."""
@@ -96,8 +97,9 @@ class PlayAlong(widgets.VBox):
             emulation.close()
         self.play.playing, self.player.value = False, "agent"
         self._names, self._held, self._return = action_names(self.game.value), 0, 0.0  # 0 is NOOP in every game
-        self._chance = Chance(self.seed.value, self._epsilon, len(self._names))
-        self._emulations[:] = [Emulation(self.game.value, self._chance.emulator_seed, **self._rules)]
+        player = self._agent.player(self.game.value)
+        emulation, self._chance = begin(player, self.game.value, self.seed.value, **self._protocol)
+        self._emulations[:] = [emulation]
         self.moves.children = [self._button(number) for number in range(len(self._names))]
         self._show()
 
@@ -136,26 +138,26 @@ class PlayAlong(widgets.VBox):
         self._show()
 
     def _show(self) -> None:
-        stack = self._emulation.stack
-        self._look = self._agent.look(self.game.value, stack[None])
-        best, values = int(self._look.best[0]), self._look.values[0]
+        self._look = self._agent.look(self.game.value, *self._emulation.seen)
+        best, values = int(self._look.best[0]), self._look.shown[0]
         for number, (button, name, value) in enumerate(zip(self.moves.children, self._names, values)):
             button.description = f"{name}  {value:.2f}" if np.isfinite(value) else f"{name}  not allowed"
             button.button_style = "success" if number == best else ""
-        self.view.value = stack_picture(stack)
+        self.view.value = stack_picture(self._emulation.stack)
         over = f" Over: {self._emulation.over}." if self._emulation.over else ""
-        words = f"Step {len(self._emulation)}, return {self._return:g}; the agent would play {self._names[best]}.{over}"
+        would = "would play" if self._look.policy is None else "would most likely play"
+        words = f"Step {len(self._emulation)}, return {self._return:g}; the agent {would} {self._names[best]}.{over}"
         self.words.value = f'<div role="status">{html.escape(words)}</div>'
 
 
 def play_along(agent: Agent, **protocol: Any) -> PlayAlong:
     """Play yourself in JupyterLab, by buttons or keys, and let the agent take over or hand back at any moment.
 
-    As long as the agent alone plays, it is the episode of `episodes.play` with this seed.
+    As long as the agent alone plays, it is the episode of `episodes.play` with this seed. What you do is part of the
+    past that a transformer sees when you hand back.
 
     Args:
         agent: whose games are played, and whose values are shown.
         protocol: changes to `Agent.protocol`, such as ``epsilon=0``: without random moves.
     """
-    rules = agent.protocol | protocol
-    return PlayAlong(agent, rules.pop("epsilon"), rules)
+    return PlayAlong(agent, agent.protocol | protocol)

@@ -767,13 +767,13 @@ def frames(pictures: Mapping[str, np.ndarray]) -> Figure:
 
 
 def taken_over(values: np.ndarray, rewards: np.ndarray, by: Sequence[str], label: str) -> Figure:
-    """The largest value over an episode that an agent and somebody else played in turns, their part shaded.
+    """What an agent expected over an episode that it and somebody else played in turns, their part shaded.
 
     Args:
         values: [T].
         rewards: [T].
         by: who chose each action; ``you`` is shaded.
-        label: name of the values.
+        label: name of the values, as of `Agent.expectation`.
     """
     figure, axis = plt.subplots(figsize=(11, 2.8))
     steps, yours = np.arange(len(values)), np.array([who == "you" for who in by])
@@ -783,7 +783,7 @@ def taken_over(values: np.ndarray, rewards: np.ndarray, by: Sequence[str], label
         axis.axvspan(first - 0.5, stop - 0.5, color="#e69f00", alpha=0.25, lw=0, label=name)
     if len(at := steps[rewards != 0]):
         axis.vlines(at, 0, 1, transform=axis.get_xaxis_transform(), color="#009e73", lw=1.5, alpha=0.7, label="reward")
-    axis.plot(steps, values, color="#0072b2", lw=1.3, label=f"largest {label}")
+    axis.plot(steps, values, color="#0072b2", lw=1.3, label=label)
     axis.set(xlabel="step", ylabel=label, xlim=(-0.5, len(values) - 0.5))
     axis.grid(False, axis="x")
     axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))

@@ -5,17 +5,20 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from scaled_ql.environments import STACK_SIZE
 from scaled_ql.replay import Replay
-from scaled_ql.replay.returns import returns_to_go
-from scaled_ql.trained_agent import Agent
+from scaled_ql.replay.returns import label_with_returns, returns_to_go
+from scaled_ql.replay.sequences import gather_sequences
+from scaled_ql.trained_agent import Agent, Seen
 
 
 class StateMap(NamedTuple):
     """N states of a recording.
 
     Attributes:
-        table: a row per state: game, time (index of its transition), x, y (place on the map), value (the largest of the
-            agent's), return (discounted sum of the clipped rewards that followed in the recording).
+        table: a row per state: game, time (index of its transition), x, y (place on the map), value (what the agent
+            expects, `Agent.expectation`), return (sum of the clipped rewards that followed in the recording, discounted
+            as the agent's values are).
         explained: float64 [2], share of the features' variance along x and along y.
         stacks: uint8 [N, 4, 84, 84].
     """
@@ -56,15 +59,28 @@ def map_states(agent: Agent, data: Replay, number: int, seed: int) -> StateMap:
         raise ValueError(f"{data.path} has {', '.join(data.games)}; {agent.name} plays {', '.join(agent.games)}.")
     rng, tables, stacks, features = np.random.default_rng(seed), [], [], []
     for game in games:
-        time = np.sort(data.draw(game, rng.random(max(2, number // len(games))), n_step=1))
+        past = max(agent.memory, STACK_SIZE)
+        time = np.sort(data.draw(game, rng.random(max(2, number // len(games))), n_step=1, stack_size=past))
         stacks.append(np.moveaxis(data.batch(game, time, n_step=1).observation, -1, 1))
-        look = agent.look(game, stacks[-1])
+        look = agent.look(game, *(_windows(data, game, time, agent.memory) if agent.memory else (stacks[-1],)))
         features.append(look.features)
-        known = {"value": look.values.max(1), "return": returns_to_go(data, game, agent.discount)[time]}
+        known = {"value": agent.expectation(look)[1], "return": returns_to_go(data, game, agent.discount)[time]}
         tables.append(pd.DataFrame({"game": game, "time": time} | known))
     places, explained = principal_components(np.concatenate(features))
     table = pd.concat(tables, ignore_index=True).assign(x=places[:, 0], y=places[:, 1])
     return StateMap(table, explained, np.concatenate(stacks))
+
+
+def _windows(data: Replay, game: str, time: np.ndarray, length: int) -> Seen:
+    """What a transformer would see at transitions, int [N], of a recording, as `Episode.windows` of their episodes."""
+    games, draw = np.full(len(time), data.games.index(game), np.int32), np.zeros((len(time), 3), np.int32)
+    windows = gather_sequences(data, games, time, length)._replace(game=0 * games)
+    to_go = returns_to_go(data, game, 1.0)
+    ends = data.episodes(game)["length"].to_numpy().cumsum()
+    first = np.append(0, ends)[np.searchsorted(ends, time, side="right")]
+    still = label_with_returns(windows, time, [to_go]).return_to_go
+    draw[:, 2] = time - first
+    return windows._replace(return_to_go=still - to_go[first, None]), draw  # less what the whole episode gives
 
 
 def far_apart(places: np.ndarray, number: int) -> list[int]:

@@ -4,6 +4,9 @@
 
     agent = load_agent("04_scaled_training/quickstart")
     agent.look(agent.games[0], stacks).values
+
+Most see a stack of frames. A transformer sees a window of its episode's last steps, actions and rewards included: what
+it makes of a state depends on how the episode came there.
 """
 
 import difflib
@@ -16,41 +19,61 @@ import jax
 import numpy as np
 from flax import nnx
 
-from scaled_ql import losses, methods, networks, parameters, runs, training, transfer
+from scaled_ql import losses, methods, networks, parameters, replay, runs, training, transfer
 from scaled_ql.defaults import EVAL_EPSILON
-from scaled_ql.evaluation import QFunction
+from scaled_ql.evaluation import MemoryPlayer, QFunction
 from scaled_ql.games import action_names
 from scaled_ql.methods import Method, PyTree
+from scaled_ql.replay.sequences import Sequences
 from scaled_ql.training import CheckpointError
 
 TOGETHER = 64  # states of one call of the network; one size is one compiled program
+# What a player sees of N states: uint8 [N, 4, 84, 84] stacks, oldest frame first; or, with a memory, windows and their
+# `draw`, as of `evaluation.MemoryPlayer`.
+Seen = tuple[np.ndarray] | tuple[Sequences, np.ndarray]
 
 
 class Look(NamedTuple):
     """What an agent makes of N states of one game, whose minimal set has A actions.
 
     Attributes:
-        values: float32 [N, A], the largest is played; -inf for actions that the agent never plays.
-        probabilities: float32 [N, A, atoms], the return distributions of a categorical head; None for other heads.
-        features: float32 [N, F], the representation before the heads.
+        values: float32 [N, A], the largest is played, or likeliest; -inf for actions that the agent never plays.
+        probabilities: float32 [N, A, atoms], the return distributions of a categorical head; float32 [N, 2, atoms], of
+            a decision transformer, of the return from the window's first step on: as predicted, and the one from which
+            the return to ask for is drawn; None for others.
+        features: float32 [N, F], the representation before the heads, or before a transformer's head of actions.
+        policy: float32 [N, A], probabilities with which a transformer draws its action; None for others.
+        asked: float32 [N], the return that a decision transformer asks for; None for others.
     """
 
     values: np.ndarray
     probabilities: np.ndarray | None
     features: np.ndarray
+    policy: np.ndarray | None = None
+    asked: np.ndarray | None = None
 
     @property
     def best(self) -> np.ndarray:
-        """int [N], the greedy actions."""
+        """int [N], the greedy actions; of a policy the likeliest."""
         return self.values.argmax(1)
 
     @property
+    def shown(self) -> np.ndarray:
+        """float32 [N, A], what is shown of actions: probabilities of a policy, else values."""
+        return self.values if self.policy is None else self.policy
+
+    @property
+    def doubtful(self) -> np.ndarray | None:
+        """float32 [N, outcomes], distribution of a policy's actions, else of the best action's return, if any."""
+        if self.policy is not None or self.probabilities is None:
+            return self.policy
+        return self.probabilities[np.arange(len(self.best)), self.best]
+
+    @property
     def entropy(self) -> np.ndarray | None:
-        """float32 [N, A], entropies of the return distributions in nats; None without distributions."""
-        if self.probabilities is None:
-            return None
-        p = self.probabilities
-        return -(p * np.log(np.maximum(p, np.finfo(p.dtype).tiny))).sum(-1)
+        """float32 [N], entropies of the `doubtful` distributions in nats, at most log(outcomes); None without."""
+        p = self.doubtful
+        return None if p is None else -(p * np.log(np.maximum(p, np.finfo(p.dtype).tiny))).sum(-1)
 
 
 class _Built(NamedTuple):
@@ -59,7 +82,7 @@ class _Built(NamedTuple):
     Attributes:
         method: the method that trained it.
         graph, abstract: the network, and the shapes of its parameters.
-        atoms: [N], support of its distributions; None if it has none.
+        atoms: [N], support of its distributions, or returns of a decision transformer; None if it has none.
         own_networks: whether each game has its own network with one head; parameters are then stacked over games.
     """
 
@@ -79,9 +102,11 @@ class Agent:
         checkpoints: steps of all checkpoints of its run when this one was read, ascending.
         games: games that it was trained on.
         atoms: float32 [N], the support of its return distributions; None if it has none.
-        values_name: what its values are, such as ``Q(s, a)``.
-        protocol: how its run evaluates: epsilon, sticky_actions, max_steps, mode, difficulty; for `episodes.play`.
-        discount: per step, of the returns that it predicts.
+        memory: how many of its episode's last steps it sees; 0: a stack of frames alone.
+        values_name: what `Look.shown` is, such as ``Q(s, a)``.
+        protocol: how its run evaluates: epsilon, temperature, sticky_actions, max_steps, mode, difficulty; for
+            `episodes.play`.
+        discount: per step, of the returns that it predicts; a transformer's are undiscounted.
         dataset, view: what it was trained on, as its run names it; "" if it made its own experience.
     """
 
@@ -91,8 +116,10 @@ class Agent:
     ):  # fmt: skip
         self.name, self.step, self.games = f"{name}, step {step:,}", step, list(games)
         self.checkpoints = sorted(checkpoints)
-        self.atoms, self.values_name, self.protocol = built.atoms, built.method.values, _protocol(p)
-        self.discount: float = p.discount
+        self.atoms, self.memory = built.atoms, built.method.memory
+        self.values_name = built.method.values.removeprefix("log " if self.memory else "")
+        self.protocol = _protocol(p) | {"temperature": built.method.temperature}
+        self.discount: float = 1.0 if self.memory else p.discount
         online = getattr(p, "setting", "") == "online"
         self.dataset, self.view = ("" if online else getattr(p, name, "") for name in ("dataset", "view"))
         own = built.own_networks
@@ -100,41 +127,72 @@ class Agent:
             game: (jax.tree.map(lambda x, number=number: x[number], params), 0) if own else (params, number)
             for number, game in enumerate(self.games)
         }
-        sizes = [len(action_names(game)) for game in self.games]
-        shared = None if own else _make_forward(built, sizes)
-        self._forwards = {game: shared or _make_forward(built, [size]) for game, size in zip(self.games, sizes)}
+        make, sizes = _make_decide if self.memory else _make_forward, [len(action_names(game)) for game in self.games]
+        shared = None if own else make(built, sizes)
+        self._forwards = {game: shared or make(built, [size]) for game, size in zip(self.games, sizes)}
 
     def __repr__(self) -> str:
         return f"Agent({self.name}; {', '.join(self.games)})"
 
-    def look(self, game: str, stacks: np.ndarray) -> Look:
+    def look(self, game: str, *seen: Any) -> Look:
         """What it makes of states.
 
         Args:
             game: one of its games.
-            stacks: uint8 [N, 4, 84, 84], oldest frame first, as environments give them.
+            seen: `Seen`: uint8 [N, 4, 84, 84]; with a `memory`, windows and their `draw`. `episodes.seen` gives them.
 
         Raises:
-            ValueError: a game that it was not trained on.
+            ValueError: a game that it was not trained on, or stacks where it sees windows, or the other way round.
         """
+        self._check(game)
+        if len(seen) != 1 + bool(self.memory):
+            what = f"the last {self.memory} steps of an episode" if self.memory else "stacks of frames alone"
+            raise ValueError(f"{self.name} sees {what}: pass on all that episodes.seen(agent, episode) returns.")
+        of_game, number = self._of_windows if self.memory else self._of_stacks, len(seen[-1])
+        size = 1 if number == 1 else TOGETHER
+        padded = jax.tree.map(lambda x: np.concatenate([x, np.zeros((-number % size, *x.shape[1:]), x.dtype)]), seen)
+        parts = [
+            of_game(game, *jax.tree.map(lambda x, first=first: x[first : first + size], padded))
+            for first in range(0, number, size)
+        ]
+        return jax.tree.map(lambda *part: np.concatenate(part)[:number], *parts)
+
+    def player(self, game: str) -> QFunction | MemoryPlayer:
+        """Its policy for one game, for `evaluation.evaluate` and `evaluation.record_film`; raises like `look`."""
+        self._check(game)
+        if not self.memory:
+            return lambda stacks: self.look(game, stacks).values
+        decide, (params, number) = self._forwards[game], self._parts[game]
+        return MemoryPlayer(lambda *seen: decide(*seen).log_policy, params, number, action_names(game), self.memory)
+
+    def expectation(self, look: Look) -> tuple[str, np.ndarray]:
+        """What it expects of each state, in words and float32 [N].
+
+        The mean of the return that a decision transformer predicts; of others the largest of `Look.shown`.
+        """
+        if look.asked is None:
+            return f"largest {self.values_name}", look.shown.max(1)
+        return "predicted return", look.probabilities[:, 0] @ self.atoms
+
+    def _check(self, game: str) -> None:
         if game not in self._forwards:
             raise ValueError(f"{self.name} does not play {game!r}; it was trained on {', '.join(self.games)}.")
-        params, head = self._parts[game]
-        size = 1 if len(stacks) == 1 else TOGETHER
-        padded = np.concatenate([stacks, np.zeros((-len(stacks) % size, *stacks.shape[1:]), np.uint8)])
-        heads = np.full(size, head, np.int32)
-        parts = [
-            self._forwards[game](params, np.moveaxis(padded[first : first + size], 1, -1), heads)
-            for first in range(0, len(padded), size)
-        ]
-        joined = [None if part[0] is None else np.concatenate(part)[: len(stacks)] for part in zip(*parts)]
-        values, probabilities, features = joined
-        used = slice(len(action_names(game)))
-        return Look(values[:, used], None if probabilities is None else probabilities[:, used], features)
 
-    def q_function(self, game: str) -> QFunction:
-        """Its values for one game, for `evaluation.evaluate`."""
-        return lambda stacks: self.look(game, stacks).values
+    def _of_stacks(self, game: str, stacks: np.ndarray) -> Look:
+        params, head = self._parts[game]
+        heads, used = np.full(len(stacks), head, np.int32), np.s_[:, : len(action_names(game))]
+        values, probabilities, features = self._forwards[game](params, np.moveaxis(stacks, 1, -1), heads)
+        return Look(values[used], None if probabilities is None else probabilities[used], features)
+
+    def _of_windows(self, game: str, windows: Sequences, draw: np.ndarray) -> Look:
+        params, number = self._parts[game]
+        windows = windows._replace(game=np.full(len(draw), number, np.int32))
+        decision = self._forwards[game](params, windows, draw)
+        values = self.player(game).in_game(decision.log_policy)
+        if decision.token is None:
+            return Look(values, None, decision.features, policy=np.exp(values))
+        returns = np.stack([decision.predicted, decision.offered], axis=1)
+        return Look(values, returns, decision.features, np.exp(values), self.atoms[decision.token])
 
 
 def _make_forward(built: _Built, num_actions: list[int]) -> Any:
@@ -150,6 +208,12 @@ def _make_forward(built: _Built, num_actions: list[int]) -> Any:
         return prefer(params, observation, head), probabilities, features.astype("float32")
 
     return lambda *arguments: jax.tree.map(np.asarray, forward(*arguments))
+
+
+def _make_decide(built: _Built, num_actions: list[int]) -> Any:
+    """Compiled (params, windows, their `draw`) -> `methods.decision_transformer.Decision`."""
+    decide = jax.jit(built.method.decisions(built.graph, num_actions))
+    return lambda *arguments: jax.tree.map(np.asarray, decide(*arguments))
 
 
 def _protocol(p: parameters.Parameters) -> dict[str, Any]:
@@ -172,7 +236,8 @@ def load_agent(run: str | Path, step: int | None = None, outputs: str | Path = "
         outputs: the outputs folder; "" is the workspace's.
 
     Raises:
-        RunError: there is no such run; its network cannot play, or sees more than one state (transformers).
+        RunError: there is no such run; its network cannot play; how it plays cannot be told, since the run that a
+            transformer of `06_transfer` began with, or with ``target_return`` "data" the dataset, is gone.
         CheckpointError: it has no checkpoint, or none of that step; it names no games, is damaged, or of another
             network than the run's parameters describe.
         ParameterError: its parameters cannot be read.
@@ -188,14 +253,8 @@ def load_agent(run: str | Path, step: int | None = None, outputs: str | Path = "
     stored = parameters.load(folder / "parameters.yaml")
     trained = "06_transfer" if "initial" in stored else "04_scaled_training"
     p = parameters.check("02_online_agents" if "learner" in about else trained, stored, str(folder / "parameters.yaml"))
+    p = p.model_copy(update={"outputs": str(folder.parent.parent)})  # wherever its workspace is now
     built = _online(p) if "learner" in about else _offline(p, transfer.Source(where, about, params))
-    if built.method.preferences is None:
-        raise runs.RunError(f"{name}: a network trained by {about['method']} cannot play. Choose another run.")
-    if built.method.memory:
-        raise runs.RunError(
-            f"{name}: a network trained by {about['method']} sees the last {built.method.memory} steps of an episode, "
-            "an agent here one state alone. Its run evaluates and films it. Choose a run of a Q-network or a clone."
-        )
     filled, kept = _fill(where, built, params, len(about["games"])), training.checkpoint_steps(where.parent)
     return Agent(name, int(where.name), about["games"], built, filled, p, kept)
 
@@ -213,14 +272,35 @@ def _find(run: str | Path, home: Path) -> Path:
 
 def _offline(p: Any, source: transfer.Source) -> _Built:
     """The network of a run of `04_scaled_training` or `06_transfer`, as its parameters and checkpoint describe it."""
-    settings = transfer.training_parameters(p, source) if isinstance(p, parameters.Transfer) else p
-    method, games = methods.make(settings), source.about["games"]
+    settings, games = p, source.about["games"]
+    if isinstance(p, parameters.Transfer):
+        # A transformer plays as the one that the run began with, whose parameters say which returns it asks for.
+        like = transfer.sources(p, partial(runs.trained_run, p))[1] if source.is_transformer else source
+        settings = transfer.training_parameters(p, like)
+    method = methods.make(settings)
+    if method.preferences is None:
+        raise runs.RunError(
+            f"{source.folder}: {settings.method} trains an encoder on images alone, no player. Choose a run of "
+            "06_transfer that this encoder went into, or one of another method."
+        )
+    if settings.target_return == "data":
+        try:
+            data = runs.open_dataset(p, games)
+        except replay.ReplayError as error:
+            message = f"{source.folder}: target_return = 'data', the returns that it asks for are those of its data"
+            raise runs.RunError(f"{message}. {error}") from error
+        expected = replay.expert_returns(data, settings.return_low, settings.return_high)
+        method = methods.make(settings, expert_returns=expected)
     names = ("heads", "num_atoms", "hidden_sizes", "embedding", "normalize_features", "group_size", "dtype")
     architecture = {name: getattr(settings, name) for name in names}
     if settings.subtract_mean_frames:
         architecture["mean_frames"] = np.zeros((len(games), 84, 84), np.float32)  # the checkpoint has them
     build = partial(method.build, settings.encoder, len(games), **architecture)
-    atoms = losses.support(settings.v_min, settings.v_max, settings.num_atoms)
+    atoms = None
+    if method.distributions:
+        atoms = np.asarray(losses.support(settings.v_min, settings.v_max, settings.num_atoms))
+    elif method.batches == "sequences with returns":
+        atoms = np.arange(settings.return_low, settings.return_high + 1, dtype=np.float32)
     return _abstract(method, build, atoms, own_networks=False)
 
 
@@ -230,13 +310,13 @@ def _online(p: parameters.OnlineAgents) -> _Built:
     plain = {"normalize_features": False, "layer_norm": False, "dtype": p.dtype, "hidden_sizes": p.hidden_sizes}
     heads = 1 if own else len(p.games)
     build = partial(networks.make_q_network, p.encoder, heads, p.head, num_atoms=p.num_atoms, **plain)
-    return _abstract(methods.q_learning(head=p.head, alpha=0.0, atoms=atoms), build, atoms, own)
+    method = methods.q_learning(head=p.head, alpha=0.0, atoms=atoms)
+    return _abstract(method, build, np.asarray(atoms) if method.distributions else None, own)
 
 
-def _abstract(method: Method, build: Any, atoms: jax.Array, own_networks: bool) -> _Built:
+def _abstract(method: Method, build: Any, atoms: np.ndarray | None, own_networks: bool) -> _Built:
     graph, variables = nnx.split(nnx.eval_shape(build), nnx.Param)  # nothing is drawn or compiled
-    support = np.asarray(atoms) if method.distributions else None
-    return _Built(method, graph, nnx.to_pure_dict(variables), support, own_networks)
+    return _Built(method, graph, nnx.to_pure_dict(variables), atoms, own_networks)
 
 
 def _fill(where: Path, built: _Built, read: Mapping[str, np.ndarray], games: int) -> PyTree:

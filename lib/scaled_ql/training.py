@@ -711,7 +711,7 @@ class MetricsLog:
         partial = self.file.with_name(f".{self.file.name}.partial")
         partial.write_text("".join(map(self._line, self.rows)), encoding="utf-8")
         partial.replace(self.file)
-        self._mirror = _tensorboard(self.file.parent / "tensorboard") if tensorboard else None
+        self._mirror = tensorboard_writer(self.file.parent / "tensorboard") if tensorboard else None
         for row in self.rows:
             self._show(row)
 
@@ -744,8 +744,12 @@ class MetricsLog:
         return pd.DataFrame(self.rows).astype(float)
 
 
-def _tensorboard(folder: Path) -> Any:
-    """A writer of TensorBoard's files, in an empty folder."""
+def tensorboard_writer(folder: Path) -> Any:
+    """A `tensorboardX.SummaryWriter` of a folder, which is emptied first.
+
+    Raises:
+        ModuleNotFoundError: tensorboardX is not installed.
+    """
     try:
         from tensorboardX import SummaryWriter
     except ModuleNotFoundError as error:

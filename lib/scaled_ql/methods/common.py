@@ -46,6 +46,8 @@ class Method(NamedTuple):
         values: name of the `preferences`, for a figure's axis.
         samples: whether the policy softmax(preferences) is evaluated, too.
         memory: how many of its episode's last steps the policy sees; 0: a stack of frames alone.
+        decisions: of a method with a memory, all of what `preferences` gives a part of: (graph, sizes) -> (params,
+            `replay.Sequences`, int32 [B, 3]) -> `decision_transformer.Decision`, not compiled.
         temperature: of its actions in evaluation, see `evaluation.evaluate`; 0: the largest is played.
         distributions: (graph, sizes, reward scale) -> (params, target_params, batch) -> predicted and target
             distribution of the data's actions, each float32 [B, N]; None: there are none to compare.
@@ -64,6 +66,7 @@ class Method(NamedTuple):
     values: str = "Q(s, a)"
     samples: bool = False
     memory: int = 0
+    decisions: Callable[[nnx.GraphDef, list[int]], Callable] | None = None
     temperature: float = 0.0
     distributions: Callable[..., Callable] | None = None
     pictures: Callable[[nnx.GraphDef], Callable] | None = None

@@ -7,8 +7,9 @@ gets another position and sees another past, and all keys and values change. Wha
 predicted from the first frame, takes the 39 tokens of that step alone.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,25 @@ METRICS = {
     "clipped": "share of returns outside the table",
 }
 TargetReturn = float | Literal["notebook", "paper", "data"]
+
+
+class Decision(NamedTuple):
+    """What a transformer makes of B windows, and would do after their last frames.
+
+    Attributes:
+        log_policy: float32 [B, 18], log-probabilities of the full joystick's actions; -inf: never played.
+        features: float32 [B, width], what these are predicted from.
+        predicted: float32 [B, returns], distribution of the return from the window's first step on, as predicted from
+            its frame alone; None without return tokens, as are the others.
+        offered: float32 [B, returns], the distribution that the return to ask for is drawn from.
+        token: int32 [B], the return that is asked for.
+    """
+
+    log_policy: jax.Array
+    features: jax.Array
+    predicted: jax.Array | None = None
+    offered: jax.Array | None = None
+    token: jax.Array | None = None
 
 
 def dt(
@@ -81,18 +101,17 @@ def dt(
     """
     returns = (return_low, return_high)
 
-    def choose(logits: jax.Array, windows: Sequences, keys: jax.Array) -> jax.Array:
+    def offer(logits: jax.Array, windows: Sequences) -> jax.Array:
         if target_return == "notebook":
-            logits = best_return_logits(logits, return_samples, return_temperature)
-        elif target_return == "paper":
-            logits = expert_return_logits(logits, return_kappa)
-        elif target_return == "data":
-            logits = logits + jnp.asarray(expert_returns)[windows.game]
-        else:
-            return return_tokens(target_return + windows.return_to_go[:, 0], *returns)
-        return jax.vmap(jax.random.categorical)(keys, logits)
+            return best_return_logits(logits, return_samples, return_temperature)
+        if target_return == "paper":
+            return expert_return_logits(logits, return_kappa)
+        if target_return == "data":
+            return logits + jnp.asarray(expert_returns)[windows.game]
+        token = return_tokens(target_return + windows.return_to_go[:, 0], *returns)
+        return jnp.where(jnp.arange(logits.shape[-1]) == token[:, None], 0.0, -jnp.inf)
 
-    def prefer(graph: nnx.GraphDef, num_actions: list[int]) -> Any:
+    def decisions(graph: nnx.GraphDef, num_actions: list[int]) -> Callable[..., Decision]:
         del num_actions
         if target_return == "data" and expert_returns is None:
             raise MethodError(
@@ -100,26 +119,29 @@ def dt(
                 "`replay.expert_returns`."
             )
 
-        @jax.jit
-        def of_windows(params: PyTree, windows: Sequences, draw: jax.Array) -> jax.Array:
+        def decide(params: PyTree, windows: Sequences, draw: jax.Array) -> Decision:
             network = nnx.merge(graph, nnx.State(params))
             inputs = windows.action, reward_tokens(windows.reward, windows.terminal)
             nothing = jnp.zeros(len(windows.action), jnp.int32)  # a first return, which no return's prediction sees
-            first = network(windows.frames[:, :1], nothing, *(x[:, :1] for x in inputs))
-            token = choose(first.returns[:, 0], windows, _keys(draw))
-            return top_actions(network(windows.frames, token, *inputs).actions[:, -1], action_percentile)
+            first = network(windows.frames[:, :1], nothing, *(x[:, :1] for x in inputs)).returns[:, 0]
+            offered = offer(first, windows)
+            token = jax.vmap(jax.random.categorical)(_keys(draw), offered)
+            now = network(windows.frames, token, *inputs)
+            log_policy = top_actions(now.actions[:, -1], action_percentile)
+            return Decision(log_policy, now.features[:, -1], jax.nn.softmax(first), jax.nn.softmax(offered), token)
 
-        return of_windows
+        return decide
 
     return Method(
         minimises=r"$-\frac{1}{3} \log p(R_1 \mid s_1)\, p(a_t \mid \cdot)\, p(r_t \mid \cdot)$",
         build=partial(_build, transformer, sequence_length, return_high - return_low + 1, tokenizer),
         objective=partial(_objective, returns, random_shift),
-        preferences=prefer,
+        preferences=partial(_preferences, decisions),
         metrics=METRICS,
         batches="sequences with returns",
         values="log π(a|s, R)",
         memory=sequence_length,
+        decisions=decisions,
         temperature=1.0,
     )
 
@@ -134,29 +156,36 @@ def bc_transformer(*, transformer: str = "40M", sequence_length: int = 4, random
         a method with the metrics of `dt`, but for those of returns.
     """
 
-    def prefer(graph: nnx.GraphDef, num_actions: list[int]) -> Any:
+    def decisions(graph: nnx.GraphDef, num_actions: list[int]) -> Callable[..., Decision]:
         del num_actions
 
-        @jax.jit
-        def of_windows(params: PyTree, windows: Sequences, draw: jax.Array) -> jax.Array:
+        def decide(params: PyTree, windows: Sequences, draw: jax.Array) -> Decision:
             del draw
             network = nnx.merge(graph, nnx.State(params))
             rewards = reward_tokens(windows.reward, windows.terminal)
-            return jax.nn.log_softmax(network(windows.frames, None, windows.action, rewards).actions[:, -1])
+            now = network(windows.frames, None, windows.action, rewards)
+            return Decision(jax.nn.log_softmax(now.actions[:, -1]), now.features[:, -1])
 
-        return of_windows
+        return decide
 
     return Method(
         minimises=r"$-\frac{1}{2} \log p(a_t \mid \cdot)\, p(r_t \mid \cdot)$",
         build=partial(_build, transformer, sequence_length, 0, "patches"),
         objective=partial(_objective, None, random_shift),
-        preferences=prefer,
+        preferences=partial(_preferences, decisions),
         metrics={name: title for name, title in METRICS.items() if name not in ("return_nll", "clipped")},
         batches="sequences",
         values="log π(a|s)",
         memory=sequence_length,
+        decisions=decisions,
         temperature=1.0,
     )
+
+
+def _preferences(decisions: Callable, graph: nnx.GraphDef, num_actions: list[int]) -> Callable:
+    """`Method.preferences`: of decisions, the policy alone, compiled."""
+    decide = decisions(graph, num_actions)
+    return jax.jit(lambda params, windows, draw: decide(params, windows, draw).log_policy)
 
 
 def _build(

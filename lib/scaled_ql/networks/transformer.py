@@ -29,11 +29,13 @@ class Predictions(NamedTuple):
         returns: [B, T, returns], of a step's return to go, from its last patch; [B, T, 0] without return tokens.
         actions: [B, T, 18], from its return token, or from its last patch where there are none.
         rewards: [B, T, 4], from its action.
+        features: [B, T, width], what actions are predicted from.
     """
 
     returns: jax.Array
     actions: jax.Array
     rewards: jax.Array
+    features: jax.Array
 
 
 def token_mask(length: int, has_returns: bool, patches: int = PATCHES) -> np.ndarray:
@@ -142,9 +144,8 @@ class DecisionTransformer(nnx.Module):
         last = self.patches - 1
         returns = self.return_head(x[:, :, last]) if self.num_returns else jnp.zeros((size, length, 0))
         before_action = last + bool(self.num_returns)
-        return Predictions(
-            returns, self.action_head(x[:, :, before_action]), self.reward_head(x[:, :, before_action + 1])
-        )
+        features, after_action = x[:, :, before_action], x[:, :, before_action + 1]
+        return Predictions(returns, self.action_head(features), self.reward_head(after_action), features)
 
     def _embedded(
         self, frames: jax.Array, first_return: jax.Array | None, action: jax.Array, reward: jax.Array

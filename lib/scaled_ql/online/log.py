@@ -1,10 +1,11 @@
 """Experience of online agents: written to the store, and read back from it."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from scaled_ql.replay.format import FRAME_SHAPE
 from scaled_ql.replay.store import Replay
 from scaled_ql.replay.writer import ReplayWriter
+from scaled_ql.training import tensorboard_writer
 
 EPISODES_WAITING = 64  # unwritten episodes before playing waits for the disk
 WRITERS = 4
@@ -60,6 +62,30 @@ class EpisodeLog:
     def __exit__(self, *_: object) -> None:
         for pool in self._pools:
             pool.shutdown()  # queued episodes are written, whatever else went wrong
+
+
+class EpisodeMirror:
+    """Episodes in TensorBoard's files: raw return, length, share of random moves, by the transitions that they end.
+
+    Args:
+        folder: written anew, so that a resumed recording's earlier episodes are added first.
+
+    Raises:
+        ModuleNotFoundError: tensorboardX is not installed.
+    """
+
+    def __init__(self, folder: Path):
+        self._writer, self._transitions = tensorboard_writer(folder), Counter()
+
+    def add(self, game: str, episode_return: float, length: int, epsilon: float) -> None:
+        """Mirror a game's next episode."""
+        self._transitions[game] += length
+        for name, value in {"return": episode_return, "length": length, "epsilon": epsilon}.items():
+            self._writer.add_scalar(f"{name}/{game}", value, self._transitions[game])
+
+    def close(self) -> None:
+        """Write what the files do not have yet."""
+        self._writer.close()
 
 
 def logged_episodes(replay: Replay, game: str, run: int, capacity: int) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from scaled_ql.devices import OutOfMemory
 from scaled_ql.environments import MAX_STEPS, VectorEnvironment, make_vector_environment, rules
 from scaled_ql.games import action_names, check_variant, rom_md5
 from scaled_ql.online.agents import Learner
-from scaled_ql.online.log import EpisodeLog, logged_episodes
+from scaled_ql.online.log import EpisodeLog, EpisodeMirror, logged_episodes
 from scaled_ql.online.ring import Ring, ring_bytes, sample_rings
 from scaled_ql.replay.batch import Batch
 from scaled_ql.replay.store import open_replay
@@ -202,6 +202,7 @@ def play(
     epsilon_decay: int = 250_000,
     checkpoint_every: int = 10_000,
     report_seconds: float = 2.0,
+    tensorboard: Path | None = None,
 ) -> Iterator[tuple[TrainState, dict[str, Any]]]:
     """Act, learn and log until the store holds at least `num_transitions` of every game.
 
@@ -234,13 +235,14 @@ def play(
         epsilon_decay: transitions of a game over which that share falls from 1.
         checkpoint_every: updates between checkpoints.
         report_seconds: seconds between reports.
+        tensorboard: folder for `EpisodeMirror`; None: there is none.
 
     Yields:
         (state, report) every `report_seconds` and at the end. A report has `logged`, `played` and `epsilon` by game,
         `updates`, `loss` by game (a shared learner's is the same for all), `steps_per_second`, `updates_per_second`.
 
     Raises:
-        UnknownGame, UnknownVariant, OutOfMemory: before anything is played.
+        UnknownGame, UnknownVariant, OutOfMemory, ModuleNotFoundError: before anything is played.
         ReplayError: another recording is there, or an episode could not be written.
         EnvironmentDied: an environment ended.
         Diverged: a non-finite loss. Episodes logged before are intact.
@@ -255,13 +257,18 @@ def play(
     with ExitStack() as stack:
         stack.callback(checkpoints.wait)
         pool = stack.enter_context(ThreadPoolExecutor(thread_name_prefix="sample"))
+        mirror = stack.enter_context(closing(EpisodeMirror(tensorboard))) if tensorboard else None
         writers, players = {}, {}
         for number, game in enumerate(games):
             about = {"actions": action_names(game), "source": source, "rom_md5": rom_md5(game)} | rules(**options)
             writers[game] = writer = stack.enter_context(ReplayWriter(path, game, run, **about))
             ring = Ring(environments, capacity, max_steps, compressed=compressed)
             if writer.num_transitions:
-                ring.fill(logged_episodes(open_replay(path), game, run, capacity))
+                logged = open_replay(path)
+                ring.fill(logged_episodes(logged, game, run, capacity))
+                for row in logged.episodes(game).itertuples() if mirror else ():
+                    if row.run == run:
+                        mirror.add(game, row.episode_return, row.length, row.epsilon)
             vector = make(game, environments, num_threads=num_threads, **options)
             stack.callback(vector.close)
             numbers = [seed, run, number, writer.num_transitions]
@@ -290,6 +297,8 @@ def play(
                 for episode in player.remember():
                     if log.transitions[game] < num_transitions:
                         log.append(game, episode, epsilon=epsilon, learner_step=choice.learner_step)
+                        if mirror:
+                            mirror.add(game, episode["reward"].sum(), len(episode["reward"]), epsilon)
 
         def draw_batch() -> Batch:
             return sample_rings(rings, [seed, run, 2, learning.updates], batch_size, pool, **sampling)
