@@ -430,7 +430,7 @@ class Performance(Parameters):
     batch_sizes: Annotated[list[Count], Field(min_length=1)] = [128, 512]
     hidden_sizes: Annotated[list[Count], Field(min_length=1)] = list(defaults.HIDDEN_SIZES)
     systems: Annotated[list[System], Field(min_length=1)] = [
-        "cql resnet101", "cql resnet152", "cql vit_base", "mae vit_base", "dt 40M", "dt 200M",
+        "cql resnet34", "cql resnet50", "cql resnet101", "cql vit_base", "dt 40M", "dt 200M",
     ]  # fmt: skip
     heads_encoder: Encoder = "resnet34"
     heads_batch: Count = 512
