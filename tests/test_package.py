@@ -26,9 +26,9 @@ ORDER = (
     "methods.cloning", "methods.cpc", "methods.decision_transformer", "methods.mae", "methods.q_learning", "methods",
     "devices", "training",
     "evaluation", "transfer", "probe", "walkthrough", "online", "online.ring", "online.log", "online.agents",
-    "online.play", "benchmarks", "torch_step", "performance", "paper", "recorder", "report", "runs", "run_table",
-    "site", "batches", "ablations", "reward_control", "transfer_report", "grids", "trained_agent", "episodes",
-    "saliency", "state_map", "controls", "browsers", "play_along", "explore", "command",
+    "online.play", "peer_rates", "benchmarks", "peers", "torch_step", "performance", "paper", "recorder", "report",
+    "runs", "run_table", "site", "batches", "ablations", "reward_control", "transfer_report", "grids", "trained_agent",
+    "episodes", "saliency", "state_map", "controls", "browsers", "play_along", "explore", "command",
 )  # fmt: skip
 WITHOUT_JAX = (
     "defaults", "documents", "games", "processes", "environments", "replay", "replay.formats.minari", "collect",

@@ -437,6 +437,7 @@ class Performance(Parameters):
     num_games: Annotated[list[Annotated[int, Field(ge=1, le=40)]], Field(min_length=1)] = [1, 10, 40]
     torch_encoder: Literal["resnet_narrow", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet101"
     torch_batch: Count = 512
+    peer_rates: str = ""
     dataset: str = "01_data_collection/default/replay"
     view: str = ""
     encoder: Encoder = "resnet101"
