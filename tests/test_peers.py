@@ -57,8 +57,8 @@ def fake(environments: Path, library: str, script: str) -> None:
 def test_each_round_has_a_rate_of_each_library_that_works(recording: Path, tmp_path: Path, monkeypatch) -> None:
     """One answers with its arguments' data, one fails, one is not installed."""
     names = {"dopamine": ("dopamine", "dopamine-rl"), "torchrl": ("torchrl", "torchrl"), "none": ("none_such", "none")}
-    monkeypatch.setattr(peers, "MEASURED", {SAMPLING: names})
-    given = f'test -f "$3/observation.npy" && test "$1 $2 $4" = "{peer_rates.__file__} dopamine 0.05"'
+    monkeypatch.setattr(peers, "MEASURED", {SAMPLING: (None, names)})
+    given = f'test -f "$4/observation.npy" && test "$1 $2 $3 $5" = "-I {peer_rates.__file__} dopamine 0.05"'
     fake(tmp_path, "dopamine", given + ' && echo noise && echo \'{"rate": 50.0, "version": "4"}\'')
     fake(tmp_path, "torchrl", "echo first >&2; echo ImportError: no such file >&2; exit 1")
     options = ["--csv", tmp_path / "rates.csv", "--transitions", "300", "--seconds", "0.05", "--rounds", "2"]
@@ -105,7 +105,7 @@ def test_a_file_of_rates_that_is_absent_names_the_command(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("library", peer_rates.LIBRARIES)
 def test_a_library_that_is_installed_has_a_rate(library: str, recording: Path, tmp_path: Path) -> None:
-    (module,) = (names[library][0] for names in peers.MEASURED.values() if library in names)
+    (module,) = (names[library][0] for _, names in peers.MEASURED.values() if library in names)
     pytest.importorskip(module, reason=f"{module} is not installed here")
     peers.write_data(open_replay(recording, View(games=["Breakout"])), tmp_path)
     found = peer_rates.LIBRARIES[library](tmp_path, 0.1)

@@ -1,6 +1,6 @@
 """What other libraries do per second with the same frames, for `peers`, which runs this file in their environments.
 
-python peer_rates.py LIBRARY FOLDER SECONDS prints JSON: version, rate and, of environments, whether they play the same.
+python -I peer_rates.py LIBRARY FOLDER SECONDS prints JSON: version, rate; of environments, whether they play as ALE.
 FOLDER is from `peers.write_data`. Only NumPy and the library itself are imported; nothing of this package.
 """
 
@@ -33,7 +33,7 @@ def rate(work: Callable[[int], object], size: int, seconds: float) -> float:
 
 
 def read_data(folder: Path) -> list[dict[str, np.ndarray]]:
-    """Episodes in time order: observation uint8 [L, 84, 84], action, reward [L], and whether the game ended, []."""
+    """Read a game's episodes in time order: observation uint8 [L, 84, 84], action, reward [L], terminal bool []."""
     arrays = {name: np.load(folder / f"{name}.npy") for name in ("observation", "action", "reward")}
     starts, terminal = np.load(folder / "starts.npy"), np.load(folder / "terminal.npy")
     parts = {name: np.split(array, starts[1:]) for name, array in arrays.items()}
@@ -45,6 +45,7 @@ def read_data(folder: Path) -> list[dict[str, np.ndarray]]:
 def d3rlpy_updates(folder: Path, seconds: float) -> dict[str, Any]:
     """Updates per second of DiscreteCQL with its defaults, a Nature network, on batches from its replay buffer."""
     import d3rlpy
+    import torch
     from d3rlpy.dataset import Episode, FrameStackTransitionPicker, InfiniteBuffer, ReplayBuffer
 
     d3rlpy.logging.set_log_context(test=True)
@@ -60,7 +61,8 @@ def d3rlpy_updates(folder: Path, seconds: float) -> dict[str, Any]:
         action_size=1 + int(max(episode.actions.max() for episode in episodes)),
     )  # fmt: skip
     scale = d3rlpy.preprocessing.PixelObservationScaler()
-    agent = d3rlpy.algos.DiscreteCQLConfig(batch_size=STEP_BATCH, observation_scaler=scale).create(device=False)
+    config = d3rlpy.algos.DiscreteCQLConfig(batch_size=STEP_BATCH, observation_scaler=scale)
+    agent = config.create(device=torch.cuda.is_available())
     agent.build_with_dataset(buffer)
 
     def update(step: int) -> None:

@@ -26,12 +26,6 @@ from scaled_ql.replay import Replay, View, open_replay, sample_batches
 from scaled_ql.replay.memory import to_memory
 
 OURS = "scaled-ql"
-# What is measured, and the libraries that do it: (module, name on the package index).
-MEASURED = {
-    "updates/s, Nature network, batch 32": {"d3rlpy": ("d3rlpy", "d3rlpy")},
-    "transitions/s, batches of 512": {"dopamine": ("dopamine", "dopamine-rl"), "torchrl": ("torchrl", "torchrl")},
-    "environment steps/s, random actions": {"envpool": ("envpool", "envpool")},
-}
 
 
 def make_network() -> Any:
@@ -83,7 +77,14 @@ def _steps(store: str, view: View, seconds: float) -> float:
     return rate(work, 10 * ENVIRONMENTS, seconds)
 
 
-PARTS: dict[str, Callable[[str, View, float], float]] = dict(zip(MEASURED, (_updates, _samples, _steps)))
+# What is measured: our part, and the libraries that do it, each (module, name on the package index).
+MEASURED: dict[str, tuple[Callable[[str, View, float], float], dict[str, tuple[str, str]]]] = {
+    "updates/s, Nature network, batch 32": (_updates, {"d3rlpy": ("d3rlpy", "d3rlpy")}),
+    "transitions/s, batches of 512": (
+        _samples, {"dopamine": ("dopamine", "dopamine-rl"), "torchrl": ("torchrl", "torchrl")},
+    ),
+    "environment steps/s, random actions": (_steps, {"envpool": ("envpool", "envpool")}),
+}  # fmt: skip
 
 
 def write_data(replay: Replay, folder: Path, episodes: int = 3, max_steps: int = 400) -> None:
@@ -151,7 +152,7 @@ def measure(
     view = View(games=open_replay(store).games[:1], between=[0, transitions])
     pythons: dict[str, str] = {}
     cores = len(os.sched_getaffinity(0))
-    for libraries in MEASURED.values():
+    for _, libraries in MEASURED.values():
         for library, (module, package) in libraries.items():
             python, own = find_python(library, module, Path(environments)), Path(environments) / library
             if python:
@@ -162,10 +163,10 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         write_data(open_replay(store, view), Path(folder))
         for number in range(rounds):
-            for measured, libraries in MEASURED.items():
+            for measured, (_, libraries) in MEASURED.items():
                 ours = [sys.executable, "-m", "scaled_ql.peers", measured, store, view.model_dump_json()]
                 commands = {OURS: ours} | {
-                    library: [pythons[library], peer_rates.__file__, library, folder]
+                    library: [pythons[library], "-I", peer_rates.__file__, library, folder]
                     for library in libraries
                     if library in pythons
                 }
@@ -215,5 +216,6 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
 if __name__ == "__main__":
     _, name, path, of, duration = sys.argv
-    measured_rate = PARTS[name](path, View.model_validate_json(of), float(duration))
+    part, _ = MEASURED[name]
+    measured_rate = part(path, View.model_validate_json(of), float(duration))
     print(json.dumps({"rate": measured_rate, "version": metadata.version("scaled-ql")}))
