@@ -392,9 +392,9 @@ def benchmark_import(store: str, folder: str, rows: int) -> None:
 @click.argument("store")
 @click.argument("environments")
 @click.option("--csv", type=click.File("w", lazy=False), help="Also write all rates to this file, for 09_performance.")
-@click.option("--transitions", default=20_000, show_default=True, help="Transitions of STORE to use.")
+@click.option("--transitions", default=20_000, type=click.IntRange(1), help="Of STORE's first game.", show_default=True)
 @click.option("--seconds", default=5.0, show_default=True, help="Duration of each measurement.")
-@click.option("--rounds", default=5, show_default=True)
+@click.option("--rounds", default=5, type=click.IntRange(1), help="Of all measurements, in turn.", show_default=True)
 def benchmark_peers(store: str, environments: str, csv: TextIO | None, **settings: Any) -> None:
     """Training steps, batches and environments compared with d3rlpy, Dopamine, TorchRL and EnvPool; eight minutes.
 
