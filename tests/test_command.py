@@ -139,6 +139,7 @@ LONG = "x" * 300
         ("benchmark", "sampling", LONG),
         ("benchmark", "scale", "RECORDING", LONG, "--copies", "1"),
         ("benchmark", "import", "RECORDING", LONG, "--rows", "500"),
+        ("benchmark", "peers", LONG, "environments"),
         ("run", "01_data_collection", "--outputs", LONG),
         ("run", "01_data_collection", "-p", "run", LONG, "--outputs", "STORE"),
         ("run", "01_data_collection", "-p", "games", f"[{LONG}]", "--outputs", "STORE"),

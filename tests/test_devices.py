@@ -104,11 +104,26 @@ def two_processes(folder, steps, *words):
     ]  # fmt: skip
 
 
-def test_two_processes_train_as_one(expected, tmp_path):
-    first, second = two_processes(tmp_path, 20, "split")
-    result = finish(first)
-    assert finish(second) is None
-    assert_equal(result, expected, range(1, 21))
+@pytest.mark.parametrize(
+    ("environment", "restricted"),
+    [
+        ({"SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "2"}, False),
+        ({"SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "16"}, True),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, False),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, True),
+        ({"SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "2", "JAX_LOCAL_DEVICE_IDS": "0,1"}, True),
+        ({}, True),
+    ],
+)
+def test_a_process_that_is_alone_on_its_host_takes_all_its_accelerators(monkeypatch, environment, restricted):
+    """JAX restricts a process of Slurm or Open MPI to one device, unless it is given a list, which may be empty."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    given = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: given.append(arguments))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    devices.join_cluster(True)
+    assert given[0].get("local_device_ids") == (None if restricted else [])
 
 
 def test_when_one_process_dies_the_other_stops_and_the_run_resumes(expected, tmp_path):

@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -36,12 +39,15 @@ def test_committed_clean_and_readable(file: Path) -> None:
     assert file.stem in parameters.NOTEBOOKS
 
 
+# Few programs run more than once: not to optimise them at all takes a third less time than to compile them.
+QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+
+
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny batch, run by the command once for all tests."""
     folder = tmp_path_factory.mktemp("outputs")
-    # Few of its programs run more than once: not to optimise them at all takes a third less time than to compile them.
-    done = run("params/batches/tiny.yaml", folder, XLA_FLAGS="--xla_backend_optimization_level=0")
+    done = run("params/batches/tiny.yaml", folder, **QUICK)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -106,6 +112,48 @@ def test_two_runs_side_by_side_do_not_meet_and_a_locale_of_ascii_changes_nothing
             assert "84 × 84" in (outputs / target / f"side-{number}" / file).read_text(encoding="utf-8")
     again = run(target, outputs, TINY[target], "-p", "run", "side-2", **ASCII)
     assert again.returncode == 0 and "finished before" in again.stdout
+
+
+SRUN = """#!{python}
+import itertools, os, subprocess, sys
+
+words = list(itertools.takewhile(lambda word: word.startswith("--"), sys.argv[1:]))
+options = dict(word[2:].split("=") for word in words)
+nodes = int(options["nodes"])
+tasks = nodes * int(options["ntasks-per-node"])
+job = {{"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(tasks)}}
+job |= {{"SLURM_STEP_NUM_NODES": str(nodes), "SLURM_LOCALID": "0"}}
+command = sys.argv[1 + len(words):]
+started = [subprocess.Popen(command, env=os.environ | job | {{"SLURM_PROCID": str(n)}}) for n in range(tasks)]
+sys.exit(max(process.wait() for process in started))
+"""
+
+
+def test_the_readmes_slurm_line_trains_on_two_nodes_as_one_process_does(
+    outputs: Path, tmp_path: Path, workspace: Path
+) -> None:
+    """On two processes of this machine, which share the network's state; the first of them evaluates and reports."""
+    srun, target = tmp_path / "srun", "04_scaled_training"
+    srun.write_text(SRUN.format(python=sys.executable))
+    srun.chmod(0o755)
+    (line,) = re.findall(r"^srun .+$", (workspace / "README.md").read_text(), re.MULTILINE)
+    words = [word for word in shlex.split(line) if word != ".venv/bin/scaled-ql"]
+    options, words = words[: words.index("run")], words[words.index("run") :]
+    assert words[1:] == [target, f"params/{target}/forty_games.yaml", "-p", "distributed", "true"]
+    more = ["-p", "distributed", "true", "-p", "shard_parameters", "true", "-p", "video_steps", "0", "-p", "run", "two"]
+    done = subprocess.run(
+        [*options, *arguments(target, outputs, TINY[target], *more)], cwd=workspace, capture_output=True, text=True,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JAX_PLATFORMS": "cpu", **QUICK}, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = (outputs / target / name for name in ("tiny", "two"))
+    assert [row["step"] for row in metrics(two)] == [5, 10, 15, 20]
+    for row, same in zip(metrics(two), metrics(one), strict=True):
+        assert row == pytest.approx(same, rel=1e-3) and row["loss"] == pytest.approx(same["loss"], rel=1e-5)
+    assert json.loads((two / "provenance.json").read_text())["devices"] == ["cpu:cpu", "cpu:cpu"]
+    for folder in (two, two / "processes" / "1"):
+        assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+        assert (folder / "run.html").exists() == (folder == two)
 
 
 LOSS = """

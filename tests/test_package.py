@@ -1,7 +1,10 @@
 """The workspace's shape: top level, import direction, start-up, README and CI."""
 
 import ast
+import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -23,9 +26,9 @@ ORDER = (
     "methods.cloning", "methods.cpc", "methods.decision_transformer", "methods.mae", "methods.q_learning", "methods",
     "devices", "training",
     "evaluation", "transfer", "probe", "walkthrough", "online", "online.ring", "online.log", "online.agents",
-    "online.play", "benchmarks", "torch_step", "performance", "paper", "recorder", "report", "runs", "run_table",
-    "site", "batches", "ablations", "reward_control", "transfer_report", "claims", "grids", "trained_agent", "episodes",
-    "saliency", "state_map", "controls", "browsers", "play_along", "explore", "command",
+    "online.play", "peer_rates", "benchmarks", "peers", "torch_step", "performance", "paper", "recorder", "report",
+    "runs", "run_table", "site", "batches", "ablations", "reward_control", "transfer_report", "claims", "grids",
+    "trained_agent", "episodes", "saliency", "state_map", "controls", "browsers", "play_along", "explore", "command",
 )  # fmt: skip
 WITHOUT_JAX = (
     "defaults", "documents", "games", "processes", "environments", "replay", "replay.formats.minari", "collect",
@@ -109,6 +112,38 @@ def test_the_readmes_test_command_is_what_ci_runs(workspace: Path) -> None:
     tests = [command.strip() for command in commands if "pytest" in command]
     assert tests
     assert tests[0] in (workspace / ".ci" / "run").read_text()
+
+
+def test_the_container_installs_what_the_readme_says_from_files_that_are_there(workspace: Path) -> None:
+    text, readme = ((workspace / name).read_text() for name in (".container/Containerfile", "README.md"))
+    for command in ("pip install -r requirements.txt -c lib/versions.txt", 'pip install -q -e "lib[cuda13]"'):
+        assert command in readme and f"/opt/venv/bin/{command}" in text
+    assert re.search(r"^FROM \S+/cuda:13\.", text, re.MULTILINE), "of the same CUDA as the extra"
+    copied = [source for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE) for source in shlex.split(line)[:-1]]
+    kept = [line[1:] for line in (workspace / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    assert copied == kept and all((workspace / source).exists() for source in copied)
+
+
+def test_the_container_runs_as_no_root_and_keeps_its_caches_in_a_volume(workspace: Path) -> None:
+    lines = (workspace / ".container" / "Containerfile").read_text().splitlines()
+    users = [line.split()[1] for line in lines if line.startswith("USER ")]
+    assert users and users[-1].split(":")[0] not in ("root", "0")
+    (volume,) = (line.split()[1] for line in lines if line.startswith("VOLUME "))
+    settings = dict(word.split("=") for line in lines if line.startswith("ENV ") for word in line.split()[1:])
+    assert settings["JAX_COMPILATION_CACHE_DIR"].startswith(f"{volume}/") and settings["HOME"] == volume
+    assert f"-v scaled-ql-cache:{volume} " in (workspace / "README.md").read_text()
+    assert "-v .:/workspace " in (workspace / "README.md").read_text() and "WORKDIR /workspace" in lines
+
+
+def test_hadolint_finds_nothing_in_the_container_file(workspace: Path) -> None:
+    hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if not hadolint:
+        pytest.skip("hadolint is not installed: pip install -r requirements.txt")
+    file = workspace / ".container" / "Containerfile"
+    done = subprocess.run([hadolint, str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    broken = subprocess.run([hadolint, "-"], input=file.read_text().replace("USER 1000:1000", "USER root"), text=True)
+    assert broken.returncode != 0, "it lints"
 
 
 def test_requirements_have_lower_bounds_and_no_upper_pins(workspace: Path) -> None:

@@ -5,6 +5,7 @@ import time
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 
 from scaled_ql import networks, performance
@@ -118,11 +119,42 @@ def test_systems_have_their_published_sizes_and_nothing_is_allocated():
     assert sizes.tolist() == pytest.approx([5.5 + 36 * 192 * 2048 / 1e6, 5.5, 197], rel=0.01)
     of_q = costs.loc["cql vit_tiny"]
     assert of_q["step, GFLOP"] == pytest.approx(performance.step_flops("vit_tiny", 1, 40) / 1e9, rel=0.05)
+    assert of_q["moved, GB"] == pytest.approx(performance.step_bytes("vit_tiny", 512, 40) / 1e9, rel=0.05)
     assert of_q["decision, GFLOP"] == pytest.approx(performance.forward_cost("vit_tiny", 40).flops / 1e9, rel=0.01)
     assert np.isnan(costs.loc["mae vit_tiny", "decision, GFLOP"])
     bytes_of = 4 * 1e6 * costs["parameters, millions"] / 1e9
     np.testing.assert_allclose(costs["state, GB"], 4 * bytes_of, rtol=1e-3)
     np.testing.assert_allclose(costs["memory, GB"], 5 * bytes_of + costs["activations, GB"], rtol=1e-3)
+
+
+def test_a_strided_convolutions_gradient_costs_no_zeros():
+    """Of 8 x 8 pixels to 4 x 4: forward, and the gradients with respect to kernel and images, as much each."""
+    inputs = jax.ShapeDtypeStruct((1, 8, 8, 3), np.float32), jax.ShapeDtypeStruct((2, 2, 3, 5), np.float32)
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    convolve = lambda *x: jax.lax.conv_general_dilated(*x, (2, 2), "VALID", dimension_numbers=dimensions)  # noqa: E731
+    flops, _ = performance._traced_cost(jax.grad(lambda *x: (convolve(*x) ** 2).sum(), argnums=(0, 1)), *inputs)
+    assert flops == 3 * conv(4, 2, 3, 5)
+
+
+def test_a_floor_is_the_longer_of_two_times_by_hand():
+    """989 TFLOP/s and 3.35 TB/s of an H100: 295 FLOP/byte; 1.2 TB/s of a TPU v4 and 275 TFLOP/s: 229."""
+    costs = pd.DataFrame({"step, GFLOP": [98.9, 98.9], "moved, GB": [33.5, 3.35]}, index=["much moved", "little"])
+    floors = performance.roofline(costs, 100)
+    assert floors["TFLOP"].tolist() == pytest.approx([9.89, 9.89]) and floors["GB"].tolist() == [33.5, 3.35]
+    assert floors["FLOP/byte"].tolist() == pytest.approx([295.2, 2_952], rel=1e-3)
+    assert floors["NVIDIA H100, ms"].tolist() == pytest.approx([10, 10], rel=1e-3)
+    assert floors["TPU v4, ms"].tolist() == pytest.approx([9.89 / 275 * 1e3] * 2)
+    assert floors["NVIDIA A100, ms"].tolist() == pytest.approx([9.89 / 312 * 1e3] * 2)
+    costs["moved, GB"] *= 10
+    assert performance.roofline(costs, 100)["NVIDIA H100, ms"].tolist() == pytest.approx([100, 10], rel=1e-3)
+
+
+def test_flops_are_what_the_step_has_as_lowered_for_a_tpu():
+    step, batch = performance.make_step("nature", 2, **SMALL), performance.random_batch(4, 2)
+    lowered = jax.jit(step.update).trace(step.state, batch, jax.random.key(0)).lower(lowering_platforms=("tpu",))
+    products = 4 * performance.step_flops("nature", 1, 2, **SMALL) - 4 * conv(20, 8, 4, 32)  # images have no gradient
+    rest = 40 * networks.count_parameters(step.state.params)  # Adam's, and the elementwise
+    assert products < lowered.cost_analysis()["flops"] < products + rest
 
 
 def test_the_paper_main_steps_flops():

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -28,12 +27,11 @@ import zstandard
 
 from scaled_ql.environments import make_vector_environment
 from scaled_ql.games import TRAINING_GAMES, action_names
+from scaled_ql.peer_rates import BATCH, N_STEP, STACK, rate
 from scaled_ql.replay import Replay, ReplayError, export_dqn_replay, open_replay, prefetch, sample_batch, sample_batches
 from scaled_ql.replay import format as fmt
 from scaled_ql.replay.memory import to_memory
 from scaled_ql.replay.writer import episode_rows
-
-N_STEP, STACK, BATCH = 3, 4, 512
 
 
 def repeat_store(source: Replay, destination: str | Path, games: list[str], copies: int) -> Path:
@@ -102,18 +100,6 @@ def repeat_store(source: Replay, destination: str | Path, games: list[str], copi
     return Path(destination)
 
 
-def _rate(work: Callable[[int], object], size: int, seconds: float) -> float:
-    """Median of `size` / duration over calls of work(i), except the first."""
-    work(0)
-    durations, began, step = [], time.perf_counter(), 1
-    while time.perf_counter() - began < seconds:
-        before = time.perf_counter()
-        work(step)
-        durations.append(time.perf_counter() - before)
-        step += 1
-    return size / float(np.median(durations))
-
-
 def sampling_rate(
     replay: Replay, threads: int, seconds: float, batch_size: int = BATCH, *, processes: int = 0
 ) -> float:
@@ -127,7 +113,7 @@ def sampling_rate(
     else:
         batches = prefetch(lambda step: sample_batch(replay, 0, step, **shape), 0, 10**9, threads=threads)
     with contextlib.closing(batches):
-        return _rate(lambda step: deque(islice(batches, 8), maxlen=0), 8 * batch_size, seconds)
+        return rate(lambda step: deque(islice(batches, 8), maxlen=0), 8 * batch_size, seconds)
 
 
 def zstd_rate(replay: Replay, seconds: float) -> float:
@@ -147,7 +133,7 @@ def zstd_rate(replay: Replay, seconds: float) -> float:
 
     cores = len(os.sched_getaffinity(0))
     done = prefetch(decode, 0, 10**9, threads=cores)
-    return _rate(lambda step: [next(done) for _ in range(8)], 8 * BATCH, seconds)
+    return rate(lambda step: [next(done) for _ in range(8)], 8 * BATCH, seconds)
 
 
 def numpy_rate(replay: Replay, seconds: float, capacity: int = 50_000) -> float:
@@ -161,7 +147,7 @@ def numpy_rate(replay: Replay, seconds: float, capacity: int = 50_000) -> float:
         now = np.random.default_rng(step).integers(STACK, capacity - N_STEP, size=BATCH)
         return np.stack([ring[now[:, None] + back], ring[now[:, None] + N_STEP + back]]).transpose(0, 1, 3, 4, 2)
 
-    return _rate(batch, BATCH, seconds)
+    return rate(batch, BATCH, seconds)
 
 
 def benchmark_sampling(path: str, seconds: float = 5.0) -> pd.DataFrame:
@@ -220,11 +206,11 @@ def _measure_store(path: str, seconds: float) -> dict[str, float]:
     began = time.perf_counter()
     replay = open_replay(path)
     opened = time.perf_counter() - began
-    rate = sampling_rate(replay, len(os.sched_getaffinity(0)), seconds)
+    sampled = sampling_rate(replay, len(os.sched_getaffinity(0)), seconds)
     return {
         "transitions": sum(map(replay.num_transitions, replay.games)),
         "seconds to open": opened,
-        "transitions/s": rate,
+        "transitions/s": sampled,
         "memory, MB": (psutil.Process().memory_info().rss - before) / 1e6,
     }
 
@@ -263,7 +249,7 @@ def benchmark_online(
     rng = np.random.default_rng(0)
 
     def play_randomly() -> float:
-        return _rate(lambda step: vector.step(rng.integers(num_actions[0], size=environments)), environments, seconds)
+        return rate(lambda step: vector.step(rng.integers(num_actions[0], size=environments)), environments, seconds)
 
     def learn_while_playing(update_period: int) -> dict[str, float]:
         """Medians over reports."""
@@ -301,7 +287,7 @@ def benchmark_online(
     rows = {
         "limit: random actions, nothing else": {"environment steps/s": random},
         "acting, logging": {"environment steps/s": acting["steps_per_second"]},
-        "learning alone": {"updates/s": _rate(learn, 1, seconds / 2)},
+        "learning alone": {"updates/s": rate(learn, 1, seconds / 2)},
         f"acting, logging, an update per {update_period} steps": {
             "environment steps/s": both["steps_per_second"], "updates/s": both["updates_per_second"],
         },
@@ -334,9 +320,9 @@ def benchmark_ring(
     vector, rows = make_vector_environment(game, environments, sticky_actions=0.25), {}
     for name, compressed in (("uncompressed", False), ("compressed", True)):
         ring = _filled_ring(vector, environments, transitions, compressed)
-        rate = _rate(lambda step, ring=ring: ring.sample(np.random.default_rng(step), 32), 32, seconds)
+        sampled = rate(lambda step, ring=ring: ring.sample(np.random.default_rng(step), 32), 32, seconds)
         held = environments * ring.rows
-        rows[name] = {"GB for 1,000,000 transitions": ring.nbytes / held / 1e3, "transitions/s": rate}
+        rows[name] = {"GB for 1,000,000 transitions": ring.nbytes / held / 1e3, "transitions/s": sampled}
     vector.close()
     table = pd.DataFrame(rows).T
     table["times slower"] = table["transitions/s"].iloc[0] / table["transitions/s"]

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TextIO, get_args
 
 import click
 from tqdm import tqdm
@@ -405,6 +405,36 @@ def benchmark_import(store: str, folder: str, rows: int) -> None:
     """Import a full-size log file, made in FOLDER from STORE, compared with decoding its gzip alone."""
     with _benchmarks() as benchmarks:
         click.echo(benchmarks.benchmark_import(store, folder, rows).round(1).to_string())
+
+
+@benchmark.command("peers")
+@click.argument("store")
+@click.argument("environments")
+@click.option("--csv", type=click.File("w", lazy=False), help="Also write all rates to this file, for 09_performance.")
+@click.option("--transitions", default=20_000, type=click.IntRange(1), help="Of STORE's first game.", show_default=True)
+@click.option("--seconds", default=5.0, show_default=True, help="Duration of each measurement.")
+@click.option("--rounds", default=5, type=click.IntRange(1), help="Of all measurements, in turn.", show_default=True)
+def benchmark_peers(store: str, environments: str, csv: TextIO | None, **settings: Any) -> None:
+    """Training steps, batches and environments compared with d3rlpy, Dopamine, TorchRL and EnvPool; eight minutes.
+
+    ENVIRONMENTS is a folder of virtual environments, each named after its library; what is not installed is left out,
+    with the command that installs it.
+    """
+    import pandas as pd
+
+    from scaled_ql import peers
+
+    rows = []
+    with _benchmarks():
+        for row in peers.measure(store, environments, **settings):
+            if "left out" in row:
+                click.echo(f"{row['library']} is left out; {row['left out']}", err=True)
+            else:
+                rows.append(row)
+        rates = pd.DataFrame(rows)
+        if csv:
+            rates.to_csv(csv, index=False)
+        click.echo(peers.table(rates).round(2).to_string())
 
 
 @contextlib.contextmanager

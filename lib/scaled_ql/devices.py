@@ -38,6 +38,8 @@ def join_cluster(distributed: bool) -> None:
     The environment names them: under Slurm, Open MPI, Kubernetes and on Cloud TPUs by itself; elsewhere set
     JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
+    A process that is alone on its host takes all of the host's accelerators; several take one each.
+
     Raises:
         DeviceError: the environment names no other processes.
     """
@@ -46,6 +48,8 @@ def join_cluster(distributed: bool) -> None:
     names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = {name: int(os.environ[name]) for name in names if name in os.environ}
     arguments = {"num_processes": given.get(names[0]), "process_id": given.get(names[1])}
+    if _alone_on_host() and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+        arguments["local_device_ids"] = []  # no restriction; by default JAX takes one device a process
     how = (
         "Set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each, or start them by Slurm, Open MPI "
         "or Kubernetes. For one process set distributed = False."
@@ -59,6 +63,12 @@ def join_cluster(distributed: bool) -> None:
     if jax.process_count() == 1:
         jax.distributed.shutdown()
         raise DeviceError(f"distributed is set, but this is a single process. {how}")
+
+
+def _alone_on_host() -> bool:
+    """Whether Slurm or Open MPI started one process on each host."""
+    slurm = [os.environ.get(name) for name in ("SLURM_STEP_NUM_NODES", "SLURM_NTASKS")]
+    return (None not in slurm and slurm[0] == slurm[1]) or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
 
 
 def make_mesh(num_devices: int = 0) -> Mesh:

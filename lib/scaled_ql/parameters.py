@@ -433,13 +433,14 @@ class Performance(Parameters):
     batch_sizes: Annotated[list[Count], Field(min_length=1)] = [128, 512]
     hidden_sizes: Annotated[list[Count], Field(min_length=1)] = list(defaults.HIDDEN_SIZES)
     systems: Annotated[list[System], Field(min_length=1)] = [
-        "cql resnet101", "cql resnet152", "cql vit_base", "mae vit_base", "dt 40M", "dt 200M",
+        "cql resnet34", "cql resnet50", "cql resnet101", "cql vit_base", "dt 40M", "dt 200M",
     ]  # fmt: skip
     heads_encoder: Encoder = "resnet34"
     heads_batch: Count = 512
     num_games: Annotated[list[Annotated[int, Field(ge=1, le=40)]], Field(min_length=1)] = [1, 10, 40]
     torch_encoder: Literal["resnet_narrow", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet101"
     torch_batch: Count = 512
+    peer_rates: str = ""
     dataset: str = "01_data_collection/default/replay"
     view: str = ""
     encoder: Encoder = "resnet101"

@@ -27,11 +27,26 @@ from scaled_ql.methods import Method, Objective
 from scaled_ql.replay import Batch, Replay, sample_batches
 from scaled_ql.replay.sequences import Sequences
 
-# Dense bfloat16 TFLOP/s from data sheets, for estimates about other devices.
+
+class DataSheet(NamedTuple):
+    """Peak rates as a device's maker states them: dense bfloat16 FLOP/s, and bytes per second of its memory."""
+
+    flops: float
+    bytes: float
+
+
+# For estimates about other devices. Of NVIDIA's data sheets (A100: SXM, 80 GB; H100 and H200: SXM, half of the FLOP/s
+# "with sparsity"), its white paper on Ada (accumulation in float32), and Google's pages on Cloud TPUs, per chip.
 DATA_SHEETS = {
-    "NVIDIA A100": 312, "NVIDIA H100 SXM": 989, "NVIDIA H200": 989, "NVIDIA RTX 4090": 165, "TPU v4": 275,
-    "TPU v5e": 197,
-}  # fmt: skip
+    "NVIDIA A100": DataSheet(312e12, 2.039e12),
+    "NVIDIA H100": DataSheet(989e12, 3.35e12),
+    "NVIDIA H200": DataSheet(989e12, 4.8e12),
+    "NVIDIA RTX 4090": DataSheet(165e12, 1.008e12),
+    "TPU v4": DataSheet(275e12, 1.2e12),
+    "TPU v5e": DataSheet(197e12, 0.819e12),
+}
+# For each parameter: it reads gradient, parameter and two moments, and writes the latter three, all in float32.
+ADAM_BYTES = 7 * 4
 # (encoder, gradient steps, transitions a step) of the paper: appendix B.1, A (50 epochs of 62,500 steps), B.4.
 WORKLOADS = {
     "main run, 10M steps": ("resnet101", 10_000_000, 512),
@@ -154,6 +169,7 @@ def _products(jaxpr: Any) -> np.ndarray:
             products = np.prod([left.shape[axis] for axis in contracted])
         else:
             products = right.size / right.shape[equation.params["dimension_numbers"].rhs_spec[0]]
+            products /= np.prod(equation.params["lhs_dilation"])  # zeros, in a strided convolution's gradient
         total += 2.0 * output.size * products, sum(x.size * x.dtype.itemsize for x in (left, right, output))
     return total
 
@@ -166,10 +182,10 @@ def step_flops(encoder: str, batch_size: int, num_games: int, **architecture: An
 def step_bytes(encoder: str, batch_size: int, num_games: int, **architecture: Any) -> float:
     """Minimum bytes that a training step reads and writes: its four passes, as in `step_flops`, and Adam's.
 
-    Adam reads gradient, parameters and two moments, and writes the latter three, all in float32.
+    See `ADAM_BYTES`.
     """
     forward = forward_cost(encoder, num_games, **architecture)
-    return 4 * (batch_size * forward.images + forward.kernels) + 7 * 4 * forward.parameters
+    return 4 * (batch_size * forward.images + forward.kernels) + ADAM_BYTES * forward.parameters
 
 
 def system_costs(systems: Sequence[str], batch_size: int, num_games: int = 40, **architecture: Any) -> pd.DataFrame:
@@ -183,10 +199,10 @@ def system_costs(systems: Sequence[str], batch_size: int, num_games: int = 40, *
 
     Returns:
         index system; columns parameters, millions (in all); as published, millions (what the source counts);
-        step, GFLOP (of one transition or window: forward and backward, target network included, Adam not; in a strided
-        convolution's gradient zeros count, too);
-        decision, GFLOP (of a move in play; NaN where the network cannot play); and of a step `state, GB` (parameters,
-        target, moments), `activations, GB`, `memory, GB` (with gradients), see `training.memory_needed`.
+        step, GFLOP (of one transition or window: forward and backward, target network included, Adam not);
+        decision, GFLOP (of a move in play; NaN where the network cannot play); and of a step `moved, GB` (as
+        `step_bytes` counts), `state, GB` (parameters, target, moments), `activations, GB`, `memory, GB` (with
+        gradients), see `training.memory_needed`.
     """
     rows = {}
     for system in systems:
@@ -199,18 +215,20 @@ def system_costs(systems: Sequence[str], batch_size: int, num_games: int = 40, *
         state = training.TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, params, moments)
         objective = method.objective(graph, sizes)
         gradient = jax.grad(lambda *inputs, objective=objective: objective(*inputs, jax.random.key(0))[0])
-        one = _abstract_batch(method, 1)
-        decision = np.nan
+        batch, decision = _abstract_batch(method, batch_size), np.nan
+        flops, moved = _traced_cost(gradient, params, params, batch)
         if method.preferences:
-            stack = jax.ShapeDtypeStruct((1, 84, 84, 4), jnp.uint8)
+            one, stack = _abstract_batch(method, 1), jax.ShapeDtypeStruct((1, 84, 84, 4), jnp.uint8)
             seen = (one, jax.ShapeDtypeStruct((1, 3), jnp.int32)) if method.memory else (stack, one.game)
-            decision = _flops(method.preferences(graph, sizes), params, *seen)
-        needed = training.memory_needed(objective, state, _abstract_batch(method, batch_size))
+            decision, _ = _traced_cost(method.preferences(graph, sizes), params, *seen)
+        needed = training.memory_needed(objective, state, batch)
+        number = networks.count_parameters(network)
         rows[system] = {
-            "parameters, millions": networks.count_parameters(network) / 1e6,
+            "parameters, millions": number / 1e6,
             "as published, millions": networks.count_parameters(*network.published) / 1e6,
-            "step, GFLOP": _flops(gradient, params, params, one) / 1e9,
+            "step, GFLOP": flops / batch_size / 1e9,
             "decision, GFLOP": decision / 1e9,
+            "moved, GB": (moved + ADAM_BYTES * number) / 1e9,
             "state, GB": needed["state"] / 1e9,
             "activations, GB": needed["activations"] / 1e9,
             "memory, GB": needed["total"] / 1e9,
@@ -218,8 +236,28 @@ def system_costs(systems: Sequence[str], batch_size: int, num_games: int = 40, *
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("system")
 
 
-def _flops(function: Callable, *inputs: Any) -> float:
-    return float(_products(jax.make_jaxpr(function)(*inputs).jaxpr)[0])
+def _traced_cost(function: Callable, *inputs: Any) -> tuple[float, float]:
+    """(FLOPs, bytes) of a function's products, see `_products`."""
+    flops, moved = _products(jax.make_jaxpr(function)(*inputs).jaxpr)
+    return float(flops), float(moved)
+
+
+def roofline(costs: pd.DataFrame, batch_size: int) -> pd.DataFrame:
+    """The least time of a training step on devices of `DATA_SHEETS` (Williams et al., 2009): computed, not measured.
+
+    Args:
+        costs: from `system_costs`, in bfloat16, with the same batch size.
+        batch_size: transitions or windows.
+
+    Returns:
+        index system; columns `TFLOP` and `GB` of a step; `FLOP/byte`, its arithmetic intensity; and for each device
+        `ms`, the longer of the times for its FLOPs and for its bytes at the peak rates.
+    """
+    flops, moved = costs["step, GFLOP"] * 1e9 * batch_size, costs["moved, GB"] * 1e9
+    table = pd.DataFrame({"TFLOP": flops / 1e12, "GB": moved / 1e9, "FLOP/byte": flops / moved})
+    for device, peak in DATA_SHEETS.items():
+        table[f"{device}, ms"] = 1e3 * np.maximum(flops / peak.flops, moved / peak.bytes)
+    return table
 
 
 def _abstract_batch(method: Method, size: int) -> Batch | Sequences:
