@@ -6,7 +6,6 @@
     agent.look(agent.games[0], stacks).values
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from scaled_ql import losses, methods, networks, parameters, runs, training, transfer
+from scaled_ql import losses, methods, networks, parameters, runs, training, transfer, weights
 from scaled_ql.defaults import EVAL_EPSILON
 from scaled_ql.evaluation import QFunction
 from scaled_ql.games import action_names
@@ -167,7 +166,8 @@ def load_agent(run: str | Path, step: int | None = None, outputs: str | Path = "
     """Read the agent of a run of `04_scaled_training`, `06_transfer` or `02_online_agents`, finished or running.
 
     Args:
-        run: its folder, or its name below the outputs folder: ``04_scaled_training/quickstart``.
+        run: its folder, or its name below the outputs folder: ``04_scaled_training/quickstart``; or an exported folder,
+            or a file of Atari Agents (`weights`).
         step: gradient steps of the checkpoint; None: the newest.
         outputs: the outputs folder; "" is the workspace's.
 
@@ -177,18 +177,10 @@ def load_agent(run: str | Path, step: int | None = None, outputs: str | Path = "
             network than the run's parameters describe.
         ParameterError: its parameters cannot be read.
     """
-    folder = _find(run, Path(outputs) if outputs else runs.workspace() / "outputs")
-    name = f"{folder.parent.name}/{folder.name}"
-    where, about, params = training.read_params(folder / "checkpoints", step)
-    if "games" not in about:
-        raise CheckpointError(
-            f"{where}: does not name the games of its heads. Choose a run of 04_scaled_training, 06_transfer or "
-            "02_online_agents."
-        )
-    stored = parameters.load(folder / "parameters.yaml")
-    trained = "06_transfer" if "initial" in stored else "04_scaled_training"
-    p = parameters.check("02_online_agents" if "learner" in about else trained, stored, str(folder / "parameters.yaml"))
-    built = _online(p) if "learner" in about else _offline(p, transfer.Source(where, about, params))
+    trained = weights.read(weights.find(run, Path(outputs) if outputs else runs.workspace() / "outputs"), step)
+    name, where, about = trained.name, trained.where, trained.about
+    p = trained.checked()
+    built = _online(p) if "learner" in about else _offline(p, transfer.Source(where, about, trained.params))
     if built.method.preferences is None:
         raise runs.RunError(f"{name}: a network trained by {about['method']} cannot play. Choose another run.")
     if built.method.memory:
@@ -196,19 +188,8 @@ def load_agent(run: str | Path, step: int | None = None, outputs: str | Path = "
             f"{name}: a network trained by {about['method']} sees the last {built.method.memory} steps of an episode, "
             "an agent here one state alone. Its run evaluates and films it. Choose a run of a Q-network or a clone."
         )
-    filled, kept = _fill(where, built, params, len(about["games"])), training.checkpoint_steps(where.parent)
-    return Agent(name, int(where.name), about["games"], built, filled, p, kept)
-
-
-def _find(run: str | Path, home: Path) -> Path:
-    """The folder of a run, given as such or by its name below the outputs folder."""
-    for folder in (Path(run), home / run):
-        if (folder / "parameters.yaml").exists():
-            return folder.resolve()
-    known = [str(place.parent.relative_to(home)) for place in sorted(home.glob("*/*/checkpoints"))]
-    near = difflib.get_close_matches(str(run), known, n=3, cutoff=0.3) or known[:3]
-    there = f"with checkpoints there are {', '.join(near)}" if near else "no run there has checkpoints"
-    raise runs.RunError(f"run {str(run)!r}: neither a run's folder nor one below {home}; {there}.")
+    filled = _fill(where, built, trained.params, len(about["games"]))
+    return Agent(name, trained.step, about["games"], built, filled, p, trained.checkpoints)
 
 
 def _offline(p: Any, source: transfer.Source) -> _Built:
