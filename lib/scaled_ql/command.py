@@ -230,7 +230,7 @@ def import_() -> None:
 
 @main.group()
 def export() -> None:
-    """Write a replay store in another layout."""
+    """Write a replay store in another layout, or a trained agent as a folder to share."""
 
 
 def _import_options(command: Callable) -> Callable:
@@ -316,6 +316,22 @@ def export_dqn_replay(store: str, destination: str, rows_per_file: int) -> None:
     with _reporting(replay.ReplayError):
         replay.export_dqn_replay(store, destination, rows_per_file)
     click.echo(f"written: {destination}")
+
+
+@export.command("model")
+@click.argument("run")
+@click.argument("folder")
+@click.option("--step", default=None, type=int, help="Gradient steps of the checkpoint; the newest by default.")
+@_outputs
+def export_model(run: str, folder: str, step: int | None, outputs: str) -> None:
+    """Write the agent of RUN to a new FOLDER: safetensors, configuration, model card.
+
+    RUN is <notebook>/<run> of 02_online_agents, 04_scaled_training or 06_transfer, or its folder.
+    """
+    from scaled_ql import model_card, training
+
+    with _reporting(runs.RunError, parameters.ParameterError, training.CheckpointError, OSError):
+        click.echo(f"written: {model_card.export(run, folder, step, outputs)}")
 
 
 @main.command()
