@@ -357,6 +357,22 @@ def verify(store: str) -> None:
     sys.exit(bool(problems or unfinished))
 
 
+@main.command()
+@click.argument("store")
+@click.option("--name", default="", help="Name of the dataset; by default the run's that made it, or the folder's.")
+@click.option("--creator", default="", help="Who made it; Croissant wants this, a licence and a URL to publish it.")
+@click.option("--license", "licence", default="", help="Its licence, best as a URL of spdx.org.")
+@click.option("--url", default="", help="Where it is published.")
+def card(store: str, name: str, creator: str, licence: str, url: str) -> None:
+    """Write a dataset card into STORE: croissant.json, which says what is in it and how it was made."""
+    from scaled_ql import dataset_card, replay
+
+    with _reporting(replay.ReplayError, runs.RunError, parameters.ParameterError, OSError):
+        given = {"name": name, "creator": creator, "license": licence, "url": url}
+        today = time.strftime("%Y-%m-%d", time.gmtime())
+        click.echo(f"written: {dataset_card.write(store, today, **given)}")
+
+
 @main.group()
 def benchmark() -> None:
     """Measure this machine against its limits."""

@@ -9,15 +9,13 @@
 """
 
 import hashlib
-import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import pandas as pd
 
-from scaled_ql import documents, runs, weights
+from scaled_ql import runs, weights
 from scaled_ql.environments import FRAME_SKIP, OBSERVATION, STACK_SIZE
 from scaled_ql.evaluation import mean_interval
 from scaled_ql.games import action_names
@@ -106,7 +104,7 @@ def card(trained: Trained, agent: Agent, config: dict[str, Any]) -> str:
         step=trained.step,
         games=agent.games,
         facts=_facts(trained, agent, made, summary),
-        command=command(trained),
+        command=runs.command(trained.notebook, trained.checked()),
         table=_scores(folder, trained, summary),
         protocol=_protocol(agent),
         preprocessing=config["preprocessing"],
@@ -123,15 +121,6 @@ def card(trained: Trained, agent: Agent, config: dict[str, Any]) -> str:
         independent=about.get("learner") == "independent",
         distributions=agent.atoms is not None,
     )
-
-
-def command(trained: Trained) -> str:
-    """The command that trains such a run: its parameters that are not defaults."""
-    words = ["scaled-ql", "run", trained.notebook]
-    for name, value in trained.checked().model_dump(exclude_defaults=True, exclude={"outputs"}).items():
-        plain = isinstance(value, str) and value and documents.parse(value) == value
-        words += ["-p", name, value if plain else json.dumps(value)]
-    return shlex.join(words)
 
 
 def _facts(trained: Trained, agent: Agent, made: dict[str, Any], summary: dict[str, Any]) -> dict[str, str]:

@@ -19,6 +19,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -266,6 +267,15 @@ def provenance() -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "jax_enable_x64": bool(sys.modules["jax"].config.jax_enable_x64) if "jax" in sys.modules else None,
     }
+
+
+def command(notebook: str, values: Parameters) -> str:
+    """The command that executes such a run: its parameters that are not defaults, but for the outputs folder."""
+    words = ["scaled-ql", "run", notebook]
+    for name, value in values.model_dump(exclude_defaults=True, exclude={"outputs"}).items():
+        plain = isinstance(value, str) and value and documents.parse(value) == value
+        words += ["-p", name, value if plain else json.dumps(value)]
+    return shlex.join(words)
 
 
 def last_line(file: Path) -> dict[str, Any]:
