@@ -9,8 +9,6 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from scaled_ql import explore, parameters, run_table, runs
 from scaled_ql.environments import in_words
 from scaled_ql.games import RULES
@@ -132,16 +130,16 @@ def _recordings(replay: Replay) -> list[dict[str, Any]]:
 def _behaviour(replay: Replay) -> list[dict[str, Any]]:
     episodes, rows = explore.recorded_episodes(replay), []
     begun = [explore.begins_in_first(episodes, number / FIFTHS) for number in range(FIFTHS + 1)]
-    for fifth in range(FIFTHS):
-        part = explore.compare_parts(episodes, {"": begun[fifth + 1] & ~begun[fifth]})[""].iloc[:-1]  # the last: sums
-        for (game, run), row in part.iterrows():
-            values = [float(row[name]) for name in ("mean return", "score, %")]
-            mean, score = (value if np.isfinite(value) else None for value in values)
-            counts = {"transitions": int(row["transitions"]), "episodes": int(row["episodes"])}
+    parts = {str(number): begun[number] & ~begun[number - 1] for number in range(1, FIFTHS + 1)}
+    for (game, run), of_recording in explore.compare_parts(episodes, parts).iloc[:-1].iterrows():  # the last: sums
+        for fifth in parts:
+            part = of_recording[fifth]
             rows.append(
-                {"game": game, "run": int(run), "fifth": fifth + 1, **counts, "mean_return": mean, "score": score}
-            )
-    return sorted(rows, key=lambda row: (row["game"], row["run"], row["fifth"]))
+                {"game": game, "run": int(run), "fifth": int(fifth), "transitions": int(part["transitions"]),
+                 "episodes": int(part["episodes"]), "mean_return": float(part["mean return"]),
+                 "score": float(part["score, %"])}
+            )  # fmt: skip
+    return rows  # without a value NaN, which becomes null
 
 
 def _record_set(name: str, description: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
