@@ -156,7 +156,7 @@ def check_names(values: Parameters) -> None:
 
 
 def check_inputs(values: Parameters) -> None:
-    """Check a run's inputs before its kernel is started: games, view, dataset, the run it is initialised from.
+    """Check a run's inputs before its kernel is started: games, view, dataset, agents, the run it is initialised from.
 
     Raises:
         RunError: an input is unknown, cannot be read, or is not finished.
@@ -164,6 +164,11 @@ def check_inputs(values: Parameters) -> None:
     check_names(values)
     if hasattr(values, "initial"):
         trained_run(values, "built_like" if values.initial == "scratch" else "initial")
+    if getattr(values, "agents", "") and not (outputs_folder(values) / values.agents).is_dir():
+        raise RunError(
+            f"run {values.run}: agents = {values.agents!r}: no such folder, neither as such nor below "
+            f"{outputs_folder(values)}. Export agents into one with scaled-ql export model."
+        )
     if getattr(values, "dataset", "") and getattr(values, "setting", "") != "online":
         try:
             dataset = open_dataset(values)

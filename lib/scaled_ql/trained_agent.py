@@ -6,6 +6,7 @@
     agent.look(agent.games[0], stacks).values
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from scaled_ql import losses, methods, networks, parameters, runs, training, transfer, weights
+from scaled_ql.collect import Policy, TrainedPlayer
 from scaled_ql.defaults import EVAL_EPSILON
 from scaled_ql.evaluation import QFunction
 from scaled_ql.games import action_names
@@ -190,6 +192,33 @@ def load_agent(run: str | Path, step: int | None = None, outputs: str | Path = "
         )
     filled = _fill(where, built, trained.params, len(about["games"]))
     return Agent(name, trained.step, about["games"], built, filled, p, trained.checkpoints)
+
+
+def players(folder: str | Path, games: Sequence[str]) -> dict[str, list[TrainedPlayer]]:
+    """The agents of a folder as players of recordings (`collect.record`), by game, in the order of their training.
+
+    Args:
+        folder: with exported agents, Atari Agents, or both; see `weights.find_agents`.
+        games: to be played.
+
+    Raises:
+        RunError, CheckpointError: see `weights.find_agents`.
+    """
+    folder = Path(folder).resolve()
+
+    def player(place: Path, game: str) -> TrainedPlayer:
+        with (place if place.is_file() else place / weights.TENSORS).open("rb") as file:
+            identity = hashlib.file_digest(file, "sha256").hexdigest()
+        return TrainedPlayer(str(place.relative_to(folder)), identity, partial(_policy, place, game))
+
+    return {game: [player(place, game) for place in weights.find_agents(folder, game)] for game in games}
+
+
+def _policy(place: Path, game: str) -> Policy:
+    """The greedy policy of an agent, loaded in a process that records."""
+    training.cache_compiled_programs()
+    agent = load_agent(place)
+    return lambda stack: int(agent.look(game, stack[None]).best[0])
 
 
 def _offline(p: Any, source: transfer.Source) -> _Built:
