@@ -283,7 +283,7 @@ def record(
                 game,
                 num_transitions,
                 seed=seed,
-                agents=(agents or {}).get(game, ()),
+                agents=agents[game] if agents else (),
                 **options,
             )
             for number, game in enumerate(games)

@@ -109,7 +109,9 @@ def _how_it_was_made(replay: Replay, folder: Path) -> tuple[str, str]:
     how += f" Command: {runs.command(notebook, p)}"
     made = runs.read_json(run / "provenance.json")
     if made.get("git_commit"):
-        how += f" (commit {made['git_commit']}{', with changes that were not committed' if made['git_dirty'] else ''})"
+        how += (
+            f" (commit {made['git_commit']}{', with changes that were not committed' if made.get('git_dirty') else ''})"
+        )
     return f"{how}; seed {p.seed}.", f"{notebook}/{run.name}"
 
 

@@ -5,7 +5,7 @@
     FOLDER/
       model.safetensors   parameters by their path
       config.json         games and their actions, architecture, preprocessing, support, protocol, the run's parameters
-      README.md           the card; for small networks with NumPy code that computes action values
+      README.md           the card, with NumPy code that computes the action values of a convolutional network
 """
 
 import hashlib
@@ -16,6 +16,7 @@ import jinja2
 import pandas as pd
 
 from scaled_ql import runs, weights
+from scaled_ql.defaults import ENCODERS
 from scaled_ql.environments import FRAME_SKIP, OBSERVATION, STACK_SIZE
 from scaled_ql.evaluation import mean_interval
 from scaled_ql.games import action_names
@@ -111,7 +112,8 @@ def card(trained: Trained, agent: Agent, config: dict[str, Any]) -> str:
         action_names=config["actions"],
         method=about.get("method", ""),
         dtype=architecture["dtype"],
-        encoder=architecture["encoder"] if "transformer" not in about else "",
+        family="transformer" if "transformer" in about else ENCODERS[architecture["encoder"]][0],
+        group_size=architecture.get("group_size"),
         embedding=architecture["embedding"],
         hidden_sizes=architecture["hidden_sizes"],
         normalize_features=architecture["normalize_features"],

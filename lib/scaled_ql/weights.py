@@ -26,6 +26,7 @@ from scaled_ql.training import CheckpointError
 
 FORMAT, FORMAT_VERSION = "scaled-ql model", 1
 CONFIG, TENSORS = "config.json", "model.safetensors"
+NEEDED = {"name", "step", "games", "about", "parameters", "sha256"}  # of a configuration, to open the model
 PUBLISHED = re.compile(r"model_(\d+)\.gz")  # of Atari Agents
 
 
@@ -122,10 +123,12 @@ def read_config(folder: Path) -> dict[str, Any] | None:
         raise CheckpointError(f"{file}: cannot be read ({error}). Export the model again.") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         return None
-    if config["format_version"] != FORMAT_VERSION:
+    if config.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{file}: is of version {config['format_version']}, expected {FORMAT_VERSION}. Export the model again."
+            f"{file}: is of version {config.get('format_version')}, expected {FORMAT_VERSION}. Export the model again."
         )
+    if missing := NEEDED - config.keys():
+        raise CheckpointError(f"{file}: does not say {', '.join(sorted(missing))}. Export the model again.")
     return config
 
 
@@ -150,7 +153,7 @@ def _exported(folder: Path) -> Trained:
 
 def _published(file: Path) -> Trained:
     """A file of Atari Agents: an agent of `02_online_agents` that was never run here."""
-    named, game = PUBLISHED.fullmatch(file.name), file.parts[-3]
+    named, game = PUBLISHED.fullmatch(file.name), file.parent.parent.name
     try:
         num_actions = len(action_names(game))
     except UnknownGame:
@@ -178,7 +181,8 @@ def _load_weights(file: Path) -> dict[str, np.ndarray]:
         return {name: tensor.numpy() for name, tensor in stored["estimator_state"].items()}
     except Exception as error:  # PyTorch raises many kinds
         raise CheckpointError(
-            f"{file}: cannot be read as weights alone ({type(error).__name__}: {error}). Download it again."
+            f"{file}: cannot be read as weights alone ({type(error).__name__}: {error}). It is damaged, or holds "
+            "more than weights, which is never executed. Download it again, or leave it out."
         ) from error
 
 
