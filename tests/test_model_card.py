@@ -26,7 +26,6 @@ from scaled_ql.training import CheckpointError
 GAMES = ["Breakout", "Pong"]
 STACKS = np.random.default_rng(1).integers(0, 256, (3, 4, 84, 84), np.uint8)
 RUNS = {
-    "c51": {},
     "shared": {"heads": "shared", "embedding": "attention", "hidden_sizes": [8, 6], "normalize_features": False},
     "nature": {"encoder": "nature", "embedding": "sum", "head": "mse", "subtract_mean_frames": False},
     "bc": {"method": "bc", "embedding": "none"},
@@ -52,9 +51,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         for name, family in SMALL.items():
             patch.setitem(defaults.ENCODERS, name, family)
-        for name, values in RUNS.items():
-            write_run(folder / "04_scaled_training" / name, GAMES, **values)
-        write_online_run(folder / "02_online_agents" / "online", GAMES)
+        write_run(folder / "04_scaled_training" / "c51", GAMES)
         yield folder
 
 
@@ -68,10 +65,15 @@ def by_the_card(folder: Path) -> dict[str, np.ndarray]:
     return dict(np.load(folder / "values.npz"))
 
 
-@pytest.mark.parametrize("run", [*(f"04_scaled_training/{name}" for name in RUNS), "02_online_agents/online"])
+@pytest.mark.parametrize("name", ["c51", *RUNS, "online"])
 def test_an_exported_agent_has_the_runs_values_with_this_package_and_without(
-    outputs: Path, tmp_path: Path, run: str
+    outputs: Path, tmp_path: Path, name: str
 ) -> None:
+    run = f"02_online_agents/{name}" if name == "online" else f"04_scaled_training/{name}"
+    if name == "online":
+        write_online_run(outputs / run, GAMES)
+    elif name in RUNS:
+        write_run(outputs / run, GAMES, **RUNS[name])
     done = CliRunner().invoke(main, ["export", "model", run, str(tmp_path / "a/model"), "--outputs", str(outputs)])
     assert done.exit_code == 0, done.output
     agent, computed = explore.load_agent(run, outputs=outputs), by_the_card(tmp_path / "a/model")
@@ -80,10 +82,10 @@ def test_an_exported_agent_has_the_runs_values_with_this_package_and_without(
         expected = agent.look(game, STACKS).values
         assert np.ptp(expected) > 1e-3
         np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-5)
-    if run.endswith(("c51", "online")):
+    if name in ("c51", "online"):
         exported = explore.load_agent(tmp_path / "a/model")
-        for name in ("name", "step", "games", "protocol", "values_name", "discount", "dataset", "view"):
-            assert getattr(agent, name) == getattr(exported, name)
+        for part in ("name", "step", "games", "protocol", "values_name", "discount", "dataset", "view"):
+            assert getattr(agent, part) == getattr(exported, part)
         np.testing.assert_array_equal(exported.look("Pong", STACKS).values, agent.look("Pong", STACKS).values)
 
 
@@ -114,6 +116,25 @@ def test_what_a_card_says(outputs: Path, tmp_path: Path) -> None:
     words = shlex.split(line)[3:]
     given = {name: documents.parse(value) for name, value in zip(words[1::3], words[2::3])}
     assert parameters.check("04_scaled_training", given).model_dump() == values | {"outputs": ""}
+
+
+def test_the_card_of_a_transferred_agent_says_from_where_and_its_variant(tmp_path: Path) -> None:
+    run = tmp_path / "06_transfer" / "variant"
+    write_run(run, ["Breakout"])
+    values = {
+        "run": "variant",
+        "game": "Breakout",
+        "mode": 12,
+        "setting": "online",
+        "initial": "04_scaled_training/a b",
+    }
+    p = parameters.check("06_transfer", values | {"v_min": -1.0, "v_max": 3.0, "freeze": True})
+    (run / "parameters.yaml").write_text(documents.dump(p.model_dump()))
+    card = (export(run, tmp_path / "model") / "README.md").read_text()
+    for words in ("encoder + embedding from 04_scaled_training/a b, frozen", "mode 12", "what it experienced while it"):
+        assert words in card
+    assert "scaled-ql run 06_transfer -p run variant -p initial '\"04_scaled_training/a b\"' -p freeze true" in card
+    assert explore.load_agent(tmp_path / "model").protocol["mode"] == 12
 
 
 def test_an_earlier_checkpoint_is_exported_without_the_last_ones_scores(tmp_path: Path) -> None:
@@ -166,7 +187,7 @@ def test_what_cannot_be_exported_or_opened_is_refused_with_a_remedy(outputs: Pat
 
 
 def test_actions_of_the_configuration_are_the_games(outputs: Path, tmp_path: Path) -> None:
-    config = weights.read_config(export("04_scaled_training/bc", tmp_path / "model", outputs=outputs))
+    config = weights.read_config(export("04_scaled_training/c51", tmp_path / "model", outputs=outputs))
     assert config["actions"] == {game: list(games.action_names(game)) for game in GAMES}
 
 

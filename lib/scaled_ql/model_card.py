@@ -96,10 +96,9 @@ def card(trained: Trained, agent: Agent, config: dict[str, Any]) -> str:
     folder = trained.parameters[1].parent
     made, summary = (runs.read_json(folder / f"{name}.json") for name in ("provenance", "summary"))
     about, architecture = trained.about, config["architecture"]
-    words = jinja2.FileSystemLoader(Path(__file__).parent / "templates", encoding="utf-8")
-    environment = jinja2.Environment(
-        loader=words, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates", encoding="utf-8")
+    how = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **how)
     return environment.get_template("model_card.md.j2").render(
         name=trained.name,
         step=trained.step,
@@ -139,9 +138,8 @@ def _facts(trained: Trained, agent: Agent, made: dict[str, Any], summary: dict[s
         method = about["method"] + (f"; minimised {made['minimises']}" if "minimises" in made else "")
         method += f"; {about['rewards']} rewards" if about.get("rewards", "real") != "real" else ""
     if trained.notebook == "06_transfer":
-        method += (
-            f"; {p.parts} from {p.initial}{', frozen' if p.freeze else ''}" if p.initial != "scratch" else "; scratch"
-        )
+        transferred = f"{p.parts} from {p.initial}{', frozen' if p.freeze else ''}"
+        method += "; from scratch" if p.initial == "scratch" else f"; {transferred}"
     if about.get("method") not in ("bc", "return_bc"):
         method += f"; head {about['head']}"
         values += f", discount {agent.discount} a step, of rewards clipped to ±1"

@@ -278,7 +278,7 @@ def command(notebook: str, values: Parameters) -> str:
     """The command that executes such a run: its parameters that are not defaults, but for the outputs folder."""
     words = ["scaled-ql", "run", notebook]
     for name, value in values.model_dump(exclude_defaults=True, exclude={"outputs"}).items():
-        plain = isinstance(value, str) and value and documents.parse(value) == value
+        plain = isinstance(value, str) and re.fullmatch(r"[\w./-]+", value) and documents.parse(value) == value
         words += ["-p", name, value if plain else json.dumps(value)]
     return shlex.join(words)
 
