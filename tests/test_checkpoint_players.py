@@ -80,6 +80,7 @@ def test_agents_are_found_by_game_in_the_order_of_their_training(agents: Path, t
         (tmp_path / "DQN_modern" / name).touch()
     found = [str(place.relative_to(tmp_path / "DQN_modern/Qbert")) for place in weights.find_agents(tmp_path, "Qbert")]
     assert found == ["0/model_6.gz", "0/model_50.gz", "1/model_50.gz"]
+    assert [player.name for player in trained_agent.players(agents / "z", ["Pong"])["Pong"]] == ["z"], "one alone"
     with pytest.raises(RunError, match="no agent of Asterix; there are agents of Breakout, Pong"):
         weights.find_agents(agents, "Asterix")
     with pytest.raises(RunError, match="no agent of Pong; there are none"):

@@ -209,7 +209,8 @@ def players(folder: str | Path, games: Sequence[str]) -> dict[str, list[TrainedP
     def player(place: Path, game: str) -> TrainedPlayer:
         with (place if place.is_file() else place / weights.TENSORS).open("rb") as file:
             identity = hashlib.file_digest(file, "sha256").hexdigest()
-        return TrainedPlayer(str(place.relative_to(folder)), identity, partial(_policy, place, game))
+        name = folder.name if place == folder else str(place.relative_to(folder))
+        return TrainedPlayer(name, identity, partial(_policy, place, game))
 
     return {game: [player(place, game) for place in weights.find_agents(folder, game)] for game in games}
 
