@@ -28,7 +28,8 @@ ORDER = (
     "evaluation", "transfer", "probe", "walkthrough", "online", "online.ring", "online.log", "online.agents",
     "online.play", "peer_rates", "benchmarks", "peers", "torch_step", "performance", "paper", "recorder", "report",
     "runs", "run_table", "site", "batches", "ablations", "reward_control", "transfer_report", "claims", "grids",
-    "trained_agent", "episodes", "saliency", "state_map", "controls", "browsers", "play_along", "explore", "command",
+    "weights", "trained_agent", "model_card", "episodes", "saliency", "state_map", "controls", "browsers", "play_along",
+    "explore", "dataset_card", "command",
 )  # fmt: skip
 WITHOUT_JAX = (
     "defaults", "documents", "games", "processes", "environments", "replay", "replay.formats.minari", "collect",

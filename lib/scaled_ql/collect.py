@@ -1,28 +1,44 @@
-"""Players that fill a store: scripted ones, which improve over a recording or are of two minds, and a random one."""
+"""Players that fill a store: scripts, which improve over a recording or are of two minds, trained agents, chance."""
 
+import hashlib
 import json
 import multiprocessing
 import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
 import pyarrow as pa
 
-from scaled_ql.environments import MAX_STEPS, STEP_SECONDS, EnvironmentDied, make_environment, rules
+from scaled_ql.environments import MAX_STEPS, STACK_SIZE, STEP_SECONDS, EnvironmentDied, make_environment, rules
 from scaled_ql.games import action_names, rom_md5
 from scaled_ql.processes import main_guard_hint
 from scaled_ql.replay.format import read_table
 from scaled_ql.replay.writer import ReplayWriter
 
 Player = Callable[[np.ndarray, np.ndarray], str]  # 128 bytes of RAM, now and a step ago -> the name of an action
+Policy = Callable[[np.ndarray], int]  # uint8 [4, 84, 84], oldest frame first -> index of an action
+
+
+class TrainedPlayer(NamedTuple):
+    """A trained agent that plays a part of a recording of one game.
+
+    Attributes:
+        name: noted with each of its episodes.
+        identity: an id of its parameters; a recording resumes only with the same agents.
+        load: makes its policy, in the process that records.
+    """
+
+    name: str
+    identity: str
+    load: Callable[[], Policy]
 
 
 # Where things are in RAM: the Atari Annotated RAM Interface (Anand et al., 2019).
@@ -116,6 +132,7 @@ def play_episode(
     epsilon: Callable[[int], float],
     seed: list[int],
     change_of_mind: float = 0.0,
+    policy: Policy | None = None,
 ) -> dict[str, np.ndarray | bool]:
     """Play one whole episode.
 
@@ -127,6 +144,7 @@ def play_episode(
         seed: seed of the episode; equal seeds give equal episodes.
         change_of_mind: above 0, a player of two minds: at the start, and with this probability at each step, it decides
             with equal chances to follow `player` or its mirror image, LEFT for RIGHT.
+        policy: plays in the place of `player`; before the episode's first frame it sees zeros.
 
     Returns:
         observation uint8 [L, 84, 84], action int32 [L], reward float32 [L], terminal (bool).
@@ -137,12 +155,15 @@ def play_episode(
     frames, chosen, rewards = [], [], []
     contrary = change_of_mind > 0 and rng.random() < 0.5
     ram = before = ale.getRAM()
+    stack = np.zeros((STACK_SIZE, *frame.shape), np.uint8)
     terminal = truncated = False
     while not (terminal or truncated):
         if change_of_mind > 0 and rng.random() < change_of_mind:
             contrary = rng.random() < 0.5
-        action = int(rng.integers(len(actions)))
-        if player is not None and rng.random() >= epsilon(len(chosen)):
+        action, stack = int(rng.integers(len(actions))), np.concatenate([stack[1:], frame[None]])
+        if policy is not None and rng.random() >= epsilon(len(chosen)):
+            action = policy(stack)
+        elif player is not None and rng.random() >= epsilon(len(chosen)):
             name = player(ram, before)
             action = actions.index(mirrored(name) if contrary else name)
         frames.append(frame)
@@ -167,6 +188,7 @@ def record_game(
     run: int = 1,
     final_epsilon: float = 0.1,
     two_minds: bool = False,
+    agents: Sequence[TrainedPlayer] = (),
     sticky_actions: float = 0.25,
     max_steps: int = MAX_STEPS,
 ) -> int:
@@ -180,14 +202,22 @@ def record_game(
     script (`CHANGE_OF_MIND`): by construction, frequency does not show which action is good. Only rewards do, as in
     random play.
 
+    With `agents`, trained ones play in their order, with epsilon `final_epsilon`, each all episodes that begin in its
+    equal share of the recording's transitions. In the order of their training, they make what DQN-Replay is: play that
+    improves. The column `agent` of the episode table has their names.
+
     Episode k depends only on these arguments and on the transitions before it, so a stopped recording resumes as if it
     had not been stopped.
     """
-    player, actions = SCRIPTED_PLAYERS.get(game), action_names(game)
+    player, actions = None if agents else SCRIPTED_PLAYERS.get(game), action_names(game)
     epsilons = f"epsilon 1 to {final_epsilon} over the first half of {num_transitions} transitions"
     how = f"scripted player, {epsilons}" if player else "random player"
     two_minds = two_minds and player is not None
     how = f"scripted player of two minds, epsilon {final_epsilon}" if two_minds else how
+    if agents:
+        digest = hashlib.sha256("".join(agent.identity for agent in agents).encode()).hexdigest()[:12]
+        how = f"{len(agents)} trained agents in order, {agents[0].name} to {agents[-1].name} (id {digest}), over "
+        how += f"{num_transitions} transitions, epsilon {final_epsilon}"
     source = f"{how}, seed {seed}, episodes of at most {max_steps} steps"
     environment = make_environment(game, sticky_actions=sticky_actions, max_steps=max_steps)
     with ReplayWriter(
@@ -199,17 +229,21 @@ def record_game(
         rom_md5=rom_md5(game),
         **rules(sticky_actions=sticky_actions, max_steps=max_steps),
     ) as writer:
+        loaded, policy, of_agent = None, None, {}
         while writer.num_transitions < num_transitions and not _stopped():
             before = writer.num_transitions
+            if agents and loaded != (turn := before * len(agents) // num_transitions):
+                loaded, policy, of_agent = turn, agents[turn].load(), {"agent": agents[turn].name}
 
             def epsilon(step: int, before: int = before) -> float:
-                if two_minds:
+                if two_minds or agents:
                     return final_epsilon
                 return epsilon_at(before + step, num_transitions, final_epsilon) if player else 1.0
 
             numbers = [seed, run, writer.num_episodes]
-            episode = play_episode(environment, player, actions, epsilon, numbers, CHANGE_OF_MIND if two_minds else 0.0)
-            writer.append(**episode, epsilon=epsilon(0))
+            change_of_mind = CHANGE_OF_MIND if two_minds else 0.0
+            episode = play_episode(environment, player, actions, epsilon, numbers, change_of_mind, policy)
+            writer.append(**episode, epsilon=epsilon(0), **of_agent)
         environment.close()
         return writer.num_transitions
 
@@ -222,9 +256,10 @@ def record(
     seed: int,
     processes: int = 2,
     poll_seconds: float = 1.0,
+    agents: Mapping[str, Sequence[TrainedPlayer]] | None = None,
     **options: float | int,
 ) -> Iterator[dict[str, int]]:
-    """Record several games side by side, one process each; see `record_game`.
+    """Record several games side by side, one process each; see `record_game`, whose `agents` are here by game.
 
     Yields:
         transitions on disk per game, about every `poll_seconds`, and once when all is done.
@@ -241,7 +276,16 @@ def record(
     since, pids = context.Array("d", len(games), lock=False), context.Array("q", len(games), lock=False)
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_watch, initargs=(stop, since, pids)) as pool:
         pending = {
-            pool.submit(_record_here, number, path, game, num_transitions, seed=seed, **options)
+            pool.submit(
+                _record_here,
+                number,
+                path,
+                game,
+                num_transitions,
+                seed=seed,
+                agents=agents[game] if agents else (),
+                **options,
+            )
             for number, game in enumerate(games)
         }
         try:

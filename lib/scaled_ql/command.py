@@ -249,7 +249,7 @@ def import_() -> None:
 
 @main.group()
 def export() -> None:
-    """Write a replay store in another layout."""
+    """Write a replay store in another layout, or a trained agent as a folder to share."""
 
 
 def _import_options(command: Callable) -> Callable:
@@ -337,6 +337,22 @@ def export_dqn_replay(store: str, destination: str, rows_per_file: int) -> None:
     click.echo(f"written: {destination}")
 
 
+@export.command("model")
+@click.argument("run")
+@click.argument("folder")
+@click.option("--step", default=None, type=int, help="Gradient steps of the checkpoint; the newest by default.")
+@_outputs
+def export_model(run: str, folder: str, step: int | None, outputs: str) -> None:
+    """Write the agent of RUN to a new FOLDER: safetensors, configuration, model card.
+
+    RUN is <notebook>/<run> of 02_online_agents, 04_scaled_training or 06_transfer, or its folder.
+    """
+    from scaled_ql import model_card, training
+
+    with _reporting(runs.RunError, parameters.ParameterError, training.CheckpointError, OSError):
+        click.echo(f"written: {model_card.export(run, folder, step, outputs)}")
+
+
 @main.command()
 @click.argument("store")
 def verify(store: str) -> None:
@@ -358,6 +374,22 @@ def verify(store: str) -> None:
         click.echo(problem)
     click.echo(f"{len(dataset.games)} games, {total:,} transitions: {len(problems) + len(unfinished)} problems")
     sys.exit(bool(problems or unfinished))
+
+
+@main.command()
+@click.argument("store")
+@click.option("--name", default="", help="Name of the dataset; by default the run's that made it, or the folder's.")
+@click.option("--creator", default="", help="Who made it; Croissant wants this, a licence and a URL to publish it.")
+@click.option("--license", "licence", default="", help="Its licence, best as a URL of spdx.org.")
+@click.option("--url", default="", help="Where it is published.")
+def card(store: str, name: str, creator: str, licence: str, url: str) -> None:
+    """Write a dataset card into STORE: croissant.json, which says what is in it and how it was made."""
+    from scaled_ql import dataset_card, replay
+
+    with _reporting(replay.ReplayError, runs.RunError, parameters.ParameterError, OSError):
+        given = {"name": name, "creator": creator, "license": licence, "url": url}
+        today = time.strftime("%Y-%m-%d", time.gmtime())
+        click.echo(f"written: {dataset_card.write(store, today, **given)}")
 
 
 @main.group()

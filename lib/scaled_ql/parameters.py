@@ -86,7 +86,8 @@ class Walkthrough(Parameters):
 class DataCollection(Parameters):
     """`01_data_collection`."""
 
-    player: Literal["scripted", "two_minds"] = "scripted"
+    player: Literal["scripted", "two_minds", "checkpoints"] = "scripted"
+    agents: str = ""
     games: Annotated[list[str], Field(min_length=1)] = ["Breakout", "Freeway", "Pong"]
     num_transitions: Count = 20_000
     seed: Seed = 0
@@ -99,7 +100,18 @@ class DataCollection(Parameters):
     @property
     def last_epsilon(self) -> float:
         """Final share of random moves; a negative `final_epsilon` selects the player's default."""
-        return self.final_epsilon if self.final_epsilon >= 0 else {"scripted": 0.1, "two_minds": 0.2}[self.player]
+        usual = {"scripted": 0.1, "two_minds": 0.2, "checkpoints": 0.01}
+        return self.final_epsilon if self.final_epsilon >= 0 else usual[self.player]
+
+    @pydantic.model_validator(mode="after")
+    def _agents_play(self) -> "DataCollection":
+        if self.player == "checkpoints" and not self.agents:
+            raise ValueError("agents: missing; player 'checkpoints' needs a folder of trained agents")
+        if self.agents and self.player != "checkpoints":
+            raise ValueError(
+                f"agents: without effect with player {self.player!r}; set player to checkpoints, or leave out"
+            )
+        return self
 
 
 class OnlineAgents(Parameters):

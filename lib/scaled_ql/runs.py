@@ -19,6 +19,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -155,7 +156,7 @@ def check_names(values: Parameters) -> None:
 
 
 def check_inputs(values: Parameters) -> None:
-    """Check a run's inputs before its kernel is started: games, view, dataset, the run it is initialised from.
+    """Check a run's inputs before its kernel is started: games, view, dataset, agents, the run it is initialised from.
 
     Raises:
         RunError: an input is unknown, cannot be read, or is not finished.
@@ -163,6 +164,11 @@ def check_inputs(values: Parameters) -> None:
     check_names(values)
     if hasattr(values, "initial"):
         trained_run(values, "built_like" if values.initial == "scratch" else "initial")
+    if getattr(values, "agents", "") and not (outputs_folder(values) / values.agents).is_dir():
+        raise RunError(
+            f"run {values.run}: agents = {values.agents!r}: no such folder, neither as such nor below "
+            f"{outputs_folder(values)}. Export agents into one with scaled-ql export model."
+        )
     if getattr(values, "dataset", "") and getattr(values, "setting", "") != "online":
         try:
             dataset = open_dataset(values)
@@ -266,6 +272,15 @@ def provenance() -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "jax_enable_x64": bool(sys.modules["jax"].config.jax_enable_x64) if "jax" in sys.modules else None,
     }
+
+
+def command(notebook: str, values: Parameters) -> str:
+    """The command that executes such a run: its parameters that are not defaults, but for the outputs folder."""
+    words = ["scaled-ql", "run", notebook]
+    for name, value in values.model_dump(exclude_defaults=True, exclude={"outputs"}).items():
+        plain = isinstance(value, str) and re.fullmatch(r"[\w./-]+", value) and documents.parse(value) == value
+        words += ["-p", name, value if plain else json.dumps(value)]
+    return shlex.join(words)
 
 
 def last_line(file: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ Most see a stack of frames. A transformer sees a window of its episode's last st
 it makes of a state depends on how the episode came there.
 """
 
-import difflib
+import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from scaled_ql import losses, methods, networks, parameters, replay, runs, training, transfer
+from scaled_ql import losses, methods, networks, parameters, replay, runs, training, transfer, weights
+from scaled_ql.collect import Policy, TrainedPlayer
 from scaled_ql.defaults import EVAL_EPSILON
 from scaled_ql.evaluation import MemoryPlayer, QFunction
 from scaled_ql.games import action_names
@@ -231,7 +232,8 @@ def load_agent(run: str | Path, step: int | None = None, outputs: str | Path = "
     """Read the agent of a run of `04_scaled_training`, `06_transfer` or `02_online_agents`, finished or running.
 
     Args:
-        run: its folder, or its name below the outputs folder: ``04_scaled_training/quickstart``.
+        run: its folder, or its name below the outputs folder: ``04_scaled_training/quickstart``; or an exported folder,
+            or a file of Atari Agents (`weights`).
         step: gradient steps of the checkpoint; None: the newest.
         outputs: the outputs folder; "" is the workspace's.
 
@@ -242,32 +244,46 @@ def load_agent(run: str | Path, step: int | None = None, outputs: str | Path = "
             network than the run's parameters describe.
         ParameterError: its parameters cannot be read.
     """
-    folder = _find(run, Path(outputs) if outputs else runs.workspace() / "outputs")
-    name = f"{folder.parent.name}/{folder.name}"
-    where, about, params = training.read_params(folder / "checkpoints", step)
-    if "games" not in about:
-        raise CheckpointError(
-            f"{where}: does not name the games of its heads. Choose a run of 04_scaled_training, 06_transfer or "
-            "02_online_agents."
+    trained = weights.read(weights.find(run, Path(outputs) if outputs else runs.workspace() / "outputs"), step)
+    name, where, about, p = trained.name, trained.where, trained.about, trained.checked()
+    if trained.parameters[1].name == "parameters.yaml":
+        p = p.model_copy(update={"outputs": str(trained.parameters[1].parents[2])})  # wherever its workspace is now
+    built = _online(p) if "learner" in about else _offline(p, transfer.Source(where, about, trained.params))
+    filled = _fill(where, built, trained.params, len(about["games"]))
+    return Agent(name, trained.step, about["games"], built, filled, p, trained.checkpoints)
+
+
+def players(folder: str | Path, games: Sequence[str]) -> dict[str, list[TrainedPlayer]]:
+    """The agents of a folder as players of recordings (`collect.record`), by game, in the order of their training.
+
+    Args:
+        folder: with exported agents, Atari Agents, or both; see `weights.find_agents`.
+        games: to be played.
+
+    Raises:
+        RunError, CheckpointError: see `weights.find_agents`.
+    """
+    folder = Path(folder).resolve()
+
+    def player(place: Path, game: str) -> TrainedPlayer:
+        with (place if place.is_file() else place / weights.TENSORS).open("rb") as file:
+            identity = hashlib.file_digest(file, "sha256").hexdigest()
+        name = folder.name if place == folder else str(place.relative_to(folder))
+        return TrainedPlayer(name, identity, partial(_policy, place, game))
+
+    return {game: [player(place, game) for place in weights.find_agents(folder, game)] for game in games}
+
+
+def _policy(place: Path, game: str) -> Policy:
+    """The greedy policy of an agent, loaded in a process that records."""
+    training.cache_compiled_programs()
+    agent = load_agent(place)
+    if agent.memory:
+        raise runs.RunError(
+            f"{place}: sees the last {agent.memory} steps of its episode, a player of recordings one state alone. "
+            "Take it out of the folder."
         )
-    stored = parameters.load(folder / "parameters.yaml")
-    trained = "06_transfer" if "initial" in stored else "04_scaled_training"
-    p = parameters.check("02_online_agents" if "learner" in about else trained, stored, str(folder / "parameters.yaml"))
-    p = p.model_copy(update={"outputs": str(folder.parent.parent)})  # wherever its workspace is now
-    built = _online(p) if "learner" in about else _offline(p, transfer.Source(where, about, params))
-    filled, kept = _fill(where, built, params, len(about["games"])), training.checkpoint_steps(where.parent)
-    return Agent(name, int(where.name), about["games"], built, filled, p, kept)
-
-
-def _find(run: str | Path, home: Path) -> Path:
-    """The folder of a run, given as such or by its name below the outputs folder."""
-    for folder in (Path(run), home / run):
-        if (folder / "parameters.yaml").exists():
-            return folder.resolve()
-    known = [str(place.parent.relative_to(home)) for place in sorted(home.glob("*/*/checkpoints"))]
-    near = difflib.get_close_matches(str(run), known, n=3, cutoff=0.3) or known[:3]
-    there = f"with checkpoints there are {', '.join(near)}" if near else "no run there has checkpoints"
-    raise runs.RunError(f"run {str(run)!r}: neither a run's folder nor one below {home}; {there}.")
+    return lambda stack: int(agent.look(game, stack[None]).best[0])
 
 
 def _offline(p: Any, source: transfer.Source) -> _Built:
