@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,26 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(folder.cleanup)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # the many small ones, too
-    # Tiny programs run once take longer to optimise than to run: half of the time, and the same bits.
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+    # Most programs run a few times, and take longer to compile than to run. Those that run often: see `optimized`.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    # XLA's older emitters compile three times faster, to the same values but for rounding.
+    flags = "--xla_backend_optimization_level=1 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    os.environ.setdefault("XLA_FLAGS", flags)
+    # What tests start imports a second and a half less: see there.
+    without = str(Path(__file__).parent / "without")
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if without not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([without, *filter(None, paths)])
+
+
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """For tests of thousands of steps: programs first compiled in them are optimised a little."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_xdist_auto_num_workers() -> int:

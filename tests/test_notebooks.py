@@ -40,8 +40,7 @@ def test_committed_clean_and_readable(file: Path) -> None:
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny batch, run by the command once for all tests."""
     folder = tmp_path_factory.mktemp("outputs")
-    # Few of its programs run more than once: not to optimise them at all takes a third less time than to compile them.
-    done = run("params/batches/tiny.yaml", folder, XLA_FLAGS="--xla_backend_optimization_level=0")
+    done = run("params/batches/tiny.yaml", folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
