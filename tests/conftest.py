@@ -42,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def optimized() -> Iterator[None]:
-    """For tests of thousands of steps: programs first compiled in them are optimised a little."""
+    """For tests of many steps: programs that are first compiled in them are optimised a little."""
     import jax
 
     before = jax.config.read("jax_disable_most_optimizations")
