@@ -1,7 +1,10 @@
 """What several test files share: the workspace's paths and one small real recording."""
 
 import os
+import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,8 +24,31 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(folder.cleanup)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # the many small ones, too
-    # Tiny programs run once take longer to optimise than to run: half of the time, and the same bits.
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+    # Most programs run a few times, and take longer to compile than to run. Those that run often: see `optimized`.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    if "XLA_FLAGS" not in os.environ:
+        # XLA's older emitters compile three times faster, to the same values but for rounding, as long as it has them.
+        flags = "--xla_backend_optimization_level=1"
+        older = f"{flags} --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+        compiles = [sys.executable, "-c", "import jax; jax.numpy.ones(1) + 1"]
+        known = subprocess.run(compiles, env=os.environ | {"XLA_FLAGS": older}, capture_output=True).returncode == 0
+        os.environ["XLA_FLAGS"] = older if known else flags
+    # What tests start imports a second and a half less: see there.
+    without = str(Path(__file__).parent / "without")
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if without not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([without, *filter(None, paths)])
+
+
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """For tests of many steps: programs that are first compiled in them are optimised a little."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def pytest_xdist_auto_num_workers() -> int:

@@ -449,6 +449,7 @@ def player_of(target_return):
     return lambda params: evaluation.MemoryPlayer(prefer, params, 0, NAMES, 4)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_a_high_return_asked_for_is_played_and_a_low_one_is_not():
     """In each of two images, the action that gives 5 is another one, and rarer than the one that gives 0."""
     frames = np.zeros((2, 84, 84), np.uint8)
@@ -468,6 +469,7 @@ def test_a_high_return_asked_for_is_played_and_a_low_one_is_not():
     assert plays("notebook") == [2, 1], "the best of many draws is the high return, though the low one is likelier"
 
 
+@pytest.mark.usefixtures("optimized")
 def test_a_decision_transformer_does_not_stitch_the_chain():
     """It plays one good half or the other; Q-learning on this data plays both (`test_stitching`): 1.5."""
     frames, rows = chain.images()[..., 0], []

@@ -24,9 +24,8 @@ SCRIPT = Path(__file__).parent / "parallel.py"
 
 
 def start(folder, steps, *words, count=1, **environment):
-    """A process that trains, with `count` virtual devices; for so few steps nothing needs to be optimised."""
-    flags = f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+    """A process that trains, with `count` virtual devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     return subprocess.Popen(
         [sys.executable, str(SCRIPT), str(folder), str(steps), *words],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} | environment,

@@ -75,6 +75,7 @@ def corridor_training():
     return run
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("seed", range(3))
 def test_an_epsilon_below_the_gradients_solves_a_corridor_and_one_above_them_does_not(seed):
     params = nnx.to_pure_dict(nnx.split(CorridorNetwork(nnx.Rngs(seed)), nnx.Param)[1])
@@ -174,6 +175,7 @@ def caught(params, episodes=20):
     return np.mean(returns)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("seed", range(2))
 def test_an_epsilon_below_the_gradients_learns_catch_from_random_play_and_one_above_them_does_not(seed):
     params = nnx.to_pure_dict(nnx.split(CatchNetwork(nnx.Rngs(seed)), nnx.Param)[1])

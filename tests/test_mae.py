@@ -209,6 +209,7 @@ def test_pictures_show_what_is_seen_and_complete_the_rest(shallow, data):
     assert completed.min() >= 0 and completed.max() <= 255 and (completed != frame).any()
 
 
+@pytest.mark.usefixtures("optimized")
 def test_it_completes_held_out_frames_better_than_the_mean_frame(shallow, data):
     """The last fifth of Breakout's recording is never trained on; errors on hidden patches, in normalised pixels.
 

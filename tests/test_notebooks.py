@@ -39,15 +39,11 @@ def test_committed_clean_and_readable(file: Path) -> None:
     assert file.stem in parameters.NOTEBOOKS
 
 
-# Few programs run more than once: not to optimise them at all takes a third less time than to compile them.
-QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-
-
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny batch, run by the command once for all tests."""
     folder = tmp_path_factory.mktemp("outputs")
-    done = run("params/batches/tiny.yaml", folder, **QUICK)
+    done = run("params/batches/tiny.yaml", folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -143,7 +139,7 @@ def test_the_readmes_slurm_line_trains_on_two_nodes_as_one_process_does(
     more = ["-p", "distributed", "true", "-p", "shard_parameters", "true", "-p", "video_steps", "0", "-p", "run", "two"]
     done = subprocess.run(
         [*options, *arguments(target, outputs, TINY[target], *more)], cwd=workspace, capture_output=True, text=True,
-        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JAX_PLATFORMS": "cpu", **QUICK}, timeout=300,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JAX_PLATFORMS": "cpu"}, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     one, two = (outputs / target / name for name in ("tiny", "two"))

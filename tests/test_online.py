@@ -66,6 +66,7 @@ def play(folder, games, learner, **changed):
 # Learning.
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("kind", ["independent", "shared"])
 def test_agents_reach_nine_tenths_of_the_best_return(tmp_path, kind):
     """Two single-game agents with two seeds, of 3 and 4 actions; then one C51 agent for two games."""

@@ -492,19 +492,20 @@ def measure_evaluation(game: str, encoder: str, episodes: int = 64, max_steps: i
     """
     network = networks.make_q_network(encoder, 1, "c51", **architecture)
     graph, state = training.init_state(network, training.make_optimizer())
-    size = len(action_names(game))
+    size, slots = len(action_names(game)), min(episodes, 16)
     prefer = methods.q_learning().preferences(graph, [size])
     players = {"network": evaluation.make_q_function(prefer, state.params, 0, size)}
     players["random moves"] = evaluation.play_randomly
 
     def play(player: evaluation.QFunction, most: int) -> np.ndarray:
         began = time.perf_counter()
-        played = evaluation.evaluate(player, game, episodes=episodes, seed=0, epsilon=1.0, max_steps=most)
+        shared = {"seed": 0, "epsilon": 1.0, "num_environments": slots}
+        played = evaluation.evaluate(player, game, episodes=episodes, max_steps=most, **shared)
         return np.array([played["length"].sum(), time.perf_counter() - began])
 
     rates = {}
     for name, player in players.items():
-        play(player, 5)  # compiles
+        player(np.zeros((slots, 4, 84, 84), np.uint8))  # compiles
         steps, seconds = play(player, max_steps) - play(player, 5)
         rates[f"{name}, steps/s"] = steps / seconds
     return {"game": game, "encoder": encoder} | rates
