@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from running import opening
 from written import write_online_run, write_run
 
-from scaled_ql import defaults, documents, explore, games, parameters, runs, weights
+from scaled_ql import defaults, documents, episodes, explore, games, parameters, runs, weights
 from scaled_ql.command import main
 from scaled_ql.model_card import export
 from scaled_ql.runs import RunError
@@ -199,3 +199,11 @@ def test_the_agents_notebook_opens_an_exported_agent_without_its_run(outputs: Pa
     played = papermill.execute_notebook(tmp_path / "opening.ipynb", tmp_path / "out.ipynb", progress_bar=False)
     printed = "".join(output.get("text", "") for cell in played.cells for output in cell.outputs)
     assert "no such replay folder" in printed and "No recording: episodes of the agent only" in printed
+
+
+def test_the_gallerys_agent_plays_better_than_its_data(workspace: Path) -> None:
+    """Data 4.9 in Breakout, random 1.3; whoever installs the workspace can look at it without any training."""
+    agent = explore.load_agent(workspace / "outputs" / "gallery" / "models" / "quickstart_seed_2")
+    assert agent.games == ["Breakout", "Qbert"]
+    played = [episodes.play(agent.player("Breakout"), "Breakout", seed=seed, **agent.protocol) for seed in range(2)]
+    assert np.mean([episode.rewards.sum() for episode in played]) > 4.9
