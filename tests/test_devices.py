@@ -219,6 +219,29 @@ def test_recomputing_changes_nothing(monkeypatch):
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found[0][0]))
 
 
+def test_deterministic_programs_are_asked_for_in_time_or_refused(monkeypatch):
+    code = """if True:
+        import os, jax
+        from scaled_ql import devices
+        for wanted in (False, True):
+            devices.make_deterministic(wanted)
+            print(os.environ["XLA_FLAGS"])
+        jax.devices()  # XLA ends a process with a flag that it does not know
+        devices.make_deterministic(True)
+    """
+    environment = os.environ | {"XLA_FLAGS": "--xla_cpu_enable_fast_math=false"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    given = "--xla_cpu_enable_fast_math=false"
+    assert done.stdout.splitlines() == [given, f"{given} --xla_gpu_deterministic_ops=true"], done.stderr
+    assert done.returncode == 0, done.stderr
+    jax.devices()
+    monkeypatch.setenv("XLA_FLAGS", given)
+    devices.make_deterministic(False)
+    with pytest.raises(devices.DeviceError, match=r"deterministic = True, but JAX has started .* Restart the kernel"):
+        devices.make_deterministic(True)
+    assert os.environ["XLA_FLAGS"] == given
+
+
 def test_a_platform_that_jaxlib_lacks_is_named():
     code = "from scaled_ql.devices import DeviceError, make_mesh\ntry: make_mesh()\nexcept DeviceError as e: print(e)"
     environment = os.environ | {"JAX_PLATFORMS": "cuda"}

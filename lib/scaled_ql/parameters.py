@@ -156,7 +156,7 @@ class DataExploration(Parameters):
 INCIDENTAL = frozenset((
     "run", "outputs", "seed", "replay_storage", "sampling_processes", "log_every", "checkpoint_every",
     "keep_checkpoint_every", "tensorboard", "eval_every", "video_steps", "probe_moments", "num_devices", "distributed",
-    "shard_parameters", "accumulate", "remat",
+    "shard_parameters", "accumulate", "remat", "deterministic",
 ))  # fmt: skip
 # Refused if set for a method that ignores them; alpha, tau and kappa may be set in a file that several methods share.
 CHECKED = (
@@ -178,6 +178,7 @@ class ScaledTraining(Parameters):
     shard_parameters: bool = False
     accumulate: Count = 1
     remat: bool = False
+    deterministic: bool = False
     seed: Seed = 0
 
     method: Literal[tuple(defaults.METHODS)] = "cql"
@@ -300,6 +301,7 @@ class Transfer(Parameters):
     batch_size: Count = 32
     checkpoint_every: Count = 10_000
     tensorboard: bool = False
+    deterministic: bool = False
 
     dataset: str = "01_data_collection/default/replay"
     view: str = ""

@@ -551,11 +551,13 @@ def about_run(p: Any, games: list[str], dataset: str) -> dict[str, Any]:
 
 
 def start_devices(p: Any) -> Mesh:
-    """Join the other processes, if any, and make the mesh for a notebook's parameters.
+    """Join the other processes, if any, and make the mesh for a notebook's parameters; before any device is touched.
 
     Raises:
-        DeviceError: there are no such devices, or the batch cannot be split over them.
+        DeviceError: there are no such devices, the batch cannot be split over them, or JAX has started already and the
+            run is to be deterministic.
     """
+    devices.make_deterministic(p.deterministic)
     devices.join_cluster(p.distributed)
     mesh = devices.make_mesh(p.num_devices)
     devices.check_batch(p.games_per_batch * p.transitions_per_game, mesh, p.accumulate)
