@@ -156,7 +156,7 @@ class DataExploration(Parameters):
 INCIDENTAL = frozenset((
     "run", "outputs", "seed", "replay_storage", "sampling_processes", "log_every", "checkpoint_every",
     "keep_checkpoint_every", "tensorboard", "eval_every", "video_steps", "probe_moments", "num_devices", "distributed",
-    "shard_parameters", "accumulate", "remat", "deterministic",
+    "shard_parameters", "accumulate", "remat", "steps_per_dispatch", "deterministic",
 ))  # fmt: skip
 # Refused if set for a method that ignores them; alpha, tau and kappa may be set in a file that several methods share.
 CHECKED = (
@@ -178,6 +178,7 @@ class ScaledTraining(Parameters):
     shard_parameters: bool = False
     accumulate: Count = 1
     remat: bool = False
+    steps_per_dispatch: Count = 1
     deterministic: bool = False
     seed: Seed = 0
 
@@ -308,6 +309,7 @@ class Transfer(Parameters):
     alpha: Annotated[Any, pydantic.PlainValidator(_alpha)] = "paper"
     num_steps: Count = 300_000
     log_every: Count = 1_000
+    steps_per_dispatch: Count = 1
 
     num_transitions: Count = 750_000
     sticky_actions: Share = 0.25
@@ -361,7 +363,7 @@ class Transfer(Parameters):
 
 # Parameters of `06_transfer` that concern one setting alone.
 ONLY = {
-    "offline": ("dataset", "view", "alpha", "num_steps", "log_every"),
+    "offline": ("dataset", "view", "alpha", "num_steps", "log_every", "steps_per_dispatch"),
     "online": (
         "num_transitions", "sticky_actions", "max_steps", "environments", "num_threads", "min_history",
         "update_period", "final_epsilon", "epsilon_decay", "capacity", "compressed",
