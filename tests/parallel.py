@@ -1,6 +1,6 @@
 """A short training on however many devices and processes there are; run by test_devices.py, prints losses as JSON.
 
-python parallel.py FOLDER STEPS [encoder=resnet_narrow] [head=mse] [split] [accumulate=2] [slow] ...
+python parallel.py FOLDER STEPS [encoder=resnet_narrow] [head=mse] [split] [accumulate=2] [at_once=5] [slow] ...
 """
 
 import json
@@ -35,8 +35,10 @@ def make_batch(step, size=SIZE):
     )
 
 
-def run(folder, last, encoder="nature_narrow", head="c51", split=False, accumulate=1, slow=False, num_devices=0):
-    """Train up to step `last` from the newest checkpoint; returns losses by step."""
+def run(
+    folder, last, encoder="nature_narrow", head="c51", split=False, accumulate=1, slow=False, num_devices=0, at_once=1
+):
+    """Train up to step `last` from the newest checkpoint; losses by step, the mean of those given `at_once`."""
     mesh = devices.make_mesh(num_devices)
     devices.check_batch(SIZE, mesh, accumulate)
     build = partial(networks.make_q_network, encoder, 3, head, 0, hidden_sizes=(32,))
@@ -51,7 +53,7 @@ def run(folder, last, encoder="nature_narrow", head="c51", split=False, accumula
     share, first = (jax.process_index(), jax.process_count()), int(state.step)
     parts = (jax.tree.map(lambda x: x[share_of(SIZE, share)], make_batch(step)) for step in range(first, last))
     losses = {}
-    periods = {"log_every": 1, "checkpoint_every": 5}
+    periods = {"log_every": at_once, "checkpoint_every": 5, "steps_per_dispatch": at_once}
     batches = devices.place_batches(parts, mesh)
     for now, row in training.train(state, train_step, batches, list("abc"), checkpoints=checkpoints, **periods):
         state = now
@@ -74,7 +76,7 @@ if __name__ == "__main__":
     if "distributed" in words:
         devices.join_cluster(True)
     given = dict(word.split("=") for word in words if "=" in word)
-    kinds = {"accumulate": int, "num_devices": int}
+    kinds = dict.fromkeys(("accumulate", "num_devices", "at_once"), int)
     options = {name: kinds.get(name, str)(value) for name, value in given.items()}
     options |= {word: True for word in words if word in ("split", "slow")}
     result = run(Path(folder), int(last), **options)

@@ -125,6 +125,17 @@ def test_a_process_that_is_alone_on_its_host_takes_all_its_accelerators(monkeypa
     assert given[0].get("local_device_ids") == (None if restricted else [])
 
 
+def test_two_processes_that_give_five_steps_at_once_to_their_devices_train_as_one(expected, tmp_path):
+    first, second = two_processes(tmp_path, 20, "split", "at_once=5")
+    result = finish(first)
+    assert finish(second) is None
+    assert list(result["losses"]) == ["5", "10", "15", "20"]
+    for step, (loss, *_) in result["losses"].items():
+        mean = np.mean([expected["losses"][str(one)][0] for one in range(int(step) - 4, int(step) + 1)])
+        assert loss == pytest.approx(mean, rel=1e-5)
+    assert result["sum"] == pytest.approx(expected["sum"], rel=1e-5)
+
+
 def test_when_one_process_dies_the_other_stops_and_the_run_resumes(expected, tmp_path):
     first, second = two_processes(tmp_path, 1_000, "slow")
     for line in first.stdout:
@@ -231,6 +242,29 @@ def test_recomputing_changes_nothing(monkeypatch):
         found.append(gradient(state.params, state.target_params, make_batch(0), jax.random.key(0)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *found)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found[0][0]))
+
+
+def test_deterministic_programs_are_asked_for_in_time_or_refused(monkeypatch):
+    code = """if True:
+        import os, jax
+        from scaled_ql import devices
+        for wanted in (False, True):
+            devices.make_deterministic(wanted)
+            print(os.environ["XLA_FLAGS"])
+        jax.devices()  # XLA ends a process with a flag that it does not know
+        devices.make_deterministic(True)
+    """
+    environment = os.environ | {"XLA_FLAGS": "--xla_cpu_enable_fast_math=false"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    given = "--xla_cpu_enable_fast_math=false"
+    assert done.stdout.splitlines() == [given, f"{given} --xla_gpu_deterministic_ops=true"], done.stderr
+    assert done.returncode == 0, done.stderr
+    jax.devices()
+    monkeypatch.setenv("XLA_FLAGS", given)
+    devices.make_deterministic(False)
+    with pytest.raises(devices.DeviceError, match=r"deterministic = True, but JAX has started .* Restart the kernel"):
+        devices.make_deterministic(True)
+    assert os.environ["XLA_FLAGS"] == given
 
 
 def test_a_platform_that_jaxlib_lacks_is_named():

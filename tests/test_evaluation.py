@@ -136,7 +136,7 @@ def test_a_row_counts_the_players_own_choices() -> None:
     choices = iter(np.random.default_rng(0).integers(4, size=(1_000, 2)))
 
     def choose(stacks: np.ndarray) -> np.ndarray:
-        return np.eye(4, dtype=np.float32)[next(choices)]
+        return np.eye(4, dtype=np.float32)[next(choices)[: len(stacks)]]
 
     played, environments = play_scripted([[5, 3], [4]], choose, episodes=4)
     counts = played.filter(like="action_")
@@ -271,6 +271,79 @@ def test_a_film_is_the_evaluations_episode(tmp_path: Path) -> None:
             assert container.streams.video[0].codec_context.name == "h264"
         assert len(frames) == 20 and frames[0].shape == (420, 640, 3)
         assert frames[0][:, :320].std() > 5, "the game's screen is not empty"
+
+
+def everybody_asked(
+    player: object, game: str, *, episodes: int, seed: int, epsilon: float, temperature: float, num_environments: int,
+    **rules: object,
+) -> list[tuple]:  # fmt: skip
+    """`evaluate`, asking about all environments in every step: (environment, return, length, actions) in its order."""
+    rng, slots = np.random.default_rng(seed), num_environments
+    environments = evaluation.make_vector_environment(game, slots, **rules)
+    num_actions, memory = environments.single_action_space.n, isinstance(player, evaluation.MemoryPlayer)
+    stacks, _ = environments.reset(seed=int(rng.integers(2**30)))
+    history = evaluation.History(player, np.arange(slots), seed) if memory else None
+    playing: list[list] = [[] for _ in range(slots)]  # (action, reward) of each step of an episode
+    begins, ended, rows = [True] * slots, [False] * slots, []
+    left = [len(range(slot, episodes, slots)) for slot in range(slots)]
+    while any(left):
+        values = player(*history.see(stacks[:, -1], np.array(begins))) if memory else player(stacks)
+        if temperature:
+            values = values / temperature + rng.gumbel(size=values.shape)
+        explore, best = rng.random(slots) < epsilon, values.argmax(1)
+        actions = np.where(explore, rng.integers(num_actions, size=slots), best)
+        stacks, rewards, terminated, truncated, _ = environments.step(actions)
+        if memory:
+            history.act(actions, rewards)
+        begins, ended = ended, [False] * slots  # one that ended resets in the next step
+        for slot in range(slots):
+            if not begins[slot]:
+                playing[slot].append((actions[slot], rewards[slot]))
+                ended[slot] = bool(terminated[slot] or truncated[slot])
+            if ended[slot]:
+                taken, received = zip(*playing[slot])
+                if left[slot]:
+                    letters = ":" + "".join(chr(ord("a") + action) for action in taken)
+                    rows.append((slot, sum(received), len(taken), letters))
+                    left[slot] -= 1
+                playing[slot] = []
+    environments.close()
+    return rows
+
+
+def of_memory(params: None, windows: object, draw: np.ndarray) -> np.ndarray:
+    """Preferences of all 18 actions that depend on all that a player with a memory sees, row by row."""
+    seen = sum(x.reshape(len(draw), -1) @ np.arange(1, x[0].size + 1) for x in windows if x.ndim > 1)
+    return (((seen + draw @ [3, 5, 7])[:, None] * np.arange(3, 21)) % 101).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["stacks", "memory", "variant"])
+def test_whom_nobody_asks_about_plays_no_part(kind: str) -> None:
+    """The same episodes, step by step, as when the player is asked about all environments until the end."""
+    sizes = []
+
+    def counted(*seen: object) -> np.ndarray:
+        sizes.append(len(seen[-1]))
+        return of_memory(*seen) if kind == "memory" else of_pixels(*seen)
+
+    player = counted
+    if kind == "memory":
+        player = evaluation.MemoryPlayer(counted, None, 0, action_names("Breakout"), 3)
+    rules = {"sticky_actions": 0.25, "max_steps": 400} | ({"mode": 4, "difficulty": 0} if kind == "variant" else {})
+    how = {"episodes": 8, "seed": 3, "epsilon": 0.1, "num_environments": 6, "temperature": 2.0} | rules
+    played = evaluation.evaluate(player, "Breakout", keep_actions=True, **how)
+    assert sizes == sorted(sizes, reverse=True) and set(sizes) == {6, 2}
+    assert played["length"].nunique() > 3
+    expected = everybody_asked(player, "Breakout", **how)
+    columns = ["environment", "episode_return", "length", "actions"]
+    assert list(played[columns].itertuples(index=False, name=None)) == expected
+
+
+def test_on_an_accelerator_one_size_of_batch_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation.jax, "default_backend", lambda: "gpu")
+    sizes = set()
+    play_scripted([[9], [2], [2], [2]], lambda stacks: sizes.add(len(stacks)) or always(0)(stacks), episodes=4)
+    assert sizes == {4}
 
 
 def test_the_episode_to_film_is_the_longest_of_those_next_to_the_median() -> None:

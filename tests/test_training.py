@@ -162,6 +162,34 @@ def test_action_masks():
     assert masks.tolist() == [3 * [True] + 15 * [False], 18 * [True]]
 
 
+@pytest.mark.parametrize("accumulate, backend", [(1, "cpu"), (2, "gpu")])
+def test_several_steps_of_one_program_are_the_same_steps(accumulate, backend, monkeypatch):
+    """Target copies within it, each step's own random numbers, and accumulated gradients included; unrolled or not."""
+    monkeypatch.setattr(training.jax, "default_backend", lambda: backend)
+    graph, plain = training.init_state(Table(TABLE), OPTIMIZER)[0], methods.q_learning(head="mse", alpha=0.1)
+    plain = plain.objective(graph, NUM_GAME_ACTIONS)
+
+    def objective(params, target_params, batch, key):
+        loss, metrics = plain(params, target_params, batch, key)
+        loss += (params["table"] * jax.random.normal(key, TABLE.shape)).sum()
+        return loss, metrics | {"loss": loss}
+
+    step = training.make_train_step(objective, OPTIMIZER, target_update_period=3, seed=4, accumulate=accumulate)
+    together, alone, rows = table_state(), table_state(), []
+    for stack in ([1, 2, 3, 4], [5], [6, 7]):
+        batches = [table_batch(number) for number in stack]
+        together, metrics = step(together, *batches)
+        for number, batch in enumerate(batches):
+            alone, row = step(alone, batch)
+            rows.append(row["loss"])
+            row_together = metrics if len(stack) == 1 else jax.tree.map(lambda x, number=number: x[number], metrics)
+            jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), row_together, row)
+        assert together.step == alone.step == stack[-1]
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), together, alone)
+    assert len({float(loss) for loss in rows}) == 7
+    assert not np.array_equal(together.params["table"], together.target_params["table"])  # it was copied in step 6
+
+
 @pytest.mark.parametrize("where", ["head_kernel", "q/head_kernel"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_heads_gradient_is_measured_by_its_root_mean_square(where, accumulate):
@@ -409,7 +437,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path):
     np.testing.assert_equal(before[:2] + after, rows)
 
 
-def table_run(folder, steps, interrupt=None, log_every=4, checkpoint_every=5):
+def table_run(folder, steps, interrupt=None, steps_per_dispatch=1, train_step=None):
     """A run of a table to its end, through a log; `interrupt(step)` may raise where its batch is asked for."""
     checkpoints = Checkpoints(folder / "checkpoints", ABOUT)
     state = checkpoints.restore(table_state())
@@ -421,8 +449,10 @@ def table_run(folder, steps, interrupt=None, log_every=4, checkpoint_every=5):
                 interrupt(step)
             yield table_batch(step)
 
-    periods = {"log_every": log_every, "checkpoint_every": checkpoint_every}
-    trained = training.train(state, table_step(), batches(int(state.step)), GAMES, checkpoints=checkpoints, **periods)
+    trained = training.train(
+        state, train_step or table_step(), batches(int(state.step)), GAMES, log_every=4, checkpoint_every=5,
+        steps_per_dispatch=steps_per_dispatch, checkpoints=checkpoints,
+    )  # fmt: skip
     try:
         with contextlib.closing(trained):
             for _, row in trained:
@@ -445,24 +475,47 @@ def test_any_number_of_steps_ends_with_a_row_and_a_checkpoint(tmp_path, steps):
     checkpoints.close()
 
 
+@pytest.mark.parametrize("size, stacks", [(1, [1] * 11), (3, [3, 1, 1, 1, 2, 1, 1, 1]), (100, [4, 1, 3, 2, 1])])
+def test_steps_given_at_once_end_where_a_row_or_a_checkpoint_is_due(tmp_path, size, stacks):
+    """Rows every fourth step, checkpoints every fifth, 11 steps: the same as one at a time."""
+    given = []
+
+    def train_step(state, *batches):
+        given.append(len(batches))
+        return table_step()(state, *batches)
+
+    rows = table_run(tmp_path / "stacks", 11, None, size, train_step)
+    assert given == stacks
+    expected = table_run(tmp_path / "alone", 11)
+    assert [row["step"] for row in rows] == [row["step"] for row in expected] == [4, 8, 11]
+    for row, other in zip(rows, expected):
+        assert row == pytest.approx(other, rel=1e-5, nan_ok=True)
+    states = {}
+    for name in ("stacks", "alone"):
+        assert steps_on_disk(tmp_path / name / "checkpoints") == [10, 11]
+        states[name] = restore(tmp_path / name / "checkpoints")
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), *states.values())
+
+
 class Lost(Exception):
     pass
 
 
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, Lost])
-def test_a_run_interrupted_anywhere_has_lost_no_step_and_no_row(tmp_path, kind):
-    whole = table_run(tmp_path / "whole", 11)
+@pytest.mark.parametrize("kind, size", [(KeyboardInterrupt, 1), (Lost, 1), (Lost, 3)])
+def test_a_run_interrupted_anywhere_has_lost_no_row_and_no_step_that_was_given_to_the_device(tmp_path, kind, size):
+    whole = table_run(tmp_path / "whole", 11, None, size)
     for at in range(2, 12):
+        done = [step for step in range(at) if not (step % size and step % 4 and step % 5)][-1]
 
         def interrupt(step, at=at):
             if step == at:
                 raise kind
 
         with pytest.raises(kind):
-            table_run(tmp_path / str(at), 11, interrupt)
-        assert steps_on_disk(tmp_path / str(at) / "checkpoints")[-1] == at - 1
-        np.testing.assert_equal(table_run(tmp_path / str(at), 11), [
-            {name: None if value != value else value for name, value in row.items()} if row["step"] < at else row
+            table_run(tmp_path / str(at), 11, interrupt, size)
+        assert [0, *steps_on_disk(tmp_path / str(at) / "checkpoints")][-1] == done
+        np.testing.assert_equal(table_run(tmp_path / str(at), 11, None, size), [
+            {name: None if value != value else value for name, value in row.items()} if row["step"] <= done else row
             for row in whole
         ])  # fmt: skip
 
@@ -546,15 +599,16 @@ def test_an_interrupt_before_the_first_step_leaves_nothing(ctrl_c, tmp_path):
     assert steps_on_disk(tmp_path / "checkpoints") == []
 
 
+@pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("step, good", [(1, []), (5, [4]), (6, [4]), (8, [4])])
-def test_a_bad_loss_names_step_games_and_the_last_good_checkpoint(tmp_path, step, good):
+def test_a_bad_loss_names_step_games_and_the_last_good_checkpoint(tmp_path, step, good, size):
     checkpoints, changed = Checkpoints(tmp_path, ABOUT), table_batch(step, games=(0, 2))
     reward = changed.reward.copy()
     reward[1] = np.nan
     bad = {"reward": {step: reward}, "game": {step: np.array([2, 0, 2, 0])}, "action": {step: np.zeros(4, np.int32)}}
     trained = training.train(
-        table_state(), table_step(), stream(1, 12, **bad), GAMES, log_every=2, checkpoint_every=4,
-        checkpoints=checkpoints,
+        table_state(), table_step(), stream(1, 12, **bad), GAMES, log_every=4, checkpoint_every=4,
+        steps_per_dispatch=size, checkpoints=checkpoints,
     )  # fmt: skip
     with pytest.raises(Diverged) as error:
         for _ in trained:

@@ -20,6 +20,7 @@ from scaled_ql.replay import open_replay
 TARGET, PRETRAINED = "06_transfer", "04_scaled_training/tiny_mae"
 QUICK = {"eval_episodes": 1, "eval_max_steps": 20, "video_steps": 0, "probe_moments": 0, "learning_rate": 1e-3}
 OFFLINE = QUICK | {"game": "Breakout", "num_steps": 120, "eval_every": 60}
+OFFLINE |= {"deterministic": True, "steps_per_dispatch": 2}
 ONLINE = QUICK | {"num_transitions": 600, "max_steps": 50, "update_period": 4, "epsilon_decay": 200, "eval_every": 300}
 
 

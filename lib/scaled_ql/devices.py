@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import psutil
+from jax._src import xla_bridge  # no public function says whether JAX has started its devices
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -21,6 +22,7 @@ from scaled_ql.processes import accelerators
 from scaled_ql.replay.batch import Batch
 
 PyTree = Any
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"  # includes xla_gpu_exclude_nondeterministic_ops, and no autotuning
 SILENT_SECONDS = 60  # a host silent for longer counts as dead, and the others stop
 
 
@@ -69,6 +71,28 @@ def _alone_on_host() -> bool:
     """Whether Slurm or Open MPI started one process on each host."""
     slurm = [os.environ.get(name) for name in ("SLURM_STEP_NUM_NODES", "SLURM_NTASKS")]
     return (None not in slurm and slurm[0] == slurm[1]) or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+
+
+def make_deterministic(deterministic: bool) -> None:
+    """Have GPUs repeat programs bit for bit, as CPUs do; to be called before any device is touched.
+
+    By default XLA chooses a GPU's kernels by timing them, and may choose others in the process that resumes a run; and
+    some kernels sum in whatever order their threads come. With the flag that is set here XLA does neither, in all
+    programs of this process, at the price of speed. On a CPU it changes nothing. That it suffices on a GPU is what XLA
+    says, and has not been tested.
+
+    Raises:
+        DeviceError: JAX has started its devices, and read its flags, before.
+    """
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    if not deterministic or DETERMINISTIC in flags:
+        return
+    if xla_bridge.backends_are_initialized():
+        raise DeviceError(
+            "deterministic = True, but JAX has started in this process without it. Restart the kernel and run the "
+            "notebook from its beginning."
+        )
+    os.environ["XLA_FLAGS"] = " ".join([*flags, DETERMINISTIC])
 
 
 def make_mesh(num_devices: int = 0) -> Mesh:

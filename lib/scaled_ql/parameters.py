@@ -169,7 +169,7 @@ class DataExploration(Parameters):
 INCIDENTAL = frozenset((
     "run", "outputs", "seed", "replay_storage", "sampling_processes", "log_every", "checkpoint_every",
     "keep_checkpoint_every", "tensorboard", "eval_every", "video_steps", "probe_moments", "num_devices", "distributed",
-    "shard_parameters", "accumulate", "remat",
+    "shard_parameters", "accumulate", "remat", "steps_per_dispatch", "deterministic",
 ))  # fmt: skip
 # Refused if set for a method that ignores them; alpha, tau and kappa may be set in a file that several methods share.
 CHECKED = (
@@ -191,6 +191,8 @@ class ScaledTraining(Parameters):
     shard_parameters: bool = False
     accumulate: Count = 1
     remat: bool = False
+    steps_per_dispatch: Count = 1
+    deterministic: bool = False
     seed: Seed = 0
 
     method: Literal[tuple(defaults.METHODS)] = "cql"
@@ -313,12 +315,14 @@ class Transfer(Parameters):
     batch_size: Count = 32
     checkpoint_every: Count = 10_000
     tensorboard: bool = False
+    deterministic: bool = False
 
     dataset: str = "01_data_collection/default/replay"
     view: str = ""
     alpha: Annotated[Any, pydantic.PlainValidator(_alpha)] = "paper"
     num_steps: Count = 300_000
     log_every: Count = 1_000
+    steps_per_dispatch: Count = 1
 
     num_transitions: Count = 750_000
     sticky_actions: Share = 0.25
@@ -372,7 +376,7 @@ class Transfer(Parameters):
 
 # Parameters of `06_transfer` that concern one setting alone.
 ONLY = {
-    "offline": ("dataset", "view", "alpha", "num_steps", "log_every"),
+    "offline": ("dataset", "view", "alpha", "num_steps", "log_every", "steps_per_dispatch"),
     "online": (
         "num_transitions", "sticky_actions", "max_steps", "environments", "num_threads", "min_history",
         "update_period", "final_epsilon", "epsilon_decay", "capacity", "compressed",

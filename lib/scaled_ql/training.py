@@ -285,8 +285,12 @@ def make_train_step(
     seed: int = 0,
     accumulate: int = 1,
     shardings: PyTree = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Compile `make_update`.
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Compile `make_update`, for one batch or for several in a row.
+
+    Several steps of one program are the same steps but for rounding, since XLA fuses the end of one with the beginning
+    of the next. On a CPU their loop is unrolled, and takes the longer to compile: left as a loop, a step of the
+    quickstart's network took two to three times as long there.
 
     Args:
         objective, optimizer, target_update_period, accumulate: see `make_update`.
@@ -294,15 +298,24 @@ def make_train_step(
         shardings: shardings of the state on a mesh (`devices.state_shardings`); batches are split along it.
 
     Returns:
-        (state, batch) -> (state, metrics). The state passed in is donated: use the one returned.
+        (state, *batches) -> (state, metrics), a step for each batch. The state passed in is donated: use the one
+        returned. The metrics of several batches have a leading axis of steps.
     """
     update, run_key = make_update(objective, optimizer, target_update_period, accumulate), jax.random.key(seed)
+
+    def updates(state: TrainState, batches: tuple[Batch, ...], key: jax.Array) -> tuple[TrainState, Metrics]:
+        if len(batches) == 1:
+            return update(state, *batches, key)
+        stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+        unroll = jax.default_backend() == "cpu"
+        return jax.lax.scan(lambda state, batch: update(state, batch, key), state, stack, unroll=unroll)
+
     where = {}
     if shardings is not None:
         everywhere = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
         where = {"out_shardings": (shardings, everywhere)}
-    compiled = jax.jit(update, donate_argnums=0, **where)
-    return lambda state, batch: compiled(state, batch, run_key)  # an argument: one program for all seeds
+    compiled = jax.jit(updates, donate_argnums=0, **where)
+    return lambda state, *batches: compiled(state, batches, run_key)  # an argument: one program for all seeds
 
 
 def memory_needed(
@@ -375,17 +388,18 @@ def cache_compiled_programs() -> None:
 
 def train(
     state: TrainState,
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    train_step: Callable[..., tuple[TrainState, Metrics]],
     batches: Iterator[Batch],
     games: list[str],
     *,
     log_every: int,
     checkpoint_every: int,
+    steps_per_dispatch: int = 1,
     checkpoints: "Checkpoints",
 ) -> Iterator[tuple[TrainState, dict[str, float]]]:
     """Run a step per batch; a generator, so that logging and display stay the caller's.
 
-    Every step's loss is checked, one step behind the device so that it never waits. Checkpoints are written every
+    Every step's loss is checked, one dispatch behind the device so that it never waits. Checkpoints are written every
     `checkpoint_every` steps, after all steps up to there were checked, and at the end: of the batches, or of an
     interrupted run (also if the data fails), unless several processes train together. A consumer that may be
     interrupted closes the generator (`contextlib.closing`).
@@ -397,6 +411,11 @@ def train(
         games: names, for per-game metrics and errors.
         log_every: steps averaged into one row of metrics.
         checkpoint_every: steps between checkpoints.
+        steps_per_dispatch: steps that the device is given at once, with their batches; fewer, which is another program
+            to compile, where a row or a checkpoint is due before. Python's share of a step is then paid once for all of
+            them: on two cores a step of the quickstart took a tenth less CPU time with 2 or 4, and no less with 10.
+            Rounding depends on it (see `make_train_step`), so a run is repeated bit for bit with the same number only.
+            An interrupted run resumes from its last dispatch.
         checkpoints: destination of checkpoints, and the origin of a resumed run's `state`.
 
     Yields:
@@ -408,7 +427,7 @@ def train(
         Diverged: a loss or gradient is NaN or infinite; names the step, the games in its batch and the last checkpoint.
     """
     window = list(checkpoints.window)
-    unchecked: tuple[int, Metrics, int] | None = None
+    unchecked: tuple[range, Metrics, int] | None = None
     step = saved = int(state.step)
     clock, intact = time.perf_counter(), True  # `state` is that of `step`, and no loss up to it is known to be bad
 
@@ -416,21 +435,26 @@ def train(
         nonlocal unchecked, clock, intact
         if unchecked is None:
             return
-        (step, metrics, transitions), unchecked = unchecked, None
-        values = jax.device_get(metrics)
-        (counts,) = (value for name, value in values.items() if name.endswith("_count"))
-        if len(counts) != len(games):
-            raise MethodError(f"an objective's sums per game must have {len(games)} numbers, got {len(counts)}.")
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            intact = False
-            names = ", ".join(game for game, count in zip(games, counts) if count)
-            raise Diverged(
-                f"the loss is {values['loss']} at step {step} ({_scalars(values)}). "
-                f"Games in the batch: {names}. {checkpoints.describe_latest()} Lower learning_rate, "
-                "or look at the data of these games, and start again under another run name."
-            )
+        (steps, metrics, transitions), unchecked = unchecked, None
+        metrics = jax.device_get(metrics)
+        each = [metrics]
+        if len(steps) > 1:
+            each = [{name: x[i] for name, x in metrics.items()} for i in range(len(steps))]
+        for step, values in zip(steps, each):
+            (counts,) = (value for name, value in values.items() if name.endswith("_count"))
+            if len(counts) != len(games):
+                raise MethodError(f"an objective's sums per game must have {len(games)} numbers, got {len(counts)}.")
+            if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+                intact = False
+                names = ", ".join(game for game, count in zip(games, counts) if count)
+                raise Diverged(
+                    f"the loss is {values['loss']} at step {step} ({_scalars(values)}). "
+                    f"Games in the batch: {names}. {checkpoints.describe_latest()} Lower learning_rate, "
+                    "or look at the data of these games, and start again under another run name."
+                )
         now = time.perf_counter()
-        window.append(values | {"seconds": now - clock, "transitions": transitions})
+        took = {"seconds": (now - clock) / len(steps), "transitions": transitions}
+        window.extend(values | took for values in each)
         clock = now
 
     def row() -> dict[str, float]:
@@ -452,22 +476,23 @@ def train(
             yield state, row()
             window.clear()
             clock = time.perf_counter()
-        for batch in batches:
+        for stack in _stacks(batches, step, (steps_per_dispatch, log_every, checkpoint_every)):
             intact = False
             with _interrupts_deferred():  # a step donates its input: its result is the only state
                 try:
-                    state, metrics = train_step(state, batch)
+                    state, metrics = train_step(state, *stack)
                 except jax.errors.JaxRuntimeError as error:
                     if "RESOURCE_EXHAUSTED" not in str(error):
                         raise
                     raise devices.OutOfMemory(
                         f"step {step + 1} does not fit into the device's memory ({str(error).splitlines()[0]}). Raise "
-                        "accumulate, set remat or shard_parameters, or lower games_per_batch (which is another "
-                        f"experiment). {checkpoints.describe_latest()}"
+                        "accumulate, set remat or shard_parameters, or lower steps_per_dispatch, or games_per_batch "
+                        f"(which is another experiment). {checkpoints.describe_latest()}"
                     ) from error
-                step, intact = step + 1, True
+                steps, intact = range(step + 1, step + 1 + len(stack)), True
+                step = steps[-1]
                 check()
-                unchecked = (step, metrics, len(batch.game))
+                unchecked = (steps, metrics, len(stack[0].game))
                 if step % log_every == 0:
                     check()
             if step % log_every == 0:
@@ -488,9 +513,21 @@ def train(
         raise
 
 
+def _stacks(batches: Iterator[Batch], done: int, periods: Sequence[int]) -> Iterator[list[Batch]]:
+    """Batches of the steps after `done`, grouped: a group ends at each multiple of a period, and with the batches."""
+    stack = []
+    for step, batch in enumerate(batches, done + 1):
+        stack.append(batch)
+        if any(step % period == 0 for period in periods):
+            yield stack
+            stack = []
+    if stack:
+        yield stack
+
+
 def resume(
     state: TrainState,
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    train_step: Callable[..., tuple[TrainState, Metrics]],
     batches_from: Callable[[int], Iterator[Batch]],
     games: list[str],
     *,
@@ -500,6 +537,7 @@ def resume(
     shardings: PyTree,
     log_every: int,
     checkpoint_every: int,
+    steps_per_dispatch: int = 1,
 ) -> Iterator[tuple[TrainState, "MetricsLog"]]:
     """Train from the newest checkpoint to the last batch, or from `state` if there is none; see `train`.
 
@@ -507,7 +545,7 @@ def resume(
 
     Args:
         state: state of a fresh run.
-        train_step, games, log_every, checkpoint_every: see `train`.
+        train_step, games, log_every, checkpoint_every, steps_per_dispatch: see `train`.
         batches_from: (steps done) -> the batches of the remaining steps, or this process's shares of them.
         checkpoints: checkpoints of the run, closed at the end.
         log_file, tensorboard: where the rows of metrics go, see `MetricsLog`.
@@ -524,7 +562,7 @@ def resume(
     log = MetricsLog(log_file, int(state.step), tensorboard)
     yield state, log
     batches = devices.place_batches(batches_from(int(state.step)), jax.tree.leaves(shardings)[0].mesh)
-    periods = {"log_every": log_every, "checkpoint_every": checkpoint_every}
+    periods = {"log_every": log_every, "checkpoint_every": checkpoint_every, "steps_per_dispatch": steps_per_dispatch}
     steps = train(state, train_step, batches, games, checkpoints=checkpoints, **periods)
     with contextlib.closing(steps), contextlib.closing(log):
         for state, row in steps:
@@ -551,11 +589,13 @@ def about_run(p: Any, games: list[str], dataset: str) -> dict[str, Any]:
 
 
 def start_devices(p: Any) -> Mesh:
-    """Join the other processes, if any, and make the mesh for a notebook's parameters.
+    """Join the other processes, if any, and make the mesh for a notebook's parameters; before any device is touched.
 
     Raises:
-        DeviceError: there are no such devices, or the batch cannot be split over them.
+        DeviceError: there are no such devices, the batch cannot be split over them, or JAX has started already and the
+            run is to be deterministic.
     """
+    devices.make_deterministic(p.deterministic)
     devices.join_cluster(p.distributed)
     mesh = devices.make_mesh(p.num_devices)
     devices.check_batch(p.games_per_batch * p.transitions_per_game, mesh, p.accumulate)
@@ -653,7 +693,7 @@ class Trainer:
         about = about_run(p, self.data.games, self.data.identity())
         checkpoints = Checkpoints(self.folder / part / "checkpoints", about, p.keep_checkpoint_every)
         kept = {"checkpoints": checkpoints, "log_file": self.own / part / "metrics.jsonl", "tensorboard": p.tensorboard}
-        periods = {"log_every": p.log_every, "checkpoint_every": p.checkpoint_every}
+        periods = {name: getattr(p, name) for name in ("log_every", "checkpoint_every", "steps_per_dispatch")}
         batches = partial(self.batches, kind)
         return resume(state, train_step, batches, self.data.games, shardings=shardings, **kept, **periods)
 
