@@ -169,7 +169,7 @@ def test_what_cannot_be_exported_or_opened_is_refused_with_a_remedy(outputs: Pat
     done = CliRunner().invoke(
         main, ["export", "model", "04_scaled_training/mae", str(tmp_path / "mae"), "--outputs", str(outputs)]
     )
-    assert done.exit_code == 1 and "cannot play" in done.output
+    assert done.exit_code == 1 and "no player" in done.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
     tensors = bytearray((folder / weights.TENSORS).read_bytes())
     tensors[-5] ^= 1
