@@ -88,7 +88,7 @@ def test_a_plain_reading_gives_the_same_effects(outputs):
     assert row["spread"] == pytest.approx(np.sqrt((np.var(AGENT, ddof=1) + np.var(MSE, ddof=1)) / 2))
     data = table.loc["a: better than its data"]
     assert data["effect"].tolist() == pytest.approx([11, 9])  # of nature, nature_narrow
-    assert data["verdict"].tolist() == ["yes", "yes"] and np.isnan(data["control"].iloc[0])
+    assert data["verdict"].tolist() == ["unlearned", "yes"] and np.isnan(data["control"].iloc[0])  # no control
     assert table.loc[("d: feature normalisation helps", ""), "verdict"] == "missing"  # one seed shows no spread
 
 
@@ -97,13 +97,14 @@ def test_what_did_not_learn_from_reward_supports_nothing(outputs):
     which = [
         Claim("contradicted", ((1, zero), (-1, agent))),
         Claim("no better than its control", ((1, mse), (-1, zero))),
+        Claim("beaten by what did not learn", ((1, zero), (-1, mse))),
         Claim("supported", ((1, agent), (-1, zero))),
     ]
     table = claims.test(ablations.gather(outputs), SOURCE, which)
-    assert table["verdict"].tolist() == ["no", "unlearned", "yes"]  # MSE without rewards scores 21.5
+    assert table["verdict"].tolist() == ["no", "unlearned", "unlearned", "yes"]  # MSE without rewards scores 21.5
     assert table["low"][1] > 0 and table["control"][1] < 0
     said = claims.verdict(table)
-    assert "**No verdict: not above zero rewards**: no better than its control (nature_narrow)." in said
+    assert "perhaps no better than without rewards**: no better than its control (nature_narrow); beaten by" in said
 
 
 def test_growth_is_asked_of_the_largest_and_the_smallest(tmp_path):
@@ -114,11 +115,51 @@ def test_growth_is_asked_of_the_largest_and_the_smallest(tmp_path):
             write(tmp_path, 10 + seed, seed=seed, encoder=encoder, head="mse")
         for file in tmp_path.glob(f"*/*encoder-{encoder}*/summary.json"):
             file.write_text(json.dumps(json.loads(file.read_text()) | {"paper_parameters": number}))
-    table = claims.test(gathered := ablations.gather(tmp_path), SOURCE, claims.growing(gathered)).set_index("claim")
+    table = claims.test(gathered := ablations.gather(tmp_path), SOURCE, claims.growing(gathered, SOURCE)).set_index(
+        "claim"
+    )
     assert table["effect"].to_dict() == pytest.approx({
         "g: score rises with size, resnet_narrow to resnet50": 4,
         "c: C51's lead grows with size, resnet_narrow to resnet50": 4,
     })  # fmt: skip
+
+
+def test_arms_of_other_games_or_data_are_refused_and_cut_games_are_named(outputs):
+    which = [Claim("c", ((1, {}), (-1, {"head": "mse"})))]
+    gathered = ablations.gather(outputs)
+    first, scores = gathered.runs.index[gathered.runs["head"] == "mse"][0], gathered.scores
+    without = gathered._replace(scores=scores[~((scores["run"] == first) & (scores["game"] == "Qbert"))])
+    with pytest.raises(ablations.GatherError, match="not measured in the same games"):
+        claims.test(without, SOURCE, which)
+    mse = gathered.runs.index[gathered.runs["head"] == "mse"]
+    without = gathered._replace(scores=scores[~(scores["run"].isin(mse) & (scores["game"] == "Qbert"))])
+    with pytest.raises(ablations.GatherError, match="different games"):
+        claims.test(without, SOURCE, which)
+    other = gathered._replace(runs=gathered.runs.assign(data_id=np.where(gathered.runs["head"] == "mse", "b", "a")))
+    with pytest.raises(ablations.GatherError, match="different contents"):
+        claims.test(other, SOURCE, which)
+    cut = gathered._replace(scores=scores.assign(cut=(scores["run"] == first) & (scores["game"] == "Qbert")))
+    table = claims.test(cut, SOURCE, which)
+    assert table["without"].tolist() == ["Qbert"] and "without" in claims.shown(table)
+    zero = gathered.runs.index[gathered.runs["rewards"] == "zero"]
+    cut = gathered._replace(scores=scores.assign(cut=scores["run"].isin(zero) & (scores["game"] == "Qbert")))
+    assert claims.test(cut, SOURCE, which)["effect"].equals(claims.test(gathered, SOURCE, which)["effect"])
+    nothing = gathered._replace(scores=scores.assign(cut=True))
+    assert claims.test(nothing, SOURCE, which)["verdict"].tolist() == ["missing"]
+
+
+def test_pretraining_helps_only_above_pretraining_without_rewards():
+    arms = {"scratch": 1, "Scaled QL, frozen": 9, "Scaled QL, zero rewards, frozen": 9, "Scaled QL, fine-tuned": 9}
+    rows = [
+        {"arm": arm, "learning_rate": 1e-3, "seed": seed, "game": "Pong", "mode": -1, "difficulty": 2, "cut": False,
+         "agent_return": score + seed / 9, "dataset_return": 3.0, "truncated_share": 0.0, "distance": "near"}
+        for arm, score in arms.items() for seed in range(3)
+    ]  # fmt: skip
+    table = claims.transferred(pd.DataFrame(rows)).set_index("arm")
+    assert table["claim"].unique().tolist() == ["h: Pong, difficulty 2, offline"]
+    verdicts = {"Scaled QL, frozen": "unlearned", "Scaled QL, zero rewards, frozen": "control"}
+    assert table["verdict"].to_dict() == verdicts | {"Scaled QL, fine-tuned": "yes"}
+    assert claims.transferred(pd.DataFrame(rows[:1])).empty
 
 
 def test_scores_in_one_file_replace_the_runs(outputs, tmp_path):
@@ -153,9 +194,9 @@ def test_a_file_of_other_columns_or_of_two_bases_is_refused(outputs, tmp_path):
 
 
 def test_a_difference_that_is_detectable_is_found_four_times_in_five():
-    for seeds in (5, 10):
-        difference, freedom = claims.detectable(2.0, seeds), 2 * (seeds - 1)
-        shift = difference / (2.0 * np.sqrt(2 / seeds))
+    for seeds, weights in ((5, (1, -1)), (10, (1, -1)), (5, (1,)), (5, (1, -1, -1, 1))):
+        difference, freedom = claims.detectable(2.0, seeds, weights), len(weights) * (seeds - 1)
+        shift = difference / (2.0 * np.sqrt(len(weights) / seeds))
         power = stats.nct.sf(stats.t.ppf(0.975, freedom), freedom, shift)
         assert power == pytest.approx(0.8, abs=0.02)
 
@@ -164,6 +205,7 @@ def test_a_budget_says_what_the_pilot_can_detect(outputs):
     table = claims.test(ablations.gather(outputs), SOURCE)
     row = claims.budget(table).set_index(["claim", "encoder"]).loc[("c: C51 better than MSE", "nature_narrow")]
     assert row["minutes a run"] == pytest.approx(2) and row["seeds"] == 3
+    assert "device" not in row and row["devices"] == ""  # these runs did not record them
     needed = int(row["seeds for 5 points"])
     assert claims.detectable(row["spread"], needed) <= 5 < claims.detectable(row["spread"], needed - 1)
 
@@ -173,6 +215,10 @@ def test_the_gallerys_scores_are_what_the_reports_say(workspace: Path):
     table = claims.test(rung, source).set_index(["claim", "encoder"])
     assert table.loc[("a: better than its data", "nature_narrow"), "verdict"] == "yes"
     assert table.loc[("b: better than cloning", "nature_narrow"), "seeds"] == "5 + 5"
+    readme = " ".join((workspace / "README.md").read_text().split())
+    for claim in ("a: better than its data", "b: better than a clone that samples", "c: C51 better than MSE"):
+        row = table.loc[(claim, "nature_narrow")]
+        assert f"{row['effect']:.1f} ({row['low']:.1f} to {row['high']:.1f}" in readme
     transferred = claims.transferred(pd.read_csv(workspace / "outputs" / "gallery" / "transfer.csv"))
     assert {name[0] for name in transferred["claim"]} == {"h", "i"}
     assert "effect, 95% interval" in claims.shown(transferred)

@@ -43,7 +43,8 @@ class Gathered(NamedTuple):
 
     Attributes:
         runs: index name of the run; all parameters, `data_id`, `num_parameters` (in all), `paper_parameters` (as the
-            paper counts, encoder and first dense layer), `training_minutes`; NaN of a run that did not record them.
+            paper counts, encoder and first dense layer), `training_minutes`; NaN of a run that did not record them;
+            `device`, the kind of its devices, "" likewise.
         scores: columns run, game, agent_return (raw), human_normalized (a fraction, NaN where not known or cut),
             episodes, truncated (share of them), cut (whether most were truncated before the protocol's limit), actions
             (by name, their shares of the agent's own choices; empty where there is no table of its episodes), and
@@ -93,6 +94,9 @@ def gather(folder: Path, notebook: str = NOTEBOOK, asking: str = "") -> Gathered
             continue
         sizes = {"num_parameters": summary["parameters"], "paper_parameters": summary.get("paper_parameters", np.nan)}
         sizes["training_minutes"] = summary["steps"] / (summary.get("steps_per_second") or np.nan) / 60
+        about = place.parent / "provenance.json"
+        devices = runs.read_json(about).get("devices", []) if about.exists() else []
+        sizes["device"] = ", ".join(sorted({one.partition(":")[2] for one in devices}))
         found[name] = values | {"data_id": summary["dataset"]} | sizes
         for game, row in summary["games"].items():
             score = row | {"run": name, "game": game, "episodes": row["agent_episodes"]}
@@ -159,7 +163,7 @@ def select(gathered: Gathered, base: Parameters, changes: Mapping[str, Any], fre
     chosen = gathered.runs.loc[[name for name, how in differ.items() if not how]]
     if not len(chosen):
         return chosen
-    _same_data(chosen)
+    same_data(chosen)
     twice = chosen[chosen[one_each].duplicated(keep=False)]
     if len(twice):
         raise GatherError(f"runs {', '.join(twice.index)} have equal parameters and seeds; delete or move one of them.")
@@ -174,7 +178,12 @@ def otherwise_evaluated(
     return {name: ", ".join(how.values()) for name, how in differ.items() if how and how.keys() <= PROTOCOL}
 
 
-def _same_data(chosen: pd.DataFrame) -> None:
+def same_data(chosen: pd.DataFrame) -> None:
+    """Refuse rows of `Gathered.runs` whose datasets have different contents.
+
+    Raises:
+        GatherError: they have.
+    """
     contents = chosen.groupby("data_id").groups
     if len(contents) > 1:
         named = "; ".join(f"{key}: {', '.join(names)}" for key, names in contents.items())
@@ -271,7 +280,7 @@ def compare(
             row |= {"score": float(statistic(scores)), "low": float(low), "high": float(high), "over": over}
         rows.append(row)
     if everyone:
-        _same_data(pd.concat(everyone))
+        same_data(pd.concat(everyone))
     return pd.DataFrame(rows)
 
 

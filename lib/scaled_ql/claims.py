@@ -5,20 +5,20 @@ scores are one CSV with the command of each run (`save`, `scaled-ql runs scores`
 rebuilt without the runs.
 """
 
-import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from scaled_ql import ablations, batches, documents, metrics, parameters, transfer_report
-from scaled_ql.ablations import NOTEBOOK, PROTOCOL, Gathered
+from scaled_ql import ablations, batches, documents, metrics, parameters, runs, transfer_report
+from scaled_ql.ablations import NOTEBOOK, PROTOCOL, Gathered, GatherError
 from scaled_ql.defaults import ENCODERS
 
-OF_A_RUN = ("data_id", "num_parameters", "paper_parameters", "training_minutes")
+OF_A_RUN = ("data_id", "num_parameters", "paper_parameters", "training_minutes", "device")
 OF_A_GAME = (
     "agent_return", "sampled_return", "random_return", "constant_return", "dataset_return", "human_normalized",
     "episodes", "truncated", "cut",
@@ -29,7 +29,8 @@ VERDICTS = {
     "yes": "supported",
     "no": "contradicted",
     "inconclusive": "inconclusive",
-    "unlearned": "no verdict: not above zero rewards",
+    "unlearned": "no verdict: perhaps no better than without rewards",
+    "control": "a control",
     "missing": "not tried",
 }
 
@@ -41,6 +42,7 @@ class Claim(NamedTuple):
         name: the letter of the claim, and what it says.
         arms: weights, and changes of the base. The first is the one whose control has zero rewards.
         against: column of scores measured once, whose mean is subtracted; "" for none.
+        column: of the returns of all arms but the first.
         printed: what the paper found.
         report: file of the gallery that shows the runs.
     """
@@ -48,6 +50,7 @@ class Claim(NamedTuple):
     name: str
     arms: tuple[tuple[float, Mapping[str, Any]], ...]
     against: str = ""
+    column: str = "agent_return"
     printed: str = ""
     report: str = "05_ablations.html"
 
@@ -70,9 +73,10 @@ def claims() -> list[Claim]:
     six, forty = (_printed(table, "iqm", "with", "without") for table in ("A.2", "A.3"))
     tiny = ablations.imitation_by_transformers("tiny")
     return [
-        Claim("a: better than its data", ((1, {}),), "dataset_return", "IQM 77.8% and 51%", reward),
+        Claim("a: better than its data", ((1, {}),), "dataset_return", printed="IQM 77.8% and 51%", report=reward),
         Claim("a: better than the best constant action", ((1, {}),), "constant_return", report=reward),
         _versus("b: better than cloning", cql, {"method": "bc"}, "IQM, Figure 2", report=reward),
+        _versus("b: better than a clone that samples", cql, {"method": "bc"}, column="sampled_return", report=reward),
         _versus("b: better than return-conditioned cloning", cql, {"method": "return_bc"}),
         _versus("b: better than a decision transformer", cql, tiny["decision transformer"], "IQM 77.8% and 30.6%"),
         _versus("b: better than a cloning transformer", cql, tiny["cloning transformer"], "IQM, Figure 2"),
@@ -90,12 +94,14 @@ def claims() -> list[Claim]:
     ]  # fmt: skip
 
 
-def growing(gathered: Gathered) -> list[Claim]:
-    """Claims about size, of each family of encoders the largest with runs against the smallest."""
-    sizes = gathered.runs.groupby("encoder")["paper_parameters"].max().sort_values()
+def growing(gathered: Gathered, source: str) -> list[Claim]:
+    """Claims about size, of each family of encoders the largest with runs of two seeds against the smallest."""
+    base = ablations.base(source)
+    sizes = gathered.runs.dropna(subset="paper_parameters").groupby("encoder")["paper_parameters"].max().sort_values()
+    trained = [name for name in sizes.index if len(ablations.select(gathered, base, {"encoder": name})) > 1]
     found = []
     for family in ("resnet", "impala"):
-        ordered = [name for name in sizes.index if ENCODERS[name][0].startswith(family)]
+        ordered = [name for name in trained if ENCODERS[name][0].startswith(family)]
         if len(ordered) < 2:
             continue
         small, large = {"encoder": ordered[0]}, {"encoder": ordered[-1]}
@@ -108,7 +114,7 @@ def growing(gathered: Gathered) -> list[Claim]:
 
 
 def test(gathered: Gathered, source: str, which: list[Claim] | None = None) -> pd.DataFrame:
-    """Each claim on the runs of a rung, once for every encoder that has runs of all its arms.
+    """Each claim on the runs of a rung, once for every encoder that has two runs or more of each of its arms.
 
     Args:
         gathered: from `read`, or `ablations.gather`.
@@ -118,19 +124,24 @@ def test(gathered: Gathered, source: str, which: list[Claim] | None = None) -> p
     Returns:
         columns claim, encoder ("" where the claim names them), effect, low, high (points of human-normalised score,
         mean over games, with a 95% Welch interval over training seeds), control, control low, control high (the first
-        arm's score less that of the same training with zero rewards, likewise; NaN without such runs), seeds (of each
-        arm), verdict (a key of `VERDICTS`; ``unlearned``: not contradicted, but the first arm may be no better than
-        its control), minutes (of training, all runs of all arms), spread (standard deviation between seeds, pooled),
-        paper, report.
+        arm's score less that of the same training with zero rewards, or of the base's without it; likewise), seeds
+        (of each arm), verdict (a key of `VERDICTS`; ``unlearned``: the arm that would win may be no better than its
+        control, or has none), without (games left out, see `ablations.cut_games`), minutes (of training, all runs of
+        all arms), devices (that these were trained on), spread (standard deviation between seeds, pooled), weights (of
+        the arms), paper, report.
+
+    Raises:
+        GatherError: see `ablations.select`; arms with different games or different contents of the dataset.
     """
     base, rows = ablations.base(source), []
-    for claim in which if which is not None else [*claims(), *growing(gathered)]:
+    for claim in which if which is not None else [*claims(), *growing(gathered, source)]:
         found = list(_tested(gathered, base, claim))
         lacking = {"claim": claim.name, "verdict": "missing", "paper": claim.printed, "report": claim.report}
         rows += found or [lacking]
     columns = ["claim", "encoder", "effect", "low", "high", "control", "control low", "control high", "seeds"]
-    columns += ["verdict", "minutes", "spread", "paper", "report"]
-    return pd.DataFrame(rows, columns=columns).fillna({"encoder": "", "seeds": ""})
+    columns += ["verdict", "without", "minutes", "devices", "spread", "weights", "paper", "report"]
+    words = {"encoder": "", "seeds": "", "without": "", "devices": ""}
+    return pd.DataFrame(rows, columns=columns).fillna(words)
 
 
 def _tested(gathered: Gathered, base: parameters.Parameters, claim: Claim) -> Iterator[dict[str, Any]]:
@@ -140,65 +151,102 @@ def _tested(gathered: Gathered, base: parameters.Parameters, claim: Claim) -> It
         chosen = [ablations.select(gathered, base, given | dict(changes)) for _, changes in claim.arms]
         if any(len(runs) < 2 for runs in chosen):
             continue
-        names = [name for runs in chosen for name in runs.index]
-        control = given | dict(claim.arms[0][1]) | {"rewards": "zero"}
-        zero = ablations.select(gathered, base, control)
-        cut = ablations.cut_games(gathered, [*names, *zero.index])
-        arms = [points(gathered, runs.index, cut) for runs in chosen]
-        weights = [weight for weight, _ in claim.arms]
-        fixed = points(gathered, chosen[0].index, cut, claim.against).mean() if claim.against else 0.0
-        effect, low, high = (value - fixed for value in metrics.contrast(weights, arms))
+        controls = [_control(gathered, base, given, changes) for _, changes in claim.arms]
+        ablations.same_data(pd.concat([*chosen, *controls]))
+        cut = ablations.cut_games(gathered, [name for runs in chosen for name in runs.index])
+        scores = [points(gathered, chosen[0], cut), *(points(gathered, runs, cut, claim.column) for runs in chosen[1:])]
+        fixed = points(gathered, chosen[0], cut, claim.against) if claim.against else 0 * scores[0]
+        if any(list(table.columns) != list(scores[0].columns) for table in [*scores[1:], fixed]):
+            raise GatherError(f"{claim.name}: runs {', '.join(chosen[0].index)} and others have different games.")
+        if scores[0].empty:
+            continue
+        weights, arms = [weight for weight, _ in claim.arms], [table.mean(axis=1).to_numpy() for table in scores]
+        effect, low, high = (value - fixed.to_numpy().mean() for value in metrics.contrast(weights, arms))
+        above = [_above(gathered, runs, zero) for runs, zero in zip(chosen, controls)]
         row = {"claim": claim.name, "encoder": encoder, "effect": effect, "low": low, "high": high}
+        row |= dict(zip(("control", "control low", "control high"), above[0]))
         row["verdict"] = "yes" if low > 0 else "no" if high < 0 else "inconclusive"
-        if len(zero) > 1:
-            over = metrics.contrast([1, -1], [arms[0], points(gathered, zero.index, cut)])
-            row |= dict(zip(("control", "control low", "control high"), over))
-            row["verdict"] = row["verdict"] if over[1] > 0 or high < 0 else "unlearned"
-        row["seeds"] = " + ".join(str(len(arm)) for arm in arms)
-        row["minutes"] = gathered.runs.loc[names, "training_minutes"].sum()
+        winner = next((i for i, weight in enumerate(weights) if weight < 0), None) if high < 0 else 0
+        if winner is not None and not above[winner][1] > 0:  # the data, if they win, need no control
+            row["verdict"] = "unlearned"
+        used = pd.concat(chosen)
+        row |= {"seeds": " + ".join(str(len(arm)) for arm in arms), "without": ", ".join(cut), "weights": weights}
+        row |= {"minutes": used["training_minutes"].sum(), "devices": ", ".join(sorted(set(used["device"]) - {""}))}
         row["spread"] = np.sqrt(np.mean([arm.var(ddof=1) for arm in arms]))
         yield row | {"paper": claim.printed, "report": claim.report}
 
 
-def points(gathered: Gathered, names: pd.Index, without: list[str], column: str = "agent_return") -> np.ndarray:
-    """Human-normalised score in points of each run, mean over games; [runs] of a column of raw returns."""
-    matrix = ablations.score_matrix(gathered, names, column, without)
-    return 100 * np.mean([[metrics.human_normalized(game, x) for x in matrix[game]] for game in matrix], axis=0)
+def _control(
+    gathered: Gathered, base: parameters.Parameters, given: Mapping[str, Any], changes: Mapping[str, Any]
+) -> pd.DataFrame:
+    """Runs with zero rewards of an arm, or, where it has no two, of the base with the arm's encoder."""
+    own = ablations.select(gathered, base, {**given, **changes, "rewards": "zero"})
+    encoder = {name: changes[name] for name in ("encoder", "embedding") if name in changes}
+    return own if len(own) > 1 else ablations.select(gathered, base, {**given, **encoder, "rewards": "zero"})
+
+
+def _above(gathered: Gathered, runs: pd.DataFrame, control: pd.DataFrame) -> tuple[float, float, float]:
+    """An arm's lead over its control, with its interval; NaN without a control or a game in common."""
+    cut = ablations.cut_games(gathered, [*runs.index, *control.index])
+    first, second = (points(gathered, some, cut) for some in (runs, control))
+    common = [game for game in first if game in second]
+    if len(control) < 2 or not common:
+        return (np.nan,) * 3
+    return metrics.contrast([1, -1], [table[common].mean(axis=1).to_numpy() for table in (first, second)])
+
+
+def points(gathered: Gathered, runs: pd.DataFrame, without: list[str], column: str = "agent_return") -> pd.DataFrame:
+    """Human-normalised scores in points, [runs, games], of a column of raw returns.
+
+    Games without reference scores, games that `without` names, and games in which no run has that return are left out.
+
+    Raises:
+        GatherError: the runs have different games.
+    """
+    if runs.empty:
+        return pd.DataFrame()
+    known = ablations.score_matrix(gathered, runs.index, "human_normalized", without).columns
+    table = ablations.score_matrix(gathered, runs.index, column, without)
+    table = table[[game for game in table if game in known]]
+    return table.apply(lambda returns: 100 * returns.map(partial(metrics.human_normalized, returns.name)))
 
 
 def budget(tested: pd.DataFrame, effect: float = 5.0) -> pd.DataFrame:
     """What comparisons cost, and what they can detect: for planning, before further seeds are trained.
 
-    A t test of two arms at 5% has a power of 80% for a difference of (t_0.975 + t_0.8) s √(2/n), s the standard
-    deviation between seeds and n the seeds of an arm.
+    A t test at 5% of a contrast of means with weights w has a power of 80% for an effect of about (t_0.975 + t_0.8) s
+    √(Σw²/n), s the standard deviation between seeds and n the seeds of an arm.
 
     Args:
         tested: from `test`, the pilot.
-        effect: difference to be detected, points.
+        effect: effect to be detected, points.
 
     Returns:
-        columns claim, encoder, minutes a run, spread (points), seeds, detects (points, with these seeds), and the seeds
-        an arm that `effect` needs.
+        columns claim, encoder, minutes a run (mean over arms), devices, spread (points), seeds (the fewest of an arm),
+        detects (points, with as many), and the seeds an arm that `effect` needs; the last is NaN where the spread is
+        known from fewer than four degrees of freedom.
     """
     rows = []
     for row in tested[tested["verdict"] != "missing"].to_dict("records"):
-        counts = [int(count) for count in row["seeds"].split(" + ")]
-        fewest = min(counts)
-        needed = next((n for n in range(2, 1_000) if detectable(row["spread"], n) <= effect), np.nan)
+        counts, weights, spread = [int(n) for n in row["seeds"].split(" + ")], row["weights"], row["spread"]
+        needed = next((n for n in range(2, 1_000) if detectable(spread, n, weights) <= effect), np.nan)
+        known = sum(counts) - len(counts) >= 4
         rows.append({
             "claim": row["claim"], "encoder": row["encoder"], "minutes a run": row["minutes"] / sum(counts),
-            "spread": row["spread"], "seeds": fewest, "detects": detectable(row["spread"], fewest),
-            f"seeds for {effect:g} points": needed,
+            "devices": row["devices"], "spread": spread, "seeds": min(counts),
+            "detects": detectable(spread, min(counts), weights),
+            f"seeds for {effect:g} points": float(needed) if known else np.nan,
         })  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def detectable(spread: float, seeds: int) -> float:
-    """The difference of two arms that a t test finds in 80% of trials; see `budget`."""
+def detectable(spread: float, seeds: int, weights: Sequence[float] = (1, -1)) -> float:
+    """The contrast of arms that a t test finds in 80% of trials; see `budget`."""
     from scipy import stats
 
-    freedom = 2 * (seeds - 1)
-    return float((stats.t.ppf(0.975, freedom) + stats.t.ppf(POWER, freedom)) * spread * np.sqrt(2 / seeds))
+    freedom = len(weights) * (seeds - 1)
+    error = spread * np.sqrt(sum(weight**2 for weight in weights) / seeds)
+    return float((stats.t.ppf(0.975, freedom) + stats.t.ppf(POWER, freedom)) * error)
 
 
 def transferred(scores: pd.DataFrame) -> pd.DataFrame:
@@ -206,13 +254,17 @@ def transferred(scores: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         columns claim (with the target), arm, effect, low, high (gain over scratch, raw returns, 95% Welch intervals
-        over seeds), seeds, verdict, report.
+        over seeds), control, control low, control high (what the arm has above the same one after pre-training with
+        zero rewards), seeds, verdict (as in `test`; ``control`` of arms with zero rewards), report.
     """
-    rows = []
-    for (game, mode, _), here in scores.groupby(["game", "mode", "difficulty"], sort=False):
-        offline = here["dataset_return"].notna().all()
-        claim, report = ("h", "06_transfer.html") if offline else ("i", "06_transfer_online.html")
-        target = game + (f", mode {mode}" if mode >= 0 else "") + (", offline" if offline else ", online")
+    columns = ["claim", "arm", "effect", "low", "high", "control", "control low", "control high", "seeds", "verdict"]
+    rows, offline = [], scores["dataset_return"].notna()
+    for (game, mode, difficulty, known), here in scores.groupby(["game", "mode", "difficulty", offline], sort=False):
+        claim, report = ("h", "06_transfer.html") if known else ("i", "06_transfer_online.html")
+        variant = [f"{name} {value}" for name, value in (("mode", mode), ("difficulty", difficulty)) if value >= 0]
+        target = ", ".join([game, *variant, "offline" if known else "online"])
+        best = transfer_report.best_learning_rates(here)
+        returns = {arm: each["agent_return"].to_numpy() for arm, each in best.groupby("arm")}
         for arm, row in transfer_report.compare(here).dropna(subset="gain low").iterrows():
             low, high = row["gain low"], row["gain high"]
             found = {
@@ -222,9 +274,17 @@ def transferred(scores: pd.DataFrame) -> pd.DataFrame:
                 "low": low,
                 "high": high,
             }
-            found["seeds"], found["report"] = row["seeds"], report
-            rows.append(found | {"verdict": "yes" if low > 0 else "no" if high < 0 else "inconclusive"})
-    return pd.DataFrame(rows)
+            found |= {"seeds": str(row["seeds"]), "report": report}
+            verdict = "yes" if low > 0 else "no" if high < 0 else "inconclusive"
+            control = returns.get(", zero rewards, ".join(arm.rsplit(", ", 1)), np.empty(0))
+            if "zero rewards" in arm:
+                verdict = "control"
+            elif len(control) > 1:
+                over = metrics.contrast([1, -1], [returns[arm], control])
+                found |= dict(zip(("control", "control low", "control high"), over))
+                verdict = "unlearned" if verdict == "yes" and not over[1] > 0 else verdict
+            rows.append(found | {"verdict": verdict})
+    return pd.DataFrame(rows, columns=[*columns, "report"])
 
 
 def shown(tested: pd.DataFrame) -> pd.DataFrame:
@@ -235,12 +295,12 @@ def shown(tested: pd.DataFrame) -> pd.DataFrame:
 
     table = tested.copy()
     table.insert(2, "effect, 95% interval", [spread(*row) for row in tested[["effect", "low", "high"]].to_numpy()])
-    if "control" in tested:
-        controls = tested[["control", "control low", "control high"]].to_numpy()
-        table.insert(3, "above zero rewards", [spread(*row) for row in controls])
+    controls = tested[["control", "control low", "control high"]].to_numpy()
+    table.insert(3, "above zero rewards", [spread(*row) for row in controls])
     table["verdict"] = tested["verdict"].map(VERDICTS)
-    hidden = ["effect", "low", "high", "control", "control low", "control high", "minutes", "spread"]
-    return table.drop(columns=hidden, errors="ignore")
+    hidden = ["effect", "low", "high", "control", "control low", "control high", "minutes", "spread", "weights"]
+    empty = [name for name in ("without",) if name in table and not table[name].any()]
+    return table.drop(columns=[*hidden, *empty], errors="ignore")
 
 
 def verdict(tested: pd.DataFrame) -> str:
@@ -256,23 +316,20 @@ def verdict(tested: pd.DataFrame) -> str:
 def save(gathered: Gathered, source: str) -> pd.DataFrame:
     """The scores of a rung's runs, those that share the base's data, steps and evaluation; columns `SCORE_COLUMNS`."""
     base = ablations.base(source)
-    differ = ablations.differences_from(gathered, base, {})
     shared = {*PROTOCOL, "dataset", "view", "num_steps"}
     commands = {}
-    for name in (name for name, how in differ.items() if not shared & how.keys()):
-        run = gathered.runs.loc[name]
-        changes = {field: run[field] for field in [*differ[name], "seed"] if run[field] != getattr(base, field)}
-        given = {"run": batches.cell_name(base, changes)} | changes
-        options = [word for field, value in given.items() for word in ("-p", field, _yaml(value))]
-        commands[name] = shlex.join(["scaled-ql", "run", NOTEBOOK, f"params/{NOTEBOOK}/{source}", *options])
+    for name, how in ablations.differences_from(gathered, base, {}).items():
+        if not shared & how.keys():
+            changes = {field: gathered.runs.loc[name, field] for field in (*how, "seed")}
+            changes = {field: x.item() if isinstance(x, np.generic) else x for field, x in changes.items()}
+            changes = {field: x for field, x in changes.items() if x != getattr(base, field)}
+            values = parameters.check(NOTEBOOK, base.model_dump() | changes | {"run": batches.cell_name(base, changes)})
+            commands[name] = runs.command(NOTEBOOK, values, base, f"params/{NOTEBOOK}/{source}")
+    if not commands:
+        return pd.DataFrame(columns=list(SCORE_COLUMNS))
     table = gathered.scores[gathered.scores["run"].isin(commands)].join(gathered.runs[["seed", *OF_A_RUN]], on="run")
     table = table.assign(command=table["run"].map(commands)).reindex(columns=list(SCORE_COLUMNS))
     return table.sort_values(["run", "game"], ignore_index=True)
-
-
-def _yaml(value: Any) -> str:
-    value = value.item() if isinstance(value, np.generic) else value
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def read(file: Path) -> tuple[Gathered, str]:
@@ -283,6 +340,7 @@ def read(file: Path) -> tuple[Gathered, str]:
         ValueError: a column is missing.
     """
     table = pd.read_csv(file)
+    table = table.assign(device=table["device"].fillna("")) if "device" in table else table
     lacking = [name for name in SCORE_COLUMNS if name not in table]
     if lacking:
         raise ValueError(f"{file}: no columns {', '.join(lacking)}; write it with scaled-ql runs scores.")

@@ -179,9 +179,12 @@ def scores(params: str, file: str, outputs: str) -> None:
     from scaled_ql import ablations, claims
 
     with _reporting(runs.RunError, parameters.ParameterError, ablations.GatherError, OSError):
-        table = claims.save(ablations.gather(_folder(outputs)), Path(params).name)
+        meant = runs.workspace() / "params" / ablations.NOTEBOOK / Path(params).name
+        if not meant.exists() or Path(params).resolve() != meant:
+            raise runs.RunError(f"{params}: not a file of params/{ablations.NOTEBOOK}/, whose runs have scores.")
+        table = claims.save(ablations.gather(_folder(outputs)), meant.name)
         if table.empty:
-            raise runs.RunError(f"{_folder(outputs)}: no finished run differs from {params} in a claim's parameters.")
+            raise runs.RunError(f"{_folder(outputs)}: no finished run has the data, steps and evaluation of {params}.")
         table.to_csv(file, index=False)
     click.echo(f"{table['run'].nunique()} runs in {file}")
 

@@ -37,7 +37,7 @@ METHODS = {
 }  # fmt: skip
 # Two runs that differ only in these are one system; `data_id`, not the path, identifies the data.
 NO_PART_OF_A_SYSTEM = INCIDENTAL | {
-    "dataset", "view", "num_parameters", "paper_parameters", "training_minutes",
+    "dataset", "view", "num_parameters", "paper_parameters", "training_minutes", "device",
 }  # fmt: skip
 
 

@@ -274,12 +274,18 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def command(notebook: str, values: Parameters) -> str:
-    """The command that executes such a run: its parameters that are not defaults, but for the outputs folder."""
-    words = ["scaled-ql", "run", notebook]
-    for name, value in values.model_dump(exclude_defaults=True, exclude={"outputs"}).items():
-        plain = isinstance(value, str) and re.fullmatch(r"[\w./-]+", value) and documents.parse(value) == value
-        words += ["-p", name, value if plain else json.dumps(value)]
+def command(notebook: str, values: Parameters, base: Parameters | None = None, file: str = "") -> str:
+    """The command that executes such a run: its parameters that are not defaults, but for the outputs folder.
+
+    Args:
+        notebook, values: the run.
+        base, file: the parameters of a file, which the command then names, instead of the defaults.
+    """
+    words = ["scaled-ql", "run", notebook, *filter(None, [file])]
+    for name, value in values.model_dump(exclude_defaults=base is None, exclude={"outputs"}).items():
+        if base is None or value != getattr(base, name):
+            plain = isinstance(value, str) and re.fullmatch(r"[\w./-]+", value) and documents.parse(value) == value
+            words += ["-p", name, value if plain else json.dumps(value)]
     return shlex.join(words)
 
 
