@@ -110,6 +110,8 @@ def two_processes(folder, steps, *words):
         ({"SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "16"}, True),
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, False),
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, True),
+        ({"SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, True),
+        ({"SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "16", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, False),
         ({"SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "2", "JAX_LOCAL_DEVICE_IDS": "0,1"}, True),
         ({}, True),
     ],
