@@ -414,8 +414,9 @@ def train(
         steps_per_dispatch: steps that the device is given at once, with their batches; fewer, which is another program
             to compile, where a row or a checkpoint is due before. Python's share of a step is then paid once for all of
             them: on two cores a step of the quickstart took a tenth less CPU time with 2 or 4, and no less with 10.
-            Rounding depends on it (see `make_train_step`), so a run is repeated bit for bit with the same number only.
-            An interrupted run resumes from its last dispatch.
+            Rounding depends on what is dispatched together (see `make_train_step`), so a run is repeated bit for bit
+            with the same steps_per_dispatch, log_every and checkpoint_every only. An interrupted run resumes from its
+            last dispatch.
         checkpoints: destination of checkpoints, and the origin of a resumed run's `state`.
 
     Yields:
@@ -476,7 +477,7 @@ def train(
             yield state, row()
             window.clear()
             clock = time.perf_counter()
-        for stack in _stacks(batches, step, (steps_per_dispatch, log_every, checkpoint_every)):
+        for stack in _stacks(batches, step, steps_per_dispatch, (log_every, checkpoint_every)):
             intact = False
             with _interrupts_deferred():  # a step donates its input: its result is the only state
                 try:
@@ -513,12 +514,15 @@ def train(
         raise
 
 
-def _stacks(batches: Iterator[Batch], done: int, periods: Sequence[int]) -> Iterator[list[Batch]]:
-    """Batches of the steps after `done`, grouped: a group ends at each multiple of a period, and with the batches."""
+def _stacks(batches: Iterator[Batch], done: int, size: int, periods: Sequence[int]) -> Iterator[list[Batch]]:
+    """Batches of the steps after `done`, in groups of `size`, or fewer where a multiple of a period, or the last, comes.
+
+    After `done` that is a group's end, the groups are those of an undisturbed run.
+    """
     stack = []
     for step, batch in enumerate(batches, done + 1):
         stack.append(batch)
-        if any(step % period == 0 for period in periods):
+        if len(stack) == size or any(step % period == 0 for period in periods):
             yield stack
             stack = []
     if stack:
