@@ -213,3 +213,16 @@ def test_short_calls_are_timed_together_and_long_ones_alone():
     calls.clear()
     assert performance.median_seconds(lambda: calls.append(None), 0.0) < 1e-3
     assert len(calls) > 2 + 3 * 50, "each timing lasts as many calls as fill 50 ms"
+
+
+def test_every_size_of_batch_is_compiled_before_playing_is_timed(monkeypatch):
+    asked = []
+    monkeypatch.setattr(performance.evaluation, "make_q_function", lambda *_: lambda stacks: asked.append(len(stacks)))
+
+    def evaluate(player, game, **how):
+        assert set(asked) == {16, 4}
+        return pd.DataFrame({"length": [how["max_steps"]]})
+
+    monkeypatch.setattr(performance.evaluation, "evaluate", evaluate)
+    performance.measure_evaluation("Breakout", "resnet_narrow", **SMALL)
+    assert asked
