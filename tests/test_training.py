@@ -499,9 +499,10 @@ def test_steps_given_at_once_end_where_a_row_or_a_checkpoint_is_due(tmp_path, si
 
 def test_few_sizes_of_what_is_given_at_once_are_compiled_and_a_resumed_run_has_the_same():
     stacks = [list(stack) for stack in training._stacks(iter(range(1, 1001)), 0, 7, (100, 250))]
-    assert {len(stack) for stack in stacks} == {7, 2, 1} and sum(stacks, []) == list(range(1, 1001))
+    assert {len(stack) for stack in stacks} == {7, 2, 1} and list(itertools.chain(*stacks)) == list(range(1, 1001))
     for number, stack in enumerate(stacks[:60]):
-        assert list(training._stacks(iter(range(stack[-1] + 1, 1001)), stack[-1], 7, (100, 250))) == stacks[number + 1 :]
+        rest = iter(range(stack[-1] + 1, 1001))
+        assert list(training._stacks(rest, stack[-1], 7, (100, 250))) == stacks[number + 1 :]
 
 
 class Lost(Exception):

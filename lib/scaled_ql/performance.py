@@ -180,7 +180,7 @@ def step_flops(encoder: str, batch_size: int, num_games: int, **architecture: An
 
 
 def step_bytes(encoder: str, batch_size: int, num_games: int, **architecture: Any) -> float:
-    """Bytes that a training step reads and writes if its products' do so once: four passes, as in `step_flops`, and Adam's.
+    """Bytes that a step moves if each product moves its own once: its four passes, as in `step_flops`, and Adam's.
 
     See `ADAM_BYTES`.
     """

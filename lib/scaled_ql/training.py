@@ -515,7 +515,7 @@ def train(
 
 
 def _stacks(batches: Iterator[Batch], done: int, size: int, periods: Sequence[int]) -> Iterator[list[Batch]]:
-    """Batches of the steps after `done`, in groups of `size`, or fewer where a multiple of a period, or the last, comes.
+    """Batches of the steps after `done`, in groups of `size`; fewer where a period, or the last step, ends one.
 
     After `done` that is a group's end, the groups are those of an undisturbed run.
     """
