@@ -111,7 +111,7 @@ def test_a_decision_transformers_cost_by_hand():
 
 
 def test_systems_have_their_published_sizes_and_nothing_is_allocated():
-    """A Q-network's step is that of `step_flops`; it holds its parameters four times, gradients, activations."""
+    """A Q-network's step is that of `step_flops`; it holds parameters four times, gradients, activations, a batch."""
     before = sum(x.nbytes for x in jax.live_arrays())
     costs = performance.system_costs(["cql vit_tiny", "mae vit_tiny", "dt 200M"], 512)
     assert sum(x.nbytes for x in jax.live_arrays()) - before < 1e6
@@ -124,7 +124,8 @@ def test_systems_have_their_published_sizes_and_nothing_is_allocated():
     assert np.isnan(costs.loc["mae vit_tiny", "decision, GFLOP"])
     bytes_of = 4 * 1e6 * costs["parameters, millions"] / 1e9
     np.testing.assert_allclose(costs["state, GB"], 4 * bytes_of, rtol=1e-3)
-    np.testing.assert_allclose(costs["memory, GB"], 5 * bytes_of + costs["activations, GB"], rtol=1e-3)
+    frames = 512 * np.array([7, 7, 4]) * 84 * 84 / 1e9
+    np.testing.assert_allclose(costs["memory, GB"], 5 * bytes_of + costs["activations, GB"] + frames, rtol=1e-3)
 
 
 def test_a_strided_convolutions_gradient_costs_no_zeros():

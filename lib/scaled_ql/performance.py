@@ -202,7 +202,7 @@ def system_costs(systems: Sequence[str], batch_size: int, num_games: int = 40, *
         step, GFLOP (of one transition or window: forward and backward, target network included, Adam not);
         decision, GFLOP (of a move in play; NaN where the network cannot play); and of a step `moved, GB` (as
         `step_bytes` counts), `state, GB` (parameters, target, moments), `activations, GB`, `memory, GB` (with
-        gradients), see `training.memory_needed`.
+        gradients and batch), see `training.memory_needed`.
     """
     rows = {}
     for system in systems:

@@ -326,6 +326,7 @@ def memory_needed(
     parts: int = 1,
     split: bool = False,
     frozen: tuple[str, ...] = (),
+    steps_per_dispatch: int = 1,
 ) -> dict[str, int]:
     """Estimate the bytes that a step takes on a device, before anything is compiled.
 
@@ -336,10 +337,12 @@ def memory_needed(
         parts: devices that share the batch.
         split: whether they share the state, too.
         frozen: see `make_optimizer`.
+        steps_per_dispatch: see `train`.
 
     Returns:
         `state` (parameters, target, Adam's moments) and `gradients`; `activations`: residuals of the forward pass that
-        automatic differentiation keeps for the backward pass (a compiler may keep less, or briefly need more); `total`.
+        automatic differentiation keeps for the backward pass (a compiler may keep less, or briefly need more);
+        `batches` of a dispatch, those of several steps twice, as `make_train_step` stacks them; `total`.
     """
     rows = len(batch.game) // accumulate // parts
     part = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
@@ -353,6 +356,7 @@ def memory_needed(
         "state": devices.tree_bytes(state) // (parts if split else 1),
         "gradients": devices.tree_bytes(trained_part(state.params, frozen)) * (2 if accumulate > 1 else 1),
         "activations": _bytes_without(residuals, state.params),
+        "batches": devices.tree_bytes(batch) // parts * (1 if steps_per_dispatch == 1 else 2 * steps_per_dispatch),
     }
     return needed | {"total": sum(needed.values())}
 
@@ -376,7 +380,8 @@ def check_memory(needed: dict[str, int], device: jax.Device) -> None:
         raise devices.OutOfMemory(
             f"a step is estimated to take {needed['total'] / 1e9:.1f} GB ({numbers}); {device.device_kind} has "
             f"{free / 1e9:.1f} GB free. Raise accumulate, set remat, shard_parameters (several devices) or dtype "
-            "bfloat16, use a smaller encoder, or lower games_per_batch (which is another experiment)."
+            "bfloat16, lower steps_per_dispatch, use a smaller encoder, or lower games_per_batch (which is another "
+            "experiment)."
         )
 
 
@@ -671,10 +676,12 @@ class Trainer:
         Raises:
             OutOfMemory: see the function `check_memory`.
         """
-        split = (self.p.accumulate, self.mesh.size, self.p.shard_parameters)
+        p = self.p
         sample, how = self._sampling(kind)
-        batch = sample(self.data, self.p.seed, 0, **how)  # its shapes; labels change none
-        needed = memory_needed(objective, state, batch, *split, frozen=optimizer.frozen)
+        batch = sample(self.data, p.seed, 0, **how)  # its shapes; labels change none
+        split = {"accumulate": p.accumulate, "parts": self.mesh.size, "split": p.shard_parameters}
+        more = {"frozen": optimizer.frozen, "steps_per_dispatch": p.steps_per_dispatch}
+        needed = memory_needed(objective, state, batch, **split, **more)
         check_memory(needed, self.mesh.local_devices[0])
         return needed
 
