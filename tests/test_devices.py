@@ -110,6 +110,8 @@ def two_processes(folder, steps, *words):
         ({"SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "16"}, True),
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, False),
         ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, True),
+        ({"SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, True),
+        ({"SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "16", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, False),
         ({"SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "2", "JAX_LOCAL_DEVICE_IDS": "0,1"}, True),
         ({}, True),
     ],
@@ -188,6 +190,9 @@ def test_a_step_without_enough_memory_is_refused_before_compiling():
     assert large["activations"] == pytest.approx(4 * small["activations"], rel=0.05)
     assert parts["activations"] == small["activations"]
     assert reckon(64, parts=4, split=True)["state"] == small["state"] // 4
+    batch = sum(np.asarray(leaf).nbytes for leaf in make_batch(0, 16))
+    assert [reckon(16, steps_per_dispatch=k)["batches"] for k in (1, 2, 5)] == [batch, 4 * batch, 10 * batch]
+    assert reckon(16, steps_per_dispatch=5)["total"] - small["total"] == 9 * batch
     training.check_memory(small, jax.devices()[0])
     with pytest.raises(devices.OutOfMemory, match=r"estimated to take [\d.]+ GB .* Raise accumulate, set remat"):
         training.check_memory(small | {"total": 10**15}, jax.devices()[0])

@@ -332,7 +332,7 @@ def test_whom_nobody_asks_about_plays_no_part(kind: str) -> None:
     rules = {"sticky_actions": 0.25, "max_steps": 400} | ({"mode": 4, "difficulty": 0} if kind == "variant" else {})
     how = {"episodes": 8, "seed": 3, "epsilon": 0.1, "num_environments": 6, "temperature": 2.0} | rules
     played = evaluation.evaluate(player, "Breakout", keep_actions=True, **how)
-    assert sizes == sorted(sizes, reverse=True) and set(sizes) == {6, 2}
+    assert sizes == sorted(sizes, reverse=True) and set(sizes) == evaluation.batch_sizes(6) == {6, 2}
     assert played["length"].nunique() > 3
     expected = everybody_asked(player, "Breakout", **how)
     columns = ["environment", "episode_return", "length", "actions"]
@@ -343,7 +343,7 @@ def test_on_an_accelerator_one_size_of_batch_is_compiled(monkeypatch: pytest.Mon
     monkeypatch.setattr(evaluation.jax, "default_backend", lambda: "gpu")
     sizes = set()
     play_scripted([[9], [2], [2], [2]], lambda stacks: sizes.add(len(stacks)) or always(0)(stacks), episodes=4)
-    assert sizes == {4}
+    assert sizes == evaluation.batch_sizes(4) == {4}
 
 
 def test_the_episode_to_film_is_the_longest_of_those_next_to_the_median() -> None:

@@ -76,6 +76,23 @@ def test_each_round_has_a_rate_of_each_library_that_works(recording: Path, tmp_p
     assert peers.table(rates).loc[(SAMPLING, "dopamine"), "ours, times"] == pytest.approx(ours / 50)
 
 
+def test_what_hangs_is_left_out_and_the_rates_before_it_are_kept(recording: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(peers, "MEASURED", {SAMPLING: (None, {"dopamine": ("dopamine", "dopamine-rl")})})
+    answer = peers._answer
+    fake(tmp_path, "dopamine", "exec sleep 60")
+    file, kept = tmp_path / "rates.csv", []
+
+    def impatient(command: list[str], limit: float) -> tuple[dict, str]:
+        kept.append(len(file.read_text().splitlines()))
+        return ({"rate": 2.0, "version": "1"}, "") if "scaled_ql.peers" in command else answer(command, 0.5)
+
+    monkeypatch.setattr(peers, "_answer", impatient)
+    options = ["--csv", file, "--transitions", "300", "--rounds", "2"]
+    done = CliRunner().invoke(main, ["benchmark", "peers", *map(str, [recording, tmp_path, *options])])
+    assert done.exit_code == 0 and "dopamine is left out; it failed: no rate after 0.5 s" in done.output
+    assert kept == [0, 2, 2] and peers.read(file)["rate"].tolist() == [2, 2], "each row is written as it comes"
+
+
 def test_ratios_are_of_medians() -> None:
     rows = [
         {"measured": measured, "library": library, "version": "1", "rate": rate, "same": same}
@@ -85,11 +102,13 @@ def test_ratios_are_of_medians() -> None:
         )
         for rate in rates
     ]  # fmt: skip
+    rows.insert(-1, rows[-1] | {"library": "z", "same": True})
+    rows.append(rows[-1] | {"library": "z", "same": False})
     found = peers.table(pd.DataFrame(rows))
-    assert found["median"].tolist() == [20, 5, 40, 2, 4, 4]
-    assert found["ours, times"].tolist() == [1, 4, 0.5, 1, 0.5, 0.5]
+    assert found["median"].tolist() == [20, 5, 40, 2, 4, 4, 4]
+    assert found["ours, times"].tolist() == [1, 4, 0.5, 1, 0.5, 0.5, 0.5]
     assert (found.loc[("a", "x"), "least"], found.loc[("a", "x"), "most"]) == (4, 8)
-    assert found["plays as ALE"].tolist() == ["", "", "", "", "no", "yes"]
+    assert found["plays as ALE"].tolist() == ["", "", "", "", "no", "yes", "no"], "z: in one round only"
 
 
 def test_the_network_is_of_d3rlpys_size() -> None:

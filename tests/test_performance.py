@@ -111,7 +111,7 @@ def test_a_decision_transformers_cost_by_hand():
 
 
 def test_systems_have_their_published_sizes_and_nothing_is_allocated():
-    """A Q-network's step is that of `step_flops`; it holds its parameters four times, gradients, activations."""
+    """A Q-network's step is that of `step_flops`; it holds parameters four times, gradients, activations, a batch."""
     before = sum(x.nbytes for x in jax.live_arrays())
     costs = performance.system_costs(["cql vit_tiny", "mae vit_tiny", "dt 200M"], 512)
     assert sum(x.nbytes for x in jax.live_arrays()) - before < 1e6
@@ -124,7 +124,8 @@ def test_systems_have_their_published_sizes_and_nothing_is_allocated():
     assert np.isnan(costs.loc["mae vit_tiny", "decision, GFLOP"])
     bytes_of = 4 * 1e6 * costs["parameters, millions"] / 1e9
     np.testing.assert_allclose(costs["state, GB"], 4 * bytes_of, rtol=1e-3)
-    np.testing.assert_allclose(costs["memory, GB"], 5 * bytes_of + costs["activations, GB"], rtol=1e-3)
+    frames = 512 * np.array([7, 7, 4]) * 84 * 84 / 1e9
+    np.testing.assert_allclose(costs["memory, GB"], 5 * bytes_of + costs["activations, GB"] + frames, rtol=1e-3)
 
 
 def test_a_strided_convolutions_gradient_costs_no_zeros():
@@ -213,3 +214,16 @@ def test_short_calls_are_timed_together_and_long_ones_alone():
     calls.clear()
     assert performance.median_seconds(lambda: calls.append(None), 0.0) < 1e-3
     assert len(calls) > 2 + 3 * 50, "each timing lasts as many calls as fill 50 ms"
+
+
+def test_every_size_of_batch_is_compiled_before_playing_is_timed(monkeypatch):
+    asked = []
+    monkeypatch.setattr(performance.evaluation, "make_q_function", lambda *_: lambda stacks: asked.append(len(stacks)))
+
+    def evaluate(player, game, **how):
+        assert set(asked) == {16, 4}
+        return pd.DataFrame({"length": [how["max_steps"]]})
+
+    monkeypatch.setattr(performance.evaluation, "evaluate", evaluate)
+    performance.measure_evaluation("Breakout", "resnet_narrow", **SMALL)
+    assert asked

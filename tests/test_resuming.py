@@ -22,6 +22,9 @@ from running import TINY, arguments, metrics, opening, run
 
 from scaled_ql import evaluation, parameters, runs
 
+# Programs as users have them, not as `conftest` has tests compile them.
+AS_USERS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
+
 
 def restored(folder: Path) -> dict:
     """The state of step 200."""
@@ -51,7 +54,8 @@ def stop(command: list[str], folder: Path, log: Path, way: str) -> None:
         time.sleep(0.01)
     before = rows_of(log)
     process = subprocess.Popen(
-        command, cwd=runs.workspace(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        command, env=os.environ | AS_USERS, cwd=runs.workspace(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True,
         # What a shell starts in the background ignores Ctrl-C, and so would these tests' children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
@@ -79,7 +83,7 @@ def test_a_run_stopped_in_two_ways_resumes_bit_identically_and_measures_each_sco
     more += ["-p", "eval_max_steps", "5", "-p", "video_steps", "0", "-p", "dataset", str(recording)]
     more += ["-p", "steps_per_dispatch", "3", "-p", "sampling_processes", "1", "-p", "deterministic", "true"]
     undisturbed, stopped = tmp_path / target / "undisturbed", tmp_path / target / "stopped"
-    done = run(target, tmp_path, TINY[target], "-p", "run", "undisturbed", *more)
+    done = run(target, tmp_path, TINY[target], "-p", "run", "undisturbed", *more, **AS_USERS)
     assert done.returncode == 0, done.stderr
     command = arguments(target, tmp_path, TINY[target], "-p", "run", "stopped", *more)
     stop(command, stopped, stopped / "behaviour" / "metrics.jsonl", "kill the runner")
@@ -90,7 +94,7 @@ def test_a_run_stopped_in_two_ways_resumes_bit_identically_and_measures_each_sco
     shutil.copytree(undisturbed / "evaluation" / "step-100", stopped / "evaluation" / "step-100", dirs_exist_ok=True)
     marked = pd.read_csv(stopped / "evaluation" / "step-100" / "Freeway.csv").assign(episode_return=77.0)
     marked.to_csv(stopped / "evaluation" / "step-100" / "Freeway.csv", index=False)
-    done = run(target, tmp_path, TINY[target], "-p", "run", "stopped", *more)
+    done = run(target, tmp_path, TINY[target], "-p", "run", "stopped", *more, **AS_USERS)
     assert done.returncode == 0, done.stderr
     for folder in ("", "behaviour"):
         assert metrics(stopped / folder) == metrics(undisturbed / folder)

@@ -466,10 +466,11 @@ def benchmark_peers(store: str, environments: str, csv: TextIO | None, **setting
                 click.echo(f"{row['library']} is left out; {row['left out']}", err=True)
             else:
                 rows.append(row)
-        rates = pd.DataFrame(rows)
-        if csv:
-            rates.to_csv(csv, index=False)
-        click.echo(peers.table(rates).round(2).to_string())
+                if csv:
+                    line = pd.DataFrame([row], columns=peers.COLUMNS)
+                    line.to_csv(csv, index=False, header=len(rows) == 1)
+                    csv.flush()
+        click.echo(peers.table(pd.DataFrame(rows)).round(2).to_string())
 
 
 @contextlib.contextmanager

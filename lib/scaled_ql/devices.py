@@ -68,9 +68,14 @@ def join_cluster(distributed: bool) -> None:
 
 
 def _alone_on_host() -> bool:
-    """Whether Slurm or Open MPI started one process on each host."""
+    """Whether Open MPI or Slurm started one process on each host; Open MPI's word counts where both have been at work.
+
+    Under Slurm, Open MPI starts one daemon on each host, and what these start inherits the daemons' variables.
+    """
+    if local_size := os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"):
+        return local_size == "1"
     slurm = [os.environ.get(name) for name in ("SLURM_STEP_NUM_NODES", "SLURM_NTASKS")]
-    return (None not in slurm and slurm[0] == slurm[1]) or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    return None not in slurm and slurm[0] == slurm[1]
 
 
 def make_deterministic(deterministic: bool) -> None:
@@ -79,7 +84,8 @@ def make_deterministic(deterministic: bool) -> None:
     By default XLA chooses a GPU's kernels by timing them, and may choose others in the process that resumes a run; and
     some kernels sum in whatever order their threads come. With the flag that is set here XLA does neither, in all
     programs of this process, at the price of speed. On a CPU it changes nothing. That it suffices on a GPU is what XLA
-    says, and has not been tested.
+    says, and has not been tested. False leaves the flags as they are: it does not take back an earlier True of this
+    process, nor what XLA_FLAGS had before.
 
     Raises:
         DeviceError: JAX has started its devices, and read its flags, before.

@@ -190,6 +190,14 @@ def best_constant_action(game: str, **protocol: Any) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values("episode_return", ascending=False, kind="stable", ignore_index=True)
 
 
+def batch_sizes(slots: int) -> set[int]:
+    """Sizes of the batches that `evaluate` gives to a player of so many environments: all, and on a CPU a quarter.
+
+    An accelerator takes as long for few as for many; and each size of a batch is a program to compile.
+    """
+    return {slots, -(-slots // 4)} if jax.default_backend() == "cpu" else {slots}
+
+
 def evaluate(
     q_function: QFunction | MemoryPlayer,
     game: str,
@@ -214,9 +222,9 @@ def evaluate(
     expected sum of returns is the mean return times the expected number of episodes (Wald's identity). Stopping
     all environments at some step instead would drop long episodes more often than short ones.
 
-    On a CPU, once no more than a quarter of the environments have anything left to play, the player is asked about that
-    quarter alone. The episodes are the same but for a network's rounding: in a batch of another size its values may
-    differ in the last place, which matters where two actions are as close as that.
+    On a CPU, once no more than a quarter of the environments have anything left to play, the player gets a batch of a
+    quarter of the size. The episodes are the same but for a network's rounding: in a batch of another size its values
+    may differ in the last place, which matters where two actions are as close as that.
 
     Args:
         q_function: uint8 [N, 4, 84, 84] -> [N, actions]; or a player with a memory, empty at every episode's beginning.
@@ -253,13 +261,14 @@ def evaluate(
     chosen, resetting, done = np.zeros((slots, num_actions), int), np.zeros(slots, bool), np.zeros(slots, bool)
     history = History(q_function, np.arange(slots), seed) if isinstance(q_function, MemoryPlayer) else None
     rows, begins = [], np.ones(slots, bool)
-    # An accelerator takes as long for few as for many; and each size of a batch is a program to compile.
-    few = -(-slots // 4) if jax.default_backend() == "cpu" else slots
+    few = min(batch_sizes(slots))
     while not done.all():
         size = few if (~done).sum() <= few else slots
         asked = np.sort(np.argsort(done, kind="stable")[:size])  # finished environments fill it up
         seen = history.see(stacks[:, -1], begins) if history else (stacks,)
-        values = q_function(*jax.tree.map(lambda x, asked=asked: x[asked], seen))
+        if size < slots:  # all need no copy
+            seen = jax.tree.map(lambda x, asked=asked: x[asked], seen)
+        values = q_function(*seen)
         if temperature > 0:  # the largest of values with Gumbel noise is a draw from their softmax
             values = values / temperature + rng.gumbel(size=(slots, values.shape[1]))[asked]
         actions = np.zeros(slots, int)

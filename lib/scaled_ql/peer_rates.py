@@ -73,7 +73,7 @@ def d3rlpy_updates(folder: Path, seconds: float) -> dict[str, Any]:
 
 
 def dopamine_samples(folder: Path, seconds: float) -> dict[str, Any]:
-    """Transitions per second of Dopamine's replay buffer, which stores compressed stacks."""
+    """Transitions per second of Dopamine's replay buffer, which stores compressed stacks and samples on one thread."""
     from dopamine.jax.replay_memory import accumulator, elements, replay_buffer, samplers
 
     episodes = read_data(folder)
@@ -113,9 +113,10 @@ def torchrl_samples(folder: Path, seconds: float) -> dict[str, Any]:
 
 
 def envpool_steps(folder: Path, seconds: float) -> dict[str, Any]:
-    """Environment steps per second of random actions; and whether episodes are those in the folder, bit for bit.
+    """Environment steps per second of random actions; and whether it plays the steps in the folder, bit for bit.
 
-    EnvPool begins an episode with a no-op at least (1.2.5 crashes where `noop_max` is 0), and so do these.
+    EnvPool begins an episode with a no-op at least (1.2.5 crashes where `noop_max` is 0), and so do these. It has a
+    thread per core that the process may use, as ALE's vector environment has here.
     """
     import envpool
 
@@ -123,7 +124,8 @@ def envpool_steps(folder: Path, seconds: float) -> dict[str, Any]:
     few, most = played["actions"].shape
 
     def make(environments: int) -> Any:
-        options = {"noop_max": 1, "use_fire_reset": False, "stack_num": STACK}
+        threads = min(environments, len(os.sched_getaffinity(0)))
+        options = {"noop_max": 1, "use_fire_reset": False, "stack_num": STACK, "num_threads": threads}
         return envpool.make_gymnasium(f"{played['game']}-v5", num_envs=environments, **options)
 
     environments = make(few)

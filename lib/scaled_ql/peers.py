@@ -26,6 +26,8 @@ from scaled_ql.replay import Replay, View, open_replay, sample_batches
 from scaled_ql.replay.memory import to_memory
 
 OURS = "scaled-ql"
+START_SECONDS = 600  # what takes longer, to start and to read its data, hangs
+COLUMNS = ("measured", "library", "version", "round", "cores", "rate", "same")  # of a rate
 
 
 def make_network() -> Any:
@@ -37,7 +39,11 @@ def make_network() -> Any:
 
 
 def _updates(store: str, view: View, seconds: float) -> float:
-    """Updates per second of d3rlpy's DiscreteCQL as it is here: the same network and passes, batches from memory."""
+    """Updates per second of d3rlpy's DiscreteCQL as it is here: its network; two threads sample ahead, from memory.
+
+    An update is three forward passes (states; next states through both networks) and one backward. d3rlpy's is four and
+    two: it passes the states twice with gradients, for the TD loss and for CQL's; and it samples in between.
+    """
     import jax
 
     from scaled_ql import devices, methods, training
@@ -60,7 +66,7 @@ def _updates(store: str, view: View, seconds: float) -> float:
 
 
 def _samples(store: str, view: View, seconds: float) -> float:
-    """Transitions per second from the compressed store in memory, a thread per core."""
+    """Transitions per second from the compressed store in memory, a thread per core; Dopamine samples on one."""
     return benchmarks.sampling_rate(to_memory(open_replay(store, view)), len(os.sched_getaffinity(0)), seconds)
 
 
@@ -142,8 +148,8 @@ def measure(
         rounds: times that each is measured.
 
     Yields:
-        rows: measured, library, version, round, cores, rate, and of environments `same`, whether they play as ALE
-        does; or of what is left out: library, and `left out`, why, or how to install it.
+        rows: measured, library, version, round, cores, rate, and of environments `same`, whether they play the first
+        steps of a few episodes as ALE does; or of what is left out: library, and `left out`, why, or how to install it.
 
     Raises:
         ReplayError: the store cannot be read.
@@ -171,16 +177,26 @@ def measure(
                     if library in pythons
                 }
                 for library, command in commands.items():
-                    done = subprocess.run([*command, str(seconds)], capture_output=True, text=True)
-                    if done.returncode == 0:
+                    found, failure = _answer([*command, str(seconds)], START_SECONDS + 2 * seconds)
+                    if found:
                         row = {"measured": measured, "library": library, "round": number, "cores": cores}
-                        yield row | json.loads(done.stdout.splitlines()[-1])
+                        yield row | found
                         continue
-                    last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
                     if library == OURS:
-                        raise RuntimeError(f"{measured}: {last}")
+                        raise RuntimeError(f"{measured}: {failure}")
                     del pythons[library]
-                    yield {"library": library, "left out": f"it failed: {last}"}
+                    yield {"library": library, "left out": f"it failed: {failure}"}
+
+
+def _answer(command: list[str], limit: float) -> tuple[dict[str, Any], str]:
+    """What a command prints last, as JSON, or an empty one and why there is none: its last words, or its time is up."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {}, f"no rate after {limit:g} s"
+    if done.returncode:
+        return {}, (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    return json.loads(done.stdout.splitlines()[-1]), ""
 
 
 def read(file: str | Path) -> pd.DataFrame:
@@ -202,15 +218,15 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         index measured, library; columns version, `median`, `least` and `most` of the rounds, `ours, times`: our median
-        divided by the library's; `plays as ALE`, where `same` was measured.
+        divided by the library's; `plays as ALE`, where `same` was measured: in all rounds.
     """
     groups = rows.groupby(["measured", "library"], sort=False)
     found = groups["rate"].agg(["median", "min", "max"]).set_axis(["median", "least", "most"], axis=1)
     ours = found["median"].xs(OURS, level="library").reindex(found.index.get_level_values("measured"))
     found.insert(0, "version", groups["version"].first())
     found["ours, times"] = ours.to_numpy() / found["median"]
-    if "same" in rows:
-        found["plays as ALE"] = groups["same"].first().map({True: "yes", False: "no"}).fillna("")
+    if "same" in rows and rows["same"].notna().any():
+        found["plays as ALE"] = groups["same"].min().map({True: "yes", False: "no"}).fillna("")
     return found
 
 

@@ -180,7 +180,7 @@ def step_flops(encoder: str, batch_size: int, num_games: int, **architecture: An
 
 
 def step_bytes(encoder: str, batch_size: int, num_games: int, **architecture: Any) -> float:
-    """Minimum bytes that a training step reads and writes: its four passes, as in `step_flops`, and Adam's.
+    """Bytes that a step moves if each product moves its own once: its four passes, as in `step_flops`, and Adam's.
 
     See `ADAM_BYTES`.
     """
@@ -202,7 +202,7 @@ def system_costs(systems: Sequence[str], batch_size: int, num_games: int = 40, *
         step, GFLOP (of one transition or window: forward and backward, target network included, Adam not);
         decision, GFLOP (of a move in play; NaN where the network cannot play); and of a step `moved, GB` (as
         `step_bytes` counts), `state, GB` (parameters, target, moments), `activations, GB`, `memory, GB` (with
-        gradients), see `training.memory_needed`.
+        gradients and batch), see `training.memory_needed`.
     """
     rows = {}
     for system in systems:
@@ -243,7 +243,10 @@ def _traced_cost(function: Callable, *inputs: Any) -> tuple[float, float]:
 
 
 def roofline(costs: pd.DataFrame, batch_size: int) -> pd.DataFrame:
-    """The least time of a training step on devices of `DATA_SHEETS` (Williams et al., 2009): computed, not measured.
+    """A floor under a training step's time on devices of `DATA_SHEETS` (Williams et al., 2009): computed, not measured.
+
+    It is the least time if every product's operands and results pass through memory once. A step that keeps some of
+    them on the chip between two products may be faster, where memory is what limits it.
 
     Args:
         costs: from `system_costs`, in bfloat16, with the same batch size.
@@ -505,7 +508,8 @@ def measure_evaluation(game: str, encoder: str, episodes: int = 64, max_steps: i
 
     rates = {}
     for name, player in players.items():
-        player(np.zeros((slots, 4, 84, 84), np.uint8))  # compiles
+        for few_or_all in evaluation.batch_sizes(slots):
+            player(np.zeros((few_or_all, 4, 84, 84), np.uint8))  # compiles
         steps, seconds = play(player, max_steps) - play(player, 5)
         rates[f"{name}, steps/s"] = steps / seconds
     return {"game": game, "encoder": encoder} | rates

@@ -326,6 +326,7 @@ def memory_needed(
     parts: int = 1,
     split: bool = False,
     frozen: tuple[str, ...] = (),
+    steps_per_dispatch: int = 1,
 ) -> dict[str, int]:
     """Estimate the bytes that a step takes on a device, before anything is compiled.
 
@@ -336,10 +337,12 @@ def memory_needed(
         parts: devices that share the batch.
         split: whether they share the state, too.
         frozen: see `make_optimizer`.
+        steps_per_dispatch: see `train`.
 
     Returns:
         `state` (parameters, target, Adam's moments) and `gradients`; `activations`: residuals of the forward pass that
-        automatic differentiation keeps for the backward pass (a compiler may keep less, or briefly need more); `total`.
+        automatic differentiation keeps for the backward pass (a compiler may keep less, or briefly need more);
+        `batches` of a dispatch, those of several steps twice, as `make_train_step` stacks them; `total`.
     """
     rows = len(batch.game) // accumulate // parts
     part = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
@@ -353,6 +356,7 @@ def memory_needed(
         "state": devices.tree_bytes(state) // (parts if split else 1),
         "gradients": devices.tree_bytes(trained_part(state.params, frozen)) * (2 if accumulate > 1 else 1),
         "activations": _bytes_without(residuals, state.params),
+        "batches": devices.tree_bytes(batch) // parts * (1 if steps_per_dispatch == 1 else 2 * steps_per_dispatch),
     }
     return needed | {"total": sum(needed.values())}
 
@@ -376,7 +380,8 @@ def check_memory(needed: dict[str, int], device: jax.Device) -> None:
         raise devices.OutOfMemory(
             f"a step is estimated to take {needed['total'] / 1e9:.1f} GB ({numbers}); {device.device_kind} has "
             f"{free / 1e9:.1f} GB free. Raise accumulate, set remat, shard_parameters (several devices) or dtype "
-            "bfloat16, use a smaller encoder, or lower games_per_batch (which is another experiment)."
+            "bfloat16, lower steps_per_dispatch, use a smaller encoder, or lower games_per_batch (which is another "
+            "experiment)."
         )
 
 
@@ -414,8 +419,9 @@ def train(
         steps_per_dispatch: steps that the device is given at once, with their batches; fewer, which is another program
             to compile, where a row or a checkpoint is due before. Python's share of a step is then paid once for all of
             them: on two cores a step of the quickstart took a tenth less CPU time with 2 or 4, and no less with 10.
-            Rounding depends on it (see `make_train_step`), so a run is repeated bit for bit with the same number only.
-            An interrupted run resumes from its last dispatch.
+            Rounding depends on what is dispatched together (see `make_train_step`), so a run is repeated bit for bit
+            with the same steps_per_dispatch, log_every and checkpoint_every only. An interrupted run resumes from its
+            last dispatch.
         checkpoints: destination of checkpoints, and the origin of a resumed run's `state`.
 
     Yields:
@@ -476,7 +482,7 @@ def train(
             yield state, row()
             window.clear()
             clock = time.perf_counter()
-        for stack in _stacks(batches, step, (steps_per_dispatch, log_every, checkpoint_every)):
+        for stack in _stacks(batches, step, steps_per_dispatch, (log_every, checkpoint_every)):
             intact = False
             with _interrupts_deferred():  # a step donates its input: its result is the only state
                 try:
@@ -513,12 +519,15 @@ def train(
         raise
 
 
-def _stacks(batches: Iterator[Batch], done: int, periods: Sequence[int]) -> Iterator[list[Batch]]:
-    """Batches of the steps after `done`, grouped: a group ends at each multiple of a period, and with the batches."""
+def _stacks(batches: Iterator[Batch], done: int, size: int, periods: Sequence[int]) -> Iterator[list[Batch]]:
+    """Batches of the steps after `done`, in groups of `size`; fewer where a period, or the last step, ends one.
+
+    After `done` that is a group's end, the groups are those of an undisturbed run.
+    """
     stack = []
     for step, batch in enumerate(batches, done + 1):
         stack.append(batch)
-        if any(step % period == 0 for period in periods):
+        if len(stack) == size or any(step % period == 0 for period in periods):
             yield stack
             stack = []
     if stack:
@@ -667,10 +676,12 @@ class Trainer:
         Raises:
             OutOfMemory: see the function `check_memory`.
         """
-        split = (self.p.accumulate, self.mesh.size, self.p.shard_parameters)
+        p = self.p
         sample, how = self._sampling(kind)
-        batch = sample(self.data, self.p.seed, 0, **how)  # its shapes; labels change none
-        needed = memory_needed(objective, state, batch, *split, frozen=optimizer.frozen)
+        batch = sample(self.data, p.seed, 0, **how)  # its shapes; labels change none
+        split = {"accumulate": p.accumulate, "parts": self.mesh.size, "split": p.shard_parameters}
+        more = {"frozen": optimizer.frozen, "steps_per_dispatch": p.steps_per_dispatch}
+        needed = memory_needed(objective, state, batch, **split, **more)
         check_memory(needed, self.mesh.local_devices[0])
         return needed
 
