@@ -149,6 +149,28 @@ def test_an_earlier_checkpoint_is_exported_without_the_last_ones_scores(tmp_path
         explore.load_agent(tmp_path / "early", step=20)
 
 
+def test_scores_of_an_agent_transferred_online_are_found_by_its_transitions(tmp_path: Path) -> None:
+    """Its checkpoints are named by updates: an evaluation of the same name is of another moment."""
+    run = tmp_path / "06_transfer" / "online"
+    write_run(run, ["Pong"], steps=(10, 20))
+    values = {"run": "online", "game": "Pong", "setting": "online", "initial": "scratch"}
+    p = parameters.check("06_transfer", values | {"v_min": -1.0, "v_max": 3.0})
+    (run / "parameters.yaml").write_text(documents.dump(p.model_dump()))
+    for transitions, score in ((10, 5.0), (20, 6.0), (80, 7.0)):
+        file = run / "evaluation" / f"step-{transitions}" / "Pong.csv"
+        file.parent.mkdir(parents=True)
+        pd.DataFrame({"episode_return": [score], "truncated": [False]}).to_csv(file)
+
+    def row(name: str, step: int) -> str:
+        card = (export(run, tmp_path / name, step=step) / "README.md").read_text()
+        return next(line for line in card.splitlines() if line.startswith("| Pong"))
+
+    assert row("unfinished", 20).startswith("| Pong | – |")
+    runs.write_json(run / "summary.json", {"games": {}, "steps": 80, "updates": 20})
+    assert row("early", 10).startswith("| Pong | – |")
+    assert row("late", 20).startswith("| Pong | 7 |")
+
+
 def test_a_network_that_the_card_cannot_compute_has_no_code_without_this_package(outputs: Path, tmp_path: Path) -> None:
     write_run(outputs / "04_scaled_training" / "bcq", ["Pong"], method="bcq")
     folder = export("04_scaled_training/bcq", tmp_path / "bcq", outputs=outputs)

@@ -170,9 +170,13 @@ def _licence() -> str:
 def _scores(folder: Path, trained: Trained, summary: dict[str, Any]) -> str:
     """Mean raw returns with intervals, a Markdown table; games that were not evaluated at this step have dashes."""
     newest = trained.step == trained.checkpoints[-1]
+    evaluated: int | None = trained.step
+    if getattr(trained.checked(), "setting", "") == "online":  # its evaluations are named by transitions, not by steps
+        measured = newest and summary.get("updates") == trained.step
+        evaluated = summary["steps"] if measured else None
     rows, known = [], summary.get("games", {})
     for game in trained.about["games"]:
-        file = folder / "evaluation" / f"step-{trained.step}" / f"{game}.csv"
+        file = folder / "evaluation" / f"step-{evaluated}" / f"{game}.csv"
         file = folder / "evaluation" / f"{game}.csv" if newest and not file.exists() else file
         row = dict.fromkeys(("mean return", "95% interval", "episodes", "truncated"), "–")
         if file.exists():
