@@ -65,13 +65,13 @@ def by_the_card(folder: Path) -> dict[str, np.ndarray]:
     return dict(np.load(folder / "values.npz"))
 
 
-@pytest.mark.parametrize("name", ["c51", *RUNS, "online"])
+@pytest.mark.parametrize("name", ["c51", *RUNS, "online", "online_resnet"])
 def test_an_exported_agent_has_the_runs_values_with_this_package_and_without(
     outputs: Path, tmp_path: Path, name: str
 ) -> None:
-    run = f"02_online_agents/{name}" if name == "online" else f"04_scaled_training/{name}"
-    if name == "online":
-        write_online_run(outputs / run, GAMES)
+    run = f"02_online_agents/{name}" if name.startswith("online") else f"04_scaled_training/{name}"
+    if name.startswith("online"):
+        write_online_run(outputs / run, GAMES, encoder="nature_narrow" if name == "online" else "resnet34")
     elif name in RUNS:
         write_run(outputs / run, GAMES, **RUNS[name])
     done = CliRunner().invoke(main, ["export", "model", run, str(tmp_path / "a/model"), "--outputs", str(outputs)])

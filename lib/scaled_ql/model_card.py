@@ -16,7 +16,7 @@ import jinja2
 import pandas as pd
 
 from scaled_ql import runs, weights
-from scaled_ql.defaults import ENCODERS
+from scaled_ql.defaults import ENCODERS, GROUP_SIZE
 from scaled_ql.environments import FRAME_SKIP, OBSERVATION, STACK_SIZE
 from scaled_ql.evaluation import mean_interval
 from scaled_ql.games import action_names
@@ -70,7 +70,7 @@ def describe(trained: Trained, agent: Agent) -> dict[str, Any]:
     stored.pop("outputs", None)  # a path of this machine
     known = stored | about
     if "learner" in about:  # of `02_online_agents`
-        known |= {"embedding": "pointwise", "normalize_features": False, "heads": "per_game"}
+        known |= {"embedding": "pointwise", "normalize_features": False, "heads": "per_game", "group_size": GROUP_SIZE}
     names = (*ARCHITECTURE, *TRANSFORMER) if "transformer" in about else ARCHITECTURE
     architecture = {name: known[name] for name in names if name in known}
     architecture["layer_norm"] = any("layer_norm/" in path for path in trained.params)
