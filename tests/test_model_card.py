@@ -180,6 +180,37 @@ def test_a_network_that_the_card_cannot_compute_has_no_code_without_this_package
     np.testing.assert_array_equal(explore.load_agent(folder).look("Pong", STACKS).values, expected.values)
 
 
+@pytest.mark.parametrize("method", ["dt", "bc_transformer"])
+def test_the_card_of_a_transformer_says_what_it_sees_in_code_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setitem(defaults.TRANSFORMERS, "tiny", (1, 32, 2))
+    values = {"method": method, "transformer": "tiny", "sequence_length": 3, "subtract_mean_frames": False}
+    values |= {"return_low": -2, "return_high": 7, "target_return": 5.0} if method == "dt" else {}
+    write_run(tmp_path / "04_scaled_training" / method, ["Pong"], eval_max_steps=6, **values)
+    folder = export(f"04_scaled_training/{method}", tmp_path / "model", outputs=tmp_path)
+    card, config = (folder / "README.md").read_text(), weights.read_config(folder)
+    how = {"transformer": "tiny", "sequence_length": 3, "tokenizer": "patches", "dtype": "float32"}
+    assert config["architecture"] == how and "stack_size" not in config["preprocessing"]
+    assert "the last 3 steps of an episode" in card and "actions drawn from its policy" in card
+    assert not re.findall("c51|discount 0|is 4 frames|Without this package", card)
+    assert ("of the return R that it asks for (target_return 5.0)" in card) == (method == "dt")
+    (code,) = re.findall(r"```python\n(.*?)explore\.agent_browser", card, re.DOTALL)
+    run: dict = {}
+    exec(code.replace("PATH/OF/THIS/FOLDER", str(folder)), run)
+    policy = run["agent"].look("Pong", *episodes.seen(run["agent"], run["episode"])).policy
+    assert policy.shape == (6, 6)
+    np.testing.assert_allclose(policy.sum(1), 1, rtol=1e-5)
+
+
+def test_what_a_network_lacks_is_not_in_its_architecture(outputs: Path, tmp_path: Path) -> None:
+    write_run(outputs / "04_scaled_training" / "clone", ["Pong"], method="bc")
+    config = weights.read_config(export("04_scaled_training/clone", tmp_path / "clone", outputs=outputs))
+    assert not config["architecture"].keys() & {"head", "num_atoms", "group_size"}
+    config = weights.read_config(export("04_scaled_training/c51", tmp_path / "c51", outputs=outputs))
+    assert config["architecture"]["num_atoms"] == 5 and config["architecture"]["head"] == "c51"
+
+
 def test_what_cannot_be_exported_or_opened_is_refused_with_a_remedy(outputs: Path, tmp_path: Path) -> None:
     folder = export("04_scaled_training/c51", tmp_path / "model", outputs=outputs)
     for run, said in (("04_scaled_training/c51", "exists. Choose another"), (folder, "exists. Choose another")):
