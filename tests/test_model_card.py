@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from running import opening
 from written import write_online_run, write_run
 
-from scaled_ql import defaults, documents, episodes, explore, games, parameters, runs, weights
+from scaled_ql import defaults, documents, episodes, explore, games, model_card, parameters, runs, weights
 from scaled_ql.command import main
 from scaled_ql.model_card import export
 from scaled_ql.runs import RunError
@@ -209,6 +209,18 @@ def test_what_a_network_lacks_is_not_in_its_architecture(outputs: Path, tmp_path
     assert not config["architecture"].keys() & {"head", "num_atoms", "group_size"}
     config = weights.read_config(export("04_scaled_training/c51", tmp_path / "c51", outputs=outputs))
     assert config["architecture"]["num_atoms"] == 5 and config["architecture"]["head"] == "c51"
+
+
+def test_an_export_that_fails_leaves_nothing_behind(
+    outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> str:
+        raise OSError("no room")
+
+    monkeypatch.setattr(model_card, "card", fail)
+    with pytest.raises(OSError, match="no room"):
+        export("04_scaled_training/c51", tmp_path / "model", outputs=outputs)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_exported_or_opened_is_refused_with_a_remedy(outputs: Path, tmp_path: Path) -> None:

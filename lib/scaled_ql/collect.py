@@ -32,7 +32,8 @@ class TrainedPlayer(NamedTuple):
 
     Attributes:
         name: noted with each of its episodes.
-        identity: an id of its parameters; a recording resumes only with the same agents.
+        identity: an id of its name, its parameters and how they are used; a recording resumes only with the same
+            agents.
         load: makes its policy, in the process that records.
     """
 

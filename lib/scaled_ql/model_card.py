@@ -9,6 +9,7 @@
 """
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,15 @@ def export(run: str | Path, folder: str | Path, step: int | None = None, outputs
     content = save(trained.params)
     config = describe(trained, agent) | {"sha256": hashlib.sha256(content).hexdigest()}
     partial = folder.with_name(f".{folder.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    (partial / weights.TENSORS).write_bytes(content)
-    runs.write_json(partial / weights.CONFIG, config)
-    (partial / "README.md").write_text(card(trained, agent, config), encoding="utf-8")
-    partial.rename(folder)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        (partial / weights.TENSORS).write_bytes(content)
+        runs.write_json(partial / weights.CONFIG, config)
+        (partial / "README.md").write_text(card(trained, agent, config), encoding="utf-8")
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return folder
 
 
