@@ -170,12 +170,34 @@ def test_trained_agents_play_their_shares_of_a_recording_in_order(
         record_game(tmp_path, "Pong", 250, agents=[*ours[:2], ours[2]._replace(identity="other")], **SHORT)
 
 
+def test_every_agent_plays_where_episodes_are_longer_than_shares(
+    agents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Episodes of 30 steps; shares of 20, 14 and a little more than an episode."""
+    ours = trained_agent.players(agents, ["Pong"])["Pong"]
+    for number, (asked, expected) in enumerate(((60, [0, 1, 2]), (42, [0, 1, 2]), (91, [0, 0, 1, 2]))):
+        for stops in (True, False):  # after each episode; and not at all
+            store, calls = tmp_path / f"{number}-{stops}", 1
+            if stops:
+                while True:
+                    stopped = iter([False, True])
+                    monkeypatch.setattr(collect, "_stopped", lambda stopped=stopped: next(stopped))
+                    before = calls * 30
+                    if record_game(store, "Pong", asked, agents=ours, **SHORT) < before:
+                        break
+                    calls += 1
+                monkeypatch.undo()
+            total = record_game(store, "Pong", asked, agents=ours, **SHORT)
+            assert total == 30 * len(expected)
+            assert open_replay(store).episodes("Pong")["agent"].tolist() == [ours[turn].name for turn in expected]
+
+
 def test_processes_record_what_one_would_have_recorded(agents: Path, tmp_path: Path) -> None:
     """The games side by side; a stopped recording resumes as if it had not been stopped."""
     players = trained_agent.players(agents, ["Breakout", "Pong"])
     settings = SHORT | {"final_epsilon": 0.5}
     *_, done = record(tmp_path / "both", ["Breakout", "Pong"], 60, agents=players, **settings)
-    assert done == {"Breakout": 60, "Pong": 60}
+    assert done == {"Breakout": 60, "Pong": 90}, "each agent at least once"
     for game in done:
         record_game(tmp_path / "alone", game, 60, agents=players[game], **settings)
     both, alone = open_replay(tmp_path / "both"), open_replay(tmp_path / "alone")

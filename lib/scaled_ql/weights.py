@@ -4,8 +4,8 @@ An exported folder (`model_card.export`) has ``model.safetensors``, the paramete
 
 Atari Agents (Gogianu et al., 2022, github.com/floringogianu/atari-agents) are DQN, M-DQN and C51 agents of 60 games,
 51 checkpoints a seed: files ``GAME/SEED/model_STEP.gz``, gzip over what PyTorch saved, whose ``estimator_state`` holds
-Mnih et al.'s (2015) network. They are read by PyTorch's loader of weights, which is meant to execute nothing that a file says. Ways around
-it have been found (CVE-2025-32434, CVE-2026-24747); versions before they were closed are refused.
+Mnih et al.'s (2015) network. They are read by PyTorch's loader of weights, which is meant to execute nothing of a file.
+Ways around that were found (CVE-2025-32434, CVE-2026-24747); versions that are older than the remedies are refused.
 Their frames were scaled down before the maximum over two was taken, ours are after it.
 """
 
