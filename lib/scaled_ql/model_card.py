@@ -42,7 +42,7 @@ def export(run: str | Path, folder: str | Path, step: int | None = None, outputs
         outputs: the outputs folder; "" is the workspace's.
 
     Raises:
-        RunError: the folder exists; what is named is no run, or cannot play.
+        RunError: the folder exists; what is named is no run, cannot play, or plays only as another run does.
         CheckpointError, ParameterError: see `load_agent`.
     """
     from safetensors.numpy import save
@@ -55,6 +55,11 @@ def export(run: str | Path, folder: str | Path, step: int | None = None, outputs
         raise runs.RunError(f"{source}: not a run's folder, so nothing is known of how it was trained. Name a run.")
     trained = weights.read(source, step)
     agent = load_agent(source, trained.step)
+    if agent.memory and trained.notebook == "06_transfer":
+        raise runs.RunError(
+            f"{source}: a transformer of 06_transfer asks for returns as the run that it began with, which an exported "
+            "folder does not have. Export that run, or share both runs' folders."
+        )
     content = save(trained.params)
     config = describe(trained, agent) | {"sha256": hashlib.sha256(content).hexdigest()}
     partial = folder.with_name(f".{folder.name}.partial")
