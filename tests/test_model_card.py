@@ -259,11 +259,12 @@ def test_actions_of_the_configuration_are_the_games(outputs: Path, tmp_path: Pat
 def test_the_agents_notebook_opens_an_exported_agent_without_its_run(outputs: Path, tmp_path: Path) -> None:
     export("04_scaled_training/c51", tmp_path / "gallery" / "model", outputs=outputs)
     values = {"agent": "gallery/model", "outputs": str(tmp_path), "max_steps": 20, "map_states": 8}
-    book = opening("07_agents", 'print(f"Recording:', values)
+    book = opening("07_agents", "explore.show_moments(pair", values)
     nbformat.write(book, tmp_path / "opening.ipynb")
     played = papermill.execute_notebook(tmp_path / "opening.ipynb", tmp_path / "out.ipynb", progress_bar=False)
     printed = "".join(output.get("text", "") for cell in played.cells for output in cell.outputs)
     assert "no such replay folder" in printed and "No recording: episodes of the agent only" in printed
+    assert "No second agent: this checkpoint is the only one" in printed
 
 
 def test_the_gallerys_agent_plays_better_than_its_data(workspace: Path) -> None:
