@@ -3,14 +3,16 @@
 import gzip
 import io
 import pickle
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from written import write_online_run, write_run
 
-from scaled_ql import collect, explore, runs, trained_agent, weights
+from scaled_ql import collect, defaults, explore, runs, trained_agent, weights
 from scaled_ql.collect import record, record_game
 from scaled_ql.model_card import export
 from scaled_ql.parameters import ParameterError, check
@@ -87,6 +89,55 @@ def test_agents_are_found_by_game_in_the_order_of_their_training(agents: Path, t
         weights.find_agents(agents / "other", "Pong")
 
 
+def test_half_written_agents_are_left_out_and_two_kinds_are_not_put_in_an_order(agents: Path, tmp_path: Path) -> None:
+    folder = tmp_path / ".home" / "agents"  # what is above does not count
+    shutil.copytree(agents / "z", folder / "z")
+    shutil.copytree(agents / "z", folder / ".y.partial")
+    hidden = folder / ".trash" / "Pong" / "0" / "model_1.gz"
+    hidden.parent.mkdir(parents=True)
+    hidden.touch()
+    assert weights.find_agents(folder, "Pong") == [folder / "z"]
+    public = folder / "DQN_modern" / "Pong" / "0" / "model_1.gz"
+    public.parent.mkdir(parents=True)
+    public.touch()
+    with pytest.raises(RunError, match=r"exported agents of Pong and files of Atari Agents.* order is not known"):
+        weights.find_agents(folder, "Pong")
+
+
+def test_what_cannot_play_is_refused_before_anything_is_recorded(
+    agents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(defaults.TRANSFORMERS, "tiny", (1, 32, 2))
+    write_run(tmp_path / "04_scaled_training" / "clone", ["Pong"], method="bc_transformer", transformer="tiny")
+    export("04_scaled_training/clone", tmp_path / "one" / "clone", outputs=tmp_path)
+    with pytest.raises(RunError, match=r"clone: a transformer sees the last steps .* Take it out"):
+        trained_agent.players(tmp_path / "one", ["Pong"])
+    damaged = shutil.copytree(agents / "z", tmp_path / "two" / "z") / weights.TENSORS
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match="differ from their SHA-256"):
+        trained_agent.players(tmp_path / "two", ["Pong"])
+    monkeypatch.setitem(sys.modules, "torch", None)
+    public = tmp_path / "three" / "Pong" / "0" / "model_1.gz"
+    public.parent.mkdir(parents=True)
+    public.touch()
+    with pytest.raises(CheckpointError, match="needs PyTorch"):
+        trained_agent.players(tmp_path / "three", ["Pong"])
+
+
+def test_players_are_the_same_if_name_configuration_and_parameters_are(agents: Path, tmp_path: Path) -> None:
+    def identity(name: str, old: str = "", new: str = "") -> str:
+        folder = shutil.copytree(agents / "z", tmp_path / str(len(list(tmp_path.iterdir()))) / name)
+        config = folder / weights.CONFIG
+        assert old in config.read_text()
+        config.write_text(config.read_text().replace(old, new) if old else config.read_text())
+        (player,) = trained_agent.players(folder.parent, ["Pong"])["Pong"]
+        return player.identity
+
+    same = identity("z")
+    assert identity("z") == same
+    assert len({same, identity("y"), identity("z", '"v_max": 2.0', '"v_max": 3.0')}) == 3
+
+
 def test_trained_agents_play_their_shares_of_a_recording_in_order(
     agents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,12 +170,34 @@ def test_trained_agents_play_their_shares_of_a_recording_in_order(
         record_game(tmp_path, "Pong", 250, agents=[*ours[:2], ours[2]._replace(identity="other")], **SHORT)
 
 
+def test_every_agent_plays_where_episodes_are_longer_than_shares(
+    agents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Episodes of 30 steps; shares of 20, 14 and a little more than an episode."""
+    ours = trained_agent.players(agents, ["Pong"])["Pong"]
+    for number, (asked, expected) in enumerate(((60, [0, 1, 2]), (42, [0, 1, 2]), (91, [0, 0, 1, 2]))):
+        for stops in (True, False):  # after each episode; and not at all
+            store, calls = tmp_path / f"{number}-{stops}", 1
+            if stops:
+                while True:
+                    stopped = iter([False, True])
+                    monkeypatch.setattr(collect, "_stopped", lambda stopped=stopped: next(stopped))
+                    before = calls * 30
+                    if record_game(store, "Pong", asked, agents=ours, **SHORT) < before:
+                        break
+                    calls += 1
+                monkeypatch.undo()
+            total = record_game(store, "Pong", asked, agents=ours, **SHORT)
+            assert total == 30 * len(expected)
+            assert open_replay(store).episodes("Pong")["agent"].tolist() == [ours[turn].name for turn in expected]
+
+
 def test_processes_record_what_one_would_have_recorded(agents: Path, tmp_path: Path) -> None:
     """The games side by side; a stopped recording resumes as if it had not been stopped."""
     players = trained_agent.players(agents, ["Breakout", "Pong"])
     settings = SHORT | {"final_epsilon": 0.5}
     *_, done = record(tmp_path / "both", ["Breakout", "Pong"], 60, agents=players, **settings)
-    assert done == {"Breakout": 60, "Pong": 60}
+    assert done == {"Breakout": 60, "Pong": 90}, "each agent at least once"
     for game in done:
         record_game(tmp_path / "alone", game, 60, agents=players[game], **settings)
     both, alone = open_replay(tmp_path / "both"), open_replay(tmp_path / "alone")
@@ -147,6 +220,15 @@ def test_weights_of_atari_agents_make_the_published_network(
     values, expected = agent.look("Pong", STACKS).values, by_hand(state, STACKS)
     assert np.ptp(expected) > 0.1
     np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "atoms", [np.linspace(0, 10, 51), np.linspace(10, -10, 51), np.r_[-1, 0.5, 1], np.r_[-1, np.nan, 1], np.float32(1)]
+)
+def test_a_support_that_is_not_c51s_is_refused(atoms: np.ndarray) -> None:
+    state = published(6, np.linspace(-1, 1, np.size(atoms))) | {"_AtariNet__support": atoms}
+    with pytest.raises(CheckpointError, match="expected ascending numbers at equal distances around 0"):
+        weights.from_atari_agents(state, 6, "a file")
 
 
 def test_weights_of_another_network_or_game_are_refused(tmp_path: Path) -> None:
@@ -207,6 +289,20 @@ def test_without_pytorch_its_files_are_refused_with_the_remedy(tmp_path: Path, m
     file.parent.mkdir(parents=True)
     file.touch()
     with pytest.raises(CheckpointError, match=r"needs PyTorch .*pip install -e 'lib\[torch\]'"):
+        explore.load_agent(file)
+
+
+def test_pytorch_versions_that_can_be_made_to_execute_weights_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(__version__="2.9.1+cpu"))
+    file = tmp_path / "Pong" / "0" / "model_1.gz"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    with pytest.raises(CheckpointError, match=r"PyTorch 2\.9\.1\+cpu can be made to execute .* at least 2\.10"):
+        explore.load_agent(file)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(__version__="2.10.0a0+git"))
+    with pytest.raises(CheckpointError, match="cannot be read as weights alone"):
         explore.load_agent(file)
 
 

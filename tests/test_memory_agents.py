@@ -23,6 +23,7 @@ from scaled_ql import (
     evaluation,
     explore,
     methods,
+    model_card,
     parameters,
     runs,
     saliency,
@@ -242,10 +243,18 @@ def test_saliency_blurs_the_newest_frame_of_a_window(agent: Agent) -> None:
 
 def test_a_map_shows_states_as_their_episodes_do(agent: Agent, recording: Path) -> None:
     data = open_replay(recording)
-    states = state_map.map_states(agent, data, 16, seed=4)
+    states = state_map.map_states(agent, data, 80, seed=4)
+    whole, collected = {game: [episodes.recorded(data, game, n) for n in range(2)] for game in GAMES}, 0
+    for row in states.table.to_dict("records"):
+        lengths = data.episodes(row["game"])["length"].to_numpy()
+        number = int(np.searchsorted(lengths.cumsum(), row["time"], side="right"))
+        if number < 2:
+            step, rewards = row["time"] - lengths[:number].sum(), whole[row["game"]][number].rewards.clip(-1, 1)
+            assert row["return"] == rewards[max(step - 2, 0) :].sum(), "from the window's first step on"
+            collected += rewards[max(step - 2, 0) : step].any()
+    assert collected, "or it would be the same from the last step on"
     for game in GAMES:
         rows, lengths = states.table[states.table["game"] == game], data.episodes(game)["length"].to_numpy()
-        np.testing.assert_array_equal(rows["return"], returns_to_go(data, game, 1.0)[rows["time"]])
         for row in rows.iloc[[0, 3, 7]].itertuples():
             number = int(np.searchsorted(lengths.cumsum(), row.time, side="right"))
             step = row.time - lengths[:number].sum()
@@ -319,6 +328,9 @@ def test_a_fine_tuned_transformer_asks_as_the_run_that_it_began_with(outputs: Pa
     nothing = np.zeros(6, int), np.float32([0, 1, 1, 0, 1, 0])
     episode = episodes.Episode("Pong", "", frames, *nothing, ["data"] * 6, "")
     assert episodes.watch(agent, episode).asked.tolist() == [5, 5, 5, 5, 4, 3], "of each window's first step"
+    with pytest.raises(runs.RunError, match=r"as the run that it began with, .* Export that run"):
+        model_card.export("06_transfer/fine", home / "exported", outputs=home)
+    assert not (home / "exported").exists()
     (origin / "status.json").unlink()
     with pytest.raises(runs.RunError, match=r"= '04_scaled_training/asking': no such run below"):
         explore.load_agent(target)

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from running import opening
 from written import write_online_run, write_run
 
-from scaled_ql import defaults, documents, episodes, explore, games, parameters, runs, weights
+from scaled_ql import defaults, documents, episodes, explore, games, model_card, parameters, runs, weights
 from scaled_ql.command import main
 from scaled_ql.model_card import export
 from scaled_ql.runs import RunError
@@ -65,13 +65,13 @@ def by_the_card(folder: Path) -> dict[str, np.ndarray]:
     return dict(np.load(folder / "values.npz"))
 
 
-@pytest.mark.parametrize("name", ["c51", *RUNS, "online"])
+@pytest.mark.parametrize("name", ["c51", *RUNS, "online", "online_resnet"])
 def test_an_exported_agent_has_the_runs_values_with_this_package_and_without(
     outputs: Path, tmp_path: Path, name: str
 ) -> None:
-    run = f"02_online_agents/{name}" if name == "online" else f"04_scaled_training/{name}"
-    if name == "online":
-        write_online_run(outputs / run, GAMES)
+    run = f"02_online_agents/{name}" if name.startswith("online") else f"04_scaled_training/{name}"
+    if name.startswith("online"):
+        write_online_run(outputs / run, GAMES, encoder="nature_narrow" if name == "online" else "resnet34")
     elif name in RUNS:
         write_run(outputs / run, GAMES, **RUNS[name])
     done = CliRunner().invoke(main, ["export", "model", run, str(tmp_path / "a/model"), "--outputs", str(outputs)])
@@ -149,6 +149,28 @@ def test_an_earlier_checkpoint_is_exported_without_the_last_ones_scores(tmp_path
         explore.load_agent(tmp_path / "early", step=20)
 
 
+def test_scores_of_an_agent_transferred_online_are_found_by_its_transitions(tmp_path: Path) -> None:
+    """Its checkpoints are named by updates: an evaluation of the same name is of another moment."""
+    run = tmp_path / "06_transfer" / "online"
+    write_run(run, ["Pong"], steps=(10, 20))
+    values = {"run": "online", "game": "Pong", "setting": "online", "initial": "scratch"}
+    p = parameters.check("06_transfer", values | {"v_min": -1.0, "v_max": 3.0})
+    (run / "parameters.yaml").write_text(documents.dump(p.model_dump()))
+    for transitions, score in ((10, 5.0), (20, 6.0), (80, 7.0)):
+        file = run / "evaluation" / f"step-{transitions}" / "Pong.csv"
+        file.parent.mkdir(parents=True)
+        pd.DataFrame({"episode_return": [score], "truncated": [False]}).to_csv(file)
+
+    def row(name: str, step: int) -> str:
+        card = (export(run, tmp_path / name, step=step) / "README.md").read_text()
+        return next(line for line in card.splitlines() if line.startswith("| Pong"))
+
+    assert row("unfinished", 20).startswith("| Pong | – |")
+    runs.write_json(run / "summary.json", {"games": {}, "steps": 80, "updates": 20})
+    assert row("early", 10).startswith("| Pong | – |")
+    assert row("late", 20).startswith("| Pong | 7 |")
+
+
 def test_a_network_that_the_card_cannot_compute_has_no_code_without_this_package(outputs: Path, tmp_path: Path) -> None:
     write_run(outputs / "04_scaled_training" / "bcq", ["Pong"], method="bcq")
     folder = export("04_scaled_training/bcq", tmp_path / "bcq", outputs=outputs)
@@ -156,6 +178,49 @@ def test_a_network_that_the_card_cannot_compute_has_no_code_without_this_package
     assert "Without this package" not in card and "explore.load_agent" in card
     expected = explore.load_agent("04_scaled_training/bcq", outputs=outputs).look("Pong", STACKS)
     np.testing.assert_array_equal(explore.load_agent(folder).look("Pong", STACKS).values, expected.values)
+
+
+@pytest.mark.parametrize("method", ["dt", "bc_transformer"])
+def test_the_card_of_a_transformer_says_what_it_sees_in_code_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setitem(defaults.TRANSFORMERS, "tiny", (1, 32, 2))
+    values = {"method": method, "transformer": "tiny", "sequence_length": 3, "subtract_mean_frames": False}
+    values |= {"return_low": -2, "return_high": 7, "target_return": 5.0} if method == "dt" else {}
+    write_run(tmp_path / "04_scaled_training" / method, ["Pong"], eval_max_steps=6, **values)
+    folder = export(f"04_scaled_training/{method}", tmp_path / "model", outputs=tmp_path)
+    card, config = (folder / "README.md").read_text(), weights.read_config(folder)
+    how = {"transformer": "tiny", "sequence_length": 3, "tokenizer": "patches", "dtype": "float32"}
+    assert config["architecture"] == how and "stack_size" not in config["preprocessing"]
+    assert "the last 3 steps of an episode" in card and "actions drawn from its policy" in card
+    assert not re.findall("c51|discount 0|is 4 frames|Without this package", card)
+    assert ("of the return R that it asks for (target_return 5.0)" in card) == (method == "dt")
+    (code,) = re.findall(r"```python\n(.*?)explore\.agent_browser", card, re.DOTALL)
+    run: dict = {}
+    exec(code.replace("PATH/OF/THIS/FOLDER", str(folder)), run)
+    policy = run["agent"].look("Pong", *episodes.seen(run["agent"], run["episode"])).policy
+    assert policy.shape == (6, 6)
+    np.testing.assert_allclose(policy.sum(1), 1, rtol=1e-5)
+
+
+def test_what_a_network_lacks_is_not_in_its_architecture(outputs: Path, tmp_path: Path) -> None:
+    write_run(outputs / "04_scaled_training" / "clone", ["Pong"], method="bc")
+    config = weights.read_config(export("04_scaled_training/clone", tmp_path / "clone", outputs=outputs))
+    assert not config["architecture"].keys() & {"head", "num_atoms", "group_size"}
+    config = weights.read_config(export("04_scaled_training/c51", tmp_path / "c51", outputs=outputs))
+    assert config["architecture"]["num_atoms"] == 5 and config["architecture"]["head"] == "c51"
+
+
+def test_an_export_that_fails_leaves_nothing_behind(
+    outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> str:
+        raise OSError("no room")
+
+    monkeypatch.setattr(model_card, "card", fail)
+    with pytest.raises(OSError, match="no room"):
+        export("04_scaled_training/c51", tmp_path / "model", outputs=outputs)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_exported_or_opened_is_refused_with_a_remedy(outputs: Path, tmp_path: Path) -> None:
@@ -194,11 +259,12 @@ def test_actions_of_the_configuration_are_the_games(outputs: Path, tmp_path: Pat
 def test_the_agents_notebook_opens_an_exported_agent_without_its_run(outputs: Path, tmp_path: Path) -> None:
     export("04_scaled_training/c51", tmp_path / "gallery" / "model", outputs=outputs)
     values = {"agent": "gallery/model", "outputs": str(tmp_path), "max_steps": 20, "map_states": 8}
-    book = opening("07_agents", 'print(f"Recording:', values)
+    book = opening("07_agents", "explore.show_moments(pair", values)
     nbformat.write(book, tmp_path / "opening.ipynb")
     played = papermill.execute_notebook(tmp_path / "opening.ipynb", tmp_path / "out.ipynb", progress_bar=False)
     printed = "".join(output.get("text", "") for cell in played.cells for output in cell.outputs)
     assert "no such replay folder" in printed and "No recording: episodes of the agent only" in printed
+    assert "No second agent: this checkpoint is the only one" in printed
 
 
 def test_the_gallerys_agent_plays_better_than_its_data(workspace: Path) -> None:

@@ -25,10 +25,11 @@ def write_run(
     return save(folder, p, network, training.about_run(p, games, "of a test"), steps, seed)
 
 
-def write_online_run(folder: Path, games: list[str]) -> list[networks.QNetwork]:
+def write_online_run(folder: Path, games: list[str], **changed: Any) -> list[networks.QNetwork]:
     """A run of `02_online_agents` with independent agents; the network of each game."""
     values = {"games": games, "hidden_sizes": [8], "num_atoms": 5, "v_max": 2.0, "encoder": "nature_narrow"}
-    p = parameters.check("02_online_agents", values | {"adam_epsilon": 1e-5, "run": folder.name, "max_steps": 60})
+    values |= {"adam_epsilon": 1e-5, "run": folder.name, "max_steps": 60}
+    p = parameters.check("02_online_agents", values | changed)
     plain = {"normalize_features": False, "layer_norm": False, "hidden_sizes": (8,), "num_atoms": 5}
     own = [networks.make_q_network(p.encoder, 1, "c51", seed, **plain) for seed in range(len(games))]
     states = [training.init_state(network, training.make_optimizer())[1] for network in own]

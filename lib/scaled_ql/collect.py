@@ -32,7 +32,8 @@ class TrainedPlayer(NamedTuple):
 
     Attributes:
         name: noted with each of its episodes.
-        identity: an id of its parameters; a recording resumes only with the same agents.
+        identity: an id of its name, its parameters and how they are used; a recording resumes only with the same
+            agents.
         load: makes its policy, in the process that records.
     """
 
@@ -203,10 +204,11 @@ def record_game(
     random play.
 
     With `agents`, trained ones play in their order, with epsilon `final_epsilon`, each all episodes that begin in its
-    equal share of the recording's transitions. In the order of their training, they make what DQN-Replay is: play that
+    equal share of the recording's transitions, and at least one: where episodes are longer than shares, the recording
+    has more transitions than `num_transitions`. In the order of their training, they make what DQN-Replay is: play that
     improves. The column `agent` of the episode table has their names.
 
-    Episode k depends only on these arguments and on the transitions before it, so a stopped recording resumes as if it
+    Episode k depends only on these arguments and on the episodes before it, so a stopped recording resumes as if it
     had not been stopped.
     """
     player, actions = None if agents else SCRIPTED_PLAYERS.get(game), action_names(game)
@@ -229,11 +231,15 @@ def record_game(
         rom_md5=rom_md5(game),
         **rules(sticky_actions=sticky_actions, max_steps=max_steps),
     ) as writer:
-        loaded, policy, of_agent = None, None, {}
-        while writer.num_transitions < num_transitions and not _stopped():
+        names, policy, of_agent, turn = [agent.name for agent in agents], None, {}, -1
+        if agents and writer.last_episode:
+            turn = names.index(writer.last_episode["agent"])
+        while (writer.num_transitions < num_transitions or turn + 1 < len(agents)) and not _stopped():
             before = writer.num_transitions
-            if agents and loaded != (turn := before * len(agents) // num_transitions):
-                loaded, policy, of_agent = turn, agents[turn].load(), {"agent": agents[turn].name}
+            over = before * len(agents) // num_transitions > turn  # the share of the one that played last
+            if agents and (over or policy is None):
+                turn += over
+                policy, of_agent = agents[turn].load(), {"agent": names[turn]}
 
             def epsilon(step: int, before: int = before) -> float:
                 if two_minds or agents:

@@ -18,7 +18,8 @@ class StateMap(NamedTuple):
     Attributes:
         table: a row per state: game, time (index of its transition), x, y (place on the map), value (what the agent
             expects, `Agent.expectation`), return (sum of the clipped rewards that followed in the recording, discounted
-            as the agent's values are).
+            as the agent's values are). A decision transformer predicts the return from its window's first step on, so
+            both are from there.
         explained: float64 [2], share of the features' variance along x and along y.
         stacks: uint8 [N, 4, 84, 84].
     """
@@ -62,9 +63,13 @@ def map_states(agent: Agent, data: Replay, number: int, seed: int) -> StateMap:
         past = max(agent.memory, STACK_SIZE)
         time = np.sort(data.draw(game, rng.random(max(2, number // len(games))), n_step=1, stack_size=past))
         stacks.append(np.moveaxis(data.batch(game, time, n_step=1).observation, -1, 1))
-        look = agent.look(game, *(_windows(data, game, time, agent.memory) if agent.memory else (stacks[-1],)))
+        seen = _windows(data, game, time, agent.memory) if agent.memory else (stacks[-1],)
+        look = agent.look(game, *seen)
         features.append(look.features)
-        known = {"value": agent.expectation(look)[1], "return": returns_to_go(data, game, agent.discount)[time]}
+        since = time  # steps from which on the returns are predicted
+        if look.asked is not None:  # of a window the first, but not before its episode
+            since = time - np.minimum(seen[1][:, 2], agent.memory - 1)
+        known = {"value": agent.expectation(look)[1], "return": returns_to_go(data, game, agent.discount)[since]}
         tables.append(pd.DataFrame({"game": game, "time": time} | known))
     places, explained = principal_components(np.concatenate(features))
     table = pd.concat(tables, ignore_index=True).assign(x=places[:, 0], y=places[:, 1])

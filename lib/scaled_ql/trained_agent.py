@@ -11,7 +11,7 @@ it makes of a state depends on how the episode came there.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -256,20 +256,33 @@ def load_agent(run: str | Path, step: int | None = None, outputs: str | Path = "
 def players(folder: str | Path, games: Sequence[str]) -> dict[str, list[TrainedPlayer]]:
     """The agents of a folder as players of recordings (`collect.record`), by game, in the order of their training.
 
+    Each is read here, so that a damaged one is found before hours of recording; JAX does not start.
+
     Args:
-        folder: with exported agents, Atari Agents, or both; see `weights.find_agents`.
+        folder: with exported agents or Atari Agents; see `weights.find_agents`.
         games: to be played.
 
     Raises:
-        RunError, CheckpointError: see `weights.find_agents`.
+        RunError, CheckpointError, ParameterError: see `weights.find_agents`, `load_agent`; a transformer is among them.
     """
     folder = Path(folder).resolve()
 
+    @cache  # one may play several games
+    def identity(place: Path, name: str) -> str:
+        trained = weights.read(place)
+        trained.checked()
+        if "transformer" in trained.about:
+            raise runs.RunError(
+                f"{place}: a transformer sees the last steps of its episode, a player of recordings one state alone. "
+                "Take it out of the folder."
+            )
+        files = [place] if place.is_file() else [place / weights.CONFIG, place / weights.TENSORS]
+        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        return hashlib.sha256("\n".join([name, *digests]).encode()).hexdigest()
+
     def player(place: Path, game: str) -> TrainedPlayer:
-        with (place if place.is_file() else place / weights.TENSORS).open("rb") as file:
-            identity = hashlib.file_digest(file, "sha256").hexdigest()
         name = folder.name if place == folder else str(place.relative_to(folder))
-        return TrainedPlayer(name, identity, partial(_policy, place, game))
+        return TrainedPlayer(name, identity(place, name), partial(_policy, place, game))
 
     return {game: [player(place, game) for place in weights.find_agents(folder, game)] for game in games}
 
@@ -278,11 +291,6 @@ def _policy(place: Path, game: str) -> Policy:
     """The greedy policy of an agent, loaded in a process that records."""
     training.cache_compiled_programs()
     agent = load_agent(place)
-    if agent.memory:
-        raise runs.RunError(
-            f"{place}: sees the last {agent.memory} steps of its episode, a player of recordings one state alone. "
-            "Take it out of the folder."
-        )
     return lambda stack: int(agent.look(game, stack[None]).best[0])
 
 

@@ -4,7 +4,8 @@ An exported folder (`model_card.export`) has ``model.safetensors``, the paramete
 
 Atari Agents (Gogianu et al., 2022, github.com/floringogianu/atari-agents) are DQN, M-DQN and C51 agents of 60 games,
 51 checkpoints a seed: files ``GAME/SEED/model_STEP.gz``, gzip over what PyTorch saved, whose ``estimator_state`` holds
-Mnih et al.'s (2015) network. They are read by PyTorch's loader of weights, which executes nothing that a file says.
+Mnih et al.'s (2015) network. They are read by PyTorch's loader of weights, which is meant to execute nothing of a file.
+Ways around that were found (CVE-2025-32434, CVE-2026-24747); versions that are older than the remedies are refused.
 Their frames were scaled down before the maximum over two was taken, ours are after it.
 """
 
@@ -14,7 +15,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from scaled_ql.training import CheckpointError
 FORMAT, FORMAT_VERSION = "scaled-ql model", 1
 CONFIG, TENSORS = "config.json", "model.safetensors"
 NEEDED = {"name", "step", "games", "about", "parameters", "sha256"}  # of a configuration, to open the model
+SAFE_TORCH = (2, 10)  # the first version without known ways to execute code from weights
 PUBLISHED = re.compile(r"model_(\d+)\.gz")  # of Atari Agents
 
 
@@ -175,6 +177,11 @@ def _load_weights(file: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(
             f"{file}: reading what PyTorch saved needs PyTorch ({error}); pip install -e 'lib[torch]'."
         ) from error
+    if tuple(map(int, torch.__version__.split(".")[:2])) < SAFE_TORCH:
+        raise CheckpointError(
+            f"{file}: PyTorch {torch.__version__} can be made to execute what a file of weights says; expected at "
+            "least 2.10. pip install -e 'lib[torch]'."
+        )
     try:
         with gzip.open(file) as stream:
             stored = torch.load(io.BytesIO(stream.read()), map_location="cpu", weights_only=True)
@@ -182,7 +189,7 @@ def _load_weights(file: Path) -> dict[str, np.ndarray]:
     except Exception as error:  # PyTorch raises many kinds
         raise CheckpointError(
             f"{file}: cannot be read as weights alone ({type(error).__name__}: {error}). It is damaged, or holds "
-            "more than weights, which is never executed. Download it again, or leave it out."
+            "more than weights, which is not executed. Download it again, or leave it out."
         ) from error
 
 
@@ -203,10 +210,12 @@ def from_atari_agents(
         for DQN.
 
     Raises:
-        CheckpointError: the arrays have other names or shapes.
+        CheckpointError: the arrays have other names or shapes; the support is not one of C51.
     """
     short = {name.removeprefix("_AtariNet__"): np.asarray(array, np.float32) for name, array in state.items()}
     atoms = short.pop("support", None)
+    if atoms is not None and not _is_support(atoms):
+        raise CheckpointError(f"{where}: support is {atoms}, expected ascending numbers at equal distances around 0.")
     width = 1 if atoms is None else len(atoms)
     shapes = {"features.0": (32, 4, 8, 8), "features.2": (64, 32, 4, 4), "features.4": (64, 64, 3, 3)}
     shapes |= {"head.0": (512, 64 * 7 * 7), "head.2": (num_actions * width, 512)}
@@ -231,18 +240,33 @@ def from_atari_agents(
     return {path: np.ascontiguousarray(array)[None] for path, array in params.items()}, atoms
 
 
+def _is_support(atoms: np.ndarray) -> bool:
+    """Whether they are what `losses.support` makes of the last of them."""
+    if atoms.ndim != 1 or len(atoms) < 2 or not 0 < atoms[-1] < np.inf:
+        return False
+    return np.allclose(atoms, np.linspace(-atoms[-1], atoms[-1], len(atoms)), rtol=0, atol=1e-5 * atoms[-1])
+
+
 def find_agents(folder: Path, game: str) -> list[Path]:
     """Agents that play a game, exported or Atari Agents, anywhere in a folder, by gradient steps, then by path.
 
+    Hidden files and folders, such as half-written exports, are left out.
+
     Raises:
-        RunError: there are none; the message names the games of which there are.
+        RunError: there are none, and the message names the games of which there are; or both kinds.
         CheckpointError: an exported folder's configuration cannot be read.
     """
     found: dict[str, list[tuple[int, Path]]] = {}
-    for file in folder.rglob("model_*.gz"):
+
+    def shown(pattern: str) -> Iterator[Path]:
+        for file in folder.rglob(pattern):
+            if not any(part.startswith(".") for part in file.relative_to(folder).parts):
+                yield file
+
+    for file in shown("model_*.gz"):
         if named := PUBLISHED.fullmatch(file.name):
             found.setdefault(file.parent.parent.name, []).append((int(named[1]), file))
-    for file in folder.rglob(CONFIG):
+    for file in shown(CONFIG):
         config = read_config(file.parent)
         for name in config["games"] if config else ():
             found.setdefault(name, []).append((config["step"], file.parent))
@@ -251,5 +275,10 @@ def find_agents(folder: Path, game: str) -> list[Path]:
         raise runs.RunError(
             f"{folder}: no agent of {game}; {there}. Expected folders of `scaled-ql export model`, or files "
             f"{game}/SEED/model_STEP.gz of Atari Agents."
+        )
+    if len({place.is_file() for _, place in found[game]}) > 1:
+        raise runs.RunError(
+            f"{folder}: has exported agents of {game} and files of Atari Agents, whose numbers count different steps: "
+            "their order is not known. Keep them in two folders, and record from each."
         )
     return [place for _, place in sorted(found[game])]

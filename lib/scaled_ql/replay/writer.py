@@ -24,6 +24,10 @@ class ReplayWriter:
 
     Each `append` is on disk (fsync) when it returns. Reopening a store that was being written when its
     process died continues after the last complete episode. A file lock keeps a second writer out.
+
+    Attributes:
+        num_episodes, num_transitions: on disk.
+        last_episode: row of the episode table; None of an empty recording.
     """
 
     def __init__(
@@ -98,6 +102,8 @@ class ReplayWriter:
         self._appended, self._journal_size = fmt.parse_journal(content, str(self._journal), covered, checked)
         self.num_episodes = table.num_rows + len(self._appended)
         self.num_transitions = covered + sum(row["length"] for row in self._appended)
+        rows = self._appended or table.slice(max(table.num_rows - 1, 0)).to_pylist()
+        self.last_episode: dict[str, Any] | None = rows[-1] if rows else None
         self._next_row = max(
             int((table["row"].to_numpy() + table["frames"].to_numpy()).max(initial=0)),
             max((row["row"] + row["frames"] for row in self._appended), default=0),
@@ -160,6 +166,7 @@ class ReplayWriter:
                 f"{self.num_transitions} transitions before it are safe; make room on the disk and run again to "
                 "continue."
             ) from error
+        self.last_episode = row
         self.num_episodes += 1
         self.num_transitions += row["length"]
         self._next_row += row["frames"]
