@@ -242,7 +242,7 @@ def browse_an_agent(page: Page, record_property: Callable[[str, object], None]) 
 
 
 def browse_two_agents(page: Page) -> None:
-    cell = cell_with(page, "explore.agent_browser(agent, other")
+    cell = cell_with(page, "explore.agent_browser(*pair")
     picture, cases = cell.locator("img.widget-image"), cell.get_by_label("disagree")
     words = cases.locator("option").last.text_content() or ""
     (step,) = re.findall(r"step\s(\d+):", words)  # with a space that does not break
