@@ -148,7 +148,7 @@ def compare(names: tuple[str, ...], figure: str, outputs: str) -> None:
     NAMES are <notebook>/<run>, or a run's name where it is the only one.
     """
     with _reporting(runs.RunError, parameters.ParameterError):
-        folders = [run_table.find(_folder(outputs), name) for name in names]
+        folders = [runs.find(_folder(outputs), name) for name in names]
         tables = {
             "parameters that differ": run_table.compare_parameters(folders),
             "mean returns, with 95% intervals over episodes": run_table.compare_scores(folders),
@@ -212,7 +212,7 @@ def render(names: tuple[str, ...], outputs: str) -> None:
     """Write the reports (run.html) of runs anew from their executed notebooks."""
     with _reporting(runs.RunError):
         for name in names:
-            folder = run_table.find(_folder(outputs), name)
+            folder = runs.find(_folder(outputs), name)
             if not (folder / "run.ipynb").exists():
                 raise runs.RunError(f"{folder}: has no run.ipynb; execute the run first.")
             click.echo(runs.render(folder / "run.ipynb"))

@@ -1,6 +1,5 @@
 """The runs of an outputs folder: a table of them, two or more compared, and what may be deleted."""
 
-import difflib
 import json
 import shutil
 import time
@@ -126,27 +125,6 @@ def differing(several: Iterable[dict[str, Any]]) -> list[str]:
     several = list(several)
     names = dict.fromkeys(name for given in several for name in given if name not in UNIMPORTANT)
     return [name for name in names if len({json.dumps(given.get(name)) for given in several}) > 1]
-
-
-def find(outputs: Path, name: str) -> Path:
-    """The folder of a run.
-
-    Args:
-        outputs: outputs folder.
-        name: ``<notebook>/<run>``, or the run's name alone where no other notebook has such a run.
-
-    Raises:
-        RunError: there is none, or several; the message names them.
-    """
-    known = {
-        f"{file.parent.parent.name}/{file.parent.name}": file.parent for file in outputs.glob("*/*/parameters.yaml")
-    }
-    meant = [name] if name in known else [full for full in known if full.split("/", 1)[1] == name]
-    if len(meant) == 1:
-        return known[meant[0]]
-    near = meant or difflib.get_close_matches(name, known, n=3, cutoff=0.3) or list(known)[:3]
-    said = "several runs have that name" if meant else "no such run"
-    raise runs.RunError(f"{name!r}: {said} below {outputs}; did you mean {' or '.join(near) or 'another folder'}?")
 
 
 def compare_parameters(folders: Sequence[Path]) -> pd.DataFrame:

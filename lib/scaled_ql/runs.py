@@ -179,6 +179,38 @@ def check_inputs(values: Parameters) -> None:
             raise RunError(f"run {values.run}: game {game!r} is not in {values.dataset}: {', '.join(dataset.games)}.")
 
 
+def find(home: Path, name: str, having: str = "parameters.yaml") -> Path:
+    """The folder of a run.
+
+    Args:
+        home: outputs folder.
+        name: ``<notebook>/<run>``, or the run's name alone where no other notebook has such a run.
+        having: file or folder that the run has, such as ``checkpoints``.
+
+    Raises:
+        RunError: there is none, or several; the message names them.
+    """
+    known = _folders(home, having)
+    meant = [name] if name in known else [full for full in known if full.split("/", 1)[1] == name]
+    if len(meant) == 1:
+        return known[meant[0]]
+    if meant:
+        raise RunError(f"{name!r}: several runs have that name below {home}; did you mean {' or '.join(meant)}?")
+    raise RunError(f"{name!r}: {_no_such_run(home, name, having)}")
+
+
+def _folders(home: Path, having: str) -> dict[str, Path]:
+    return {str(file.parent.relative_to(home)): file.parent for file in sorted(home.glob(f"*/*/{having}"))}
+
+
+def _no_such_run(home: Path, name: str, having: str) -> str:
+    """Why there is no run of that name, and which names are near it."""
+    known = _folders(home, having)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or list(known)[:3]
+    which = "with checkpoints there are" if having == "checkpoints" else "there are"
+    return f"no such run below {home}; {which} {', '.join(near) or 'none'}."
+
+
 def trained_run(values: Parameters, parameter: str) -> Path:
     """The folder of the finished run with checkpoints that a parameter names.
 
@@ -189,10 +221,7 @@ def trained_run(values: Parameters, parameter: str) -> Path:
     home = outputs_folder(values)
     folder, says = home / name, f"run {values.run}: {parameter} = {name!r}"
     if not name or not (folder / "status.json").exists():
-        known = [str(place.parent.relative_to(home)) for place in sorted(home.glob("*/*/checkpoints"))]
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]
-        there = f"with checkpoints there are {', '.join(near)}" if near else "no run there has checkpoints"
-        raise RunError(f"{says}: no such run below {home}; {there}.")
+        raise RunError(f"{says}: {_no_such_run(home, name, 'checkpoints')}")
     state = read_json(folder / "status.json").get("state", "not started")
     if state != "finished":
         raise RunError(f"{says}: that run is {state}. Wait until it is finished, or execute it again to resume it.")

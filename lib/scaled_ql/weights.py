@@ -9,7 +9,6 @@ Ways around that were found (CVE-2025-32434, CVE-2026-24747); versions that are 
 Their frames were scaled down before the maximum over two was taken, ours are after it.
 """
 
-import difflib
 import gzip
 import hashlib
 import io
@@ -71,7 +70,7 @@ class Trained(NamedTuple):
 
 
 def find(run: str | Path, home: Path) -> Path:
-    """A run's folder, an exported folder or a file, given as such or by its path below the outputs folder `home`.
+    """A run's folder, an exported folder or a file, given as such or by its name below the outputs folder `home`.
 
     Raises:
         RunError: there is none; the message suggests near ones.
@@ -79,10 +78,7 @@ def find(run: str | Path, home: Path) -> Path:
     for place in (Path(run), home / run):
         if place.is_file() or any((place / name).exists() for name in ("parameters.yaml", CONFIG)):
             return place.resolve()
-    known = [str(place.parent.relative_to(home)) for place in sorted(home.glob("*/*/checkpoints"))]
-    near = difflib.get_close_matches(str(run), known, n=3, cutoff=0.3) or known[:3]
-    there = f"with checkpoints there are {', '.join(near)}" if near else "no run there has checkpoints"
-    raise runs.RunError(f"run {str(run)!r}: neither a run's folder nor one below {home}; {there}.")
+    return runs.find(home, str(run), "checkpoints")
 
 
 def read(place: Path, step: int | None = None) -> Trained:
