@@ -19,8 +19,8 @@ SOURCE = "five_seeds.yaml"
 GAMES = ("Breakout", "Qbert")
 
 
-def write(outputs, scores, data="abc", **changes):
-    """A finished run of the base's, with human-normalised scores, points, of GAMES."""
+def write(outputs, scores, data="abc", games=GAMES, **changes):
+    """A finished run of the base's, with human-normalised scores, points, of some games."""
     values = ablations.base(SOURCE).model_dump() | changes
     name = ".".join(f"{key}-{value}" for key, value in changes.items())
     folder = outputs / "04_scaled_training" / name
@@ -28,7 +28,7 @@ def write(outputs, scores, data="abc", **changes):
     (folder / "parameters.yaml").write_text(yaml.safe_dump(values | {"run": name}))
     (folder / "status.json").write_text('{"state": "finished"}')
     returns = {}
-    for game, score in zip(GAMES, np.broadcast_to(scores, 2)):
+    for game, score in zip(games, np.broadcast_to(scores, len(games))):
         random, human = (reference_score(game, who) for who in ("random", "human"))
         raw = [random + share / 100 * (human - random) for share in (float(score), 3.0, 2.0)]
         returns[game] = {
@@ -105,6 +105,41 @@ def test_what_did_not_learn_from_reward_supports_nothing(outputs):
     assert table["low"][1] > 0 and table["control"][1] < 0
     said = claims.verdict(table)
     assert "perhaps no better than without rewards**: no better than its control (nature_narrow); beaten by" in said
+
+
+def test_one_network_for_all_games_is_compared_with_one_for_each(tmp_path):
+    rng = np.random.default_rng(0)
+    scores = {
+        name: 10 * k + rng.normal(size=(3, 2)) for k, name in enumerate(("alone without", "alone", "without", "both"))
+    }
+    for seed in range(3):
+        write(tmp_path, scores["both"][seed], seed=seed)
+        write(tmp_path, scores["without"][seed], seed=seed, alpha=0.0)
+        write(tmp_path, ZERO[seed], seed=seed, rewards="zero")
+        for k, game in enumerate(GAMES):
+            one = {"seed": seed, "view": f"only_{game}", "data": game, "games": [game]}
+            write(tmp_path, scores["alone"][seed, k], **one)
+            write(tmp_path, scores["alone without"][seed, k], **one, alpha=0.0)
+    write(tmp_path, 90.0, seed=3, view="only_Qbert", data="Qbert", games=["Qbert"])  # Breakout's is not there
+    gathered = ablations.gather(tmp_path)
+    table = claims.test(gathered, SOURCE, claims.together(gathered, SOURCE)).set_index("claim")
+    more, better = table.index
+    means = {name: each.mean(axis=1) for name, each in scores.items()}
+    welch = stats.ttest_ind(means["both"], means["alone"], equal_var=False).confidence_interval(0.95)
+    expected = [means["both"].mean() - means["alone"].mean(), welch.low, welch.high]
+    assert table.loc[better, ["effect", "low", "high"]].tolist() == pytest.approx(expected)
+    gains = [
+        means[one].mean() - means[other].mean() for one, other in (("both", "without"), ("alone", "alone without"))
+    ]
+    assert table.loc[more, "effect"] == pytest.approx(gains[0] - gains[1])
+    assert table["seeds"].tolist() == ["3 + 3 + 3 + 3", "3 + 3"] and table.loc[better, "minutes"] == pytest.approx(
+        9 * 2
+    )
+    assert table.loc[better, "verdict"] == "yes"
+    kept = claims.save(gathered, SOURCE)
+    assert set(kept["run"]) == set(gathered.runs.index)
+    write(tmp_path, 5.0, seed=0, view="also_Qbert", data="x", games=["Qbert"])  # which is Qbert's?
+    assert claims.together(ablations.gather(tmp_path), SOURCE) == []
 
 
 def test_growth_is_asked_of_the_largest_and_the_smallest(tmp_path):

@@ -40,7 +40,8 @@ class Claim(NamedTuple):
 
     Attributes:
         name: the letter of the claim, and what it says.
-        arms: weights, and changes of the base. The first is the one whose control has zero rewards.
+        arms: weights, and changes of the base. The first is the one whose control has zero rewards. A tuple of views
+            stands for one network for each of them: what those of a seed score is one score in all their games.
         against: column of scores measured once, whose mean is subtracted; "" for none.
         column: of the returns of all arms but the first.
         printed: what the paper found.
@@ -67,7 +68,7 @@ def _printed(table: str, statistic: str, first: str, second: str) -> str:
 
 
 def claims() -> list[Claim]:
-    """All claims but those about the size of networks, which are `growing`'s."""
+    """All claims but those of `growing`, about the size of networks, and of `together`, about the number of games."""
     reward, cql = "learning_from_reward.html", {"method": "cql"}
     normalised = _printed("2", "median", "with", "without")
     six, forty = (_printed(table, "iqm", "with", "without") for table in ("A.2", "A.3"))
@@ -113,13 +114,33 @@ def growing(gathered: Gathered, source: str) -> list[Claim]:
     return found
 
 
+def together(gathered: Gathered, source: str) -> list[Claim]:
+    """Claims about one network for all games, beside one for each; none, unless the runs have a view of each game.
+
+    All are trained for as many steps, of batches as large.
+    """
+    base = ablations.base(source)
+    games = gathered.scores.join(gathered.runs["view"], on="run").groupby("view")["game"].unique()
+    single = tuple(view for view, own in games.items() if view != base.view and len(own) == 1)
+    if sorted(games[view][0] for view in single) != sorted(games.get(base.view, ())) or len(single) < 2:
+        return []
+    alone, named = {"view": single}, f"one network for {len(single)} games"
+    arms = ((1, {}), (-1, {"alpha": 0.0}), (-1, alone), (1, alone | {"alpha": 0.0}))
+    return [
+        Claim(
+            f"f: pessimism helps more in {named} than in one for each", arms, printed="+35.1 six games, +100.6 forty"
+        ),
+        _versus(f"beyond: {named} better than one for each", {}, alone),
+    ]
+
+
 def test(gathered: Gathered, source: str, which: list[Claim] | None = None) -> pd.DataFrame:
     """Each claim on the runs of a rung, once for every encoder that has two runs or more of each of its arms.
 
     Args:
         gathered: from `read`, or `ablations.gather`.
         source: the base, a file of `params/04_scaled_training/`.
-        which: claims; None: `claims` and `growing`.
+        which: claims; None: `claims`, `growing` and `together`.
 
     Returns:
         columns claim, encoder ("" where the claim names them), effect, low, high (points of human-normalised score,
@@ -134,7 +155,7 @@ def test(gathered: Gathered, source: str, which: list[Claim] | None = None) -> p
         GatherError: see `ablations.select`; arms with different games or different contents of the dataset.
     """
     base, rows = ablations.base(source), []
-    for claim in which if which is not None else [*claims(), *growing(gathered, source)]:
+    for claim in which if which is not None else [*claims(), *growing(gathered, source), *together(gathered, source)]:
         found = list(_tested(gathered, base, claim))
         lacking = {"claim": claim.name, "verdict": "missing", "paper": claim.printed, "report": claim.report}
         rows += found or [lacking]
@@ -148,54 +169,75 @@ def _tested(gathered: Gathered, base: parameters.Parameters, claim: Claim) -> It
     named = any("encoder" in changes for _, changes in claim.arms)
     for encoder in [""] if named else sorted(gathered.runs["encoder"].unique()):
         given = {"encoder": encoder} if encoder else {}
-        chosen = [ablations.select(gathered, base, given | dict(changes)) for _, changes in claim.arms]
-        if any(len(runs) < 2 for runs in chosen):
+        chosen = [_arm(gathered, base, given | dict(changes)) for _, changes in claim.arms]
+        if any(len(runs) < 2 for arm in chosen for runs in arm):
             continue
         controls = [_control(gathered, base, given, changes) for _, changes in claim.arms]
-        ablations.same_data(pd.concat([*chosen, *controls]))
-        cut = ablations.cut_games(gathered, [name for runs in chosen for name in runs.index])
-        scores = [points(gathered, chosen[0], cut), *(points(gathered, runs, cut, claim.column) for runs in chosen[1:])]
-        fixed = points(gathered, chosen[0], cut, claim.against) if claim.against else 0 * scores[0]
+        every = pd.concat([runs for arm in [*chosen, *controls] for runs in arm])
+        for _, same in every.groupby("view"):
+            ablations.same_data(same)
+        used = pd.concat([runs for arm in chosen for runs in arm])
+        cut = ablations.cut_games(gathered, used.index)
+        columns = ["agent_return", *[claim.column] * (len(chosen) - 1)]
+        scores = [_points(gathered, arm, cut, column) for arm, column in zip(chosen, columns)]
+        fixed = _points(gathered, chosen[0], cut, claim.against) if claim.against else 0 * scores[0]
         if any(list(table.columns) != list(scores[0].columns) for table in [*scores[1:], fixed]):
-            raise GatherError(f"{claim.name}: runs {', '.join(chosen[0].index)} and others have different games.")
+            raise GatherError(f"{claim.name}: runs {', '.join(chosen[0][0].index)} and others have different games.")
         if scores[0].empty:
             continue
         weights, arms = [weight for weight, _ in claim.arms], [table.mean(axis=1).to_numpy() for table in scores]
         effect, low, high = (value - fixed.to_numpy().mean() for value in metrics.contrast(weights, arms))
-        above = [_above(gathered, runs, zero) for runs, zero in zip(chosen, controls)]
+        above = [_above(gathered, arm, zero) for arm, zero in zip(chosen, controls)]
         row = {"claim": claim.name, "encoder": encoder, "effect": effect, "low": low, "high": high}
         row |= dict(zip(("control", "control low", "control high"), above[0]))
         row["verdict"] = "yes" if low > 0 else "no" if high < 0 else "inconclusive"
         winner = next((i for i, weight in enumerate(weights) if weight < 0), None) if high < 0 else 0
         if winner is not None and not above[winner][1] > 0:  # the data, if they win, need no control
             row["verdict"] = "unlearned"
-        used = pd.concat(chosen)
         row |= {"seeds": " + ".join(str(len(arm)) for arm in arms), "without": ", ".join(cut), "weights": weights}
         row |= {"minutes": used["training_minutes"].sum(), "devices": ", ".join(sorted(set(used["device"]) - {""}))}
         row["spread"] = np.sqrt(np.mean([arm.var(ddof=1) for arm in arms]))
         yield row | {"paper": claim.printed, "report": claim.report}
 
 
+def _arm(gathered: Gathered, base: parameters.Parameters, changes: Mapping[str, Any]) -> list[pd.DataFrame]:
+    """The runs of an arm, one per seed; of several views those of each, with the seeds that all have."""
+    views = changes["view"] if isinstance(changes.get("view"), tuple) else None
+    if views is None:
+        return [ablations.select(gathered, base, changes)]
+    arm = [ablations.select(gathered, base, {**changes, "view": view}) for view in views]
+    common = set.intersection(*(set(runs["seed"]) for runs in arm))
+    return [runs[runs["seed"].isin(common)] for runs in arm]
+
+
 def _control(
     gathered: Gathered, base: parameters.Parameters, given: Mapping[str, Any], changes: Mapping[str, Any]
-) -> pd.DataFrame:
+) -> list[pd.DataFrame]:
     """Runs with zero rewards of an arm, or, where it has no two, of the base with the arm's encoder."""
-    own = ablations.select(gathered, base, {**given, **changes, "rewards": "zero"})
+    own = _arm(gathered, base, {**given, **changes, "rewards": "zero"})
     encoder = {name: changes[name] for name in ("encoder", "embedding") if name in changes}
-    return own if len(own) > 1 else ablations.select(gathered, base, {**given, **encoder, "rewards": "zero"})
+    return own if len(own[0]) > 1 else _arm(gathered, base, {**given, **encoder, "rewards": "zero"})
 
 
-def _above(gathered: Gathered, runs: pd.DataFrame, control: pd.DataFrame) -> tuple[float, float, float]:
+def _above(gathered: Gathered, arm: list[pd.DataFrame], control: list[pd.DataFrame]) -> tuple[float, float, float]:
     """An arm's lead over its control, with its interval; NaN without a control or a game in common."""
-    cut = ablations.cut_games(gathered, [*runs.index, *control.index])
-    first, second = (points(gathered, some, cut) for some in (runs, control))
+    cut = ablations.cut_games(gathered, [name for runs in [*arm, *control] for name in runs.index])
+    first, second = (_points(gathered, some, cut) for some in (arm, control))
     common = [game for game in first if game in second]
-    if len(control) < 2 or not common:
+    if len(second) < 2 or not common:
         return (np.nan,) * 3
     return metrics.contrast([1, -1], [table[common].mean(axis=1).to_numpy() for table in (first, second)])
 
 
-def points(gathered: Gathered, runs: pd.DataFrame, without: list[str], column: str = "agent_return") -> pd.DataFrame:
+def _points(gathered: Gathered, arm: list[pd.DataFrame], *how: Any) -> pd.DataFrame:
+    """`points` of an arm, [seeds, games of all its views]."""
+    tables = [points(gathered, runs, *how).set_axis(runs["seed"], axis=0) for runs in arm]
+    return pd.concat(tables, axis=1).sort_index(axis=1)
+
+
+def points(
+    gathered: Gathered, runs: pd.DataFrame, without: Sequence[str] = (), column: str = "agent_return"
+) -> pd.DataFrame:
     """Human-normalised scores in points, [runs, games], of a column of raw returns.
 
     Games without reference scores, games that `without` names, and games in which no run has that return are left out.
@@ -314,9 +356,13 @@ def verdict(tested: pd.DataFrame) -> str:
 
 
 def save(gathered: Gathered, source: str) -> pd.DataFrame:
-    """The scores of a rung's runs, those that share the base's data, steps and evaluation; columns `SCORE_COLUMNS`."""
+    """The scores of a rung's runs, those that share the base's dataset, steps and evaluation.
+
+    Returns:
+        columns `SCORE_COLUMNS`.
+    """
     base = ablations.base(source)
-    shared = {*PROTOCOL, "dataset", "view", "num_steps"}
+    shared = {*PROTOCOL, "dataset", "num_steps"}
     commands = {}
     for name, how in ablations.differences_from(gathered, base, {}).items():
         if not shared & how.keys():
