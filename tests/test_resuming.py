@@ -80,8 +80,9 @@ def test_a_run_stopped_in_two_ways_resumes_bit_identically_and_measures_each_sco
     """
     target = "04_scaled_training"
     more = ["-p", "method", "bcq", "-p", "num_steps", "200", "-p", "eval_every", "100", "-p", "checkpoint_every", "20"]
-    more += ["-p", "eval_max_steps", "5", "-p", "video_steps", "0", "-p", "dataset", str(recording)]
-    more += ["-p", "steps_per_dispatch", "3", "-p", "sampling_processes", "1", "-p", "deterministic", "true"]
+    more += ["-p", "eval_episodes", "1", "-p", "eval_max_steps", "5", "-p", "video_steps", "0"]
+    more += ["-p", "steps_per_dispatch", "5", "-p", "sampling_processes", "1", "-p", "deterministic", "true"]
+    more += ["-p", "dataset", str(recording)]
     undisturbed, stopped = tmp_path / target / "undisturbed", tmp_path / target / "stopped"
     done = run(target, tmp_path, TINY[target], "-p", "run", "undisturbed", *more, **AS_USERS)
     assert done.returncode == 0, done.stderr
@@ -116,7 +117,7 @@ def test_the_training_cell_goes_on_after_an_interrupt_and_shows_its_curves_again
 ) -> None:
     """As in JupyterLab: the cell is interrupted, and executed again in the same kernel; and again when all is done."""
     values = parameters.load(runs.workspace() / TINY["04_scaled_training"])
-    values |= {"dataset": str(recording), "outputs": str(tmp_path), "num_steps": 200, "log_every": 1, "run": "again"}
+    values |= {"dataset": str(recording), "outputs": str(tmp_path), "num_steps": 100, "log_every": 1, "run": "again"}
     book = opening("04_scaled_training", "trainer.steps(", values)
     client = NotebookClient(book, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
     log = tmp_path / "04_scaled_training" / "again" / "metrics.jsonl"
