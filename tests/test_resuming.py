@@ -117,7 +117,7 @@ def test_the_training_cell_goes_on_after_an_interrupt_and_shows_its_curves_again
 ) -> None:
     """As in JupyterLab: the cell is interrupted, and executed again in the same kernel; and again when all is done."""
     values = parameters.load(runs.workspace() / TINY["04_scaled_training"])
-    values |= {"dataset": str(recording), "outputs": str(tmp_path), "num_steps": 100, "log_every": 1, "run": "again"}
+    values |= {"dataset": str(recording), "outputs": str(tmp_path), "num_steps": 200, "log_every": 1, "run": "again"}
     book = opening("04_scaled_training", "trainer.steps(", values)
     client = NotebookClient(book, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
     log = tmp_path / "04_scaled_training" / "again" / "metrics.jsonl"
