@@ -60,7 +60,8 @@ def pytest_xdist_auto_num_workers() -> int:
 # Minutes; to be started first.
 LONG = (
     "test_notebooks.py", "test_browser.py", "test_devices.py", "test_resuming.py", "test_transfer_runs.py",
-    "test_online.py", "test_grids.py", "test_networks.py",
+    "test_online.py", "test_grids.py", "test_networks.py", "test_decision_transformer.py", "test_methods.py",
+    "test_training.py", "test_vit.py", "test_mae.py", "test_runs.py",
 )  # fmt: skip
 
 

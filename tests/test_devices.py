@@ -61,7 +61,7 @@ def expected(tmp_path_factory):
     return train(tmp_path_factory.mktemp("one"), 20)
 
 
-@pytest.mark.parametrize("words", ["encoder=resnet_narrow head=c51", "head=mse", "encoder=vit_narrow split"])
+@pytest.mark.parametrize("words", ["encoder=resnet_narrow head=c51", "encoder=vit_narrow head=mse split"])
 def test_eight_devices_train_as_one(tmp_path, words):
     one = start(tmp_path / "one", 20, *words.split())
     eight = start(tmp_path / "eight", 20, *words.split(), count=8)

@@ -1089,7 +1089,7 @@ STORES = st.dictionaries(
 )
 
 
-@settings(max_examples=8, **SLOW)
+@settings(max_examples=3, **SLOW)  # besides those named
 @given(runs=STORES, rows_per_file=st.integers(5, 40), seed=st.integers(0, 99))
 @example(runs={1: [(1, True)]}, rows_per_file=5, seed=0)
 @example(runs={1: [(1, True)] * 5}, rows_per_file=5, seed=0)

@@ -164,15 +164,15 @@ def caught(params, episodes=20):
     """Mean return of the greedy player; the best is 5."""
     graph, _ = nnx.split(CatchNetwork(nnx.Rngs(0)), nnx.Param)
     prefer = methods.q_learning(atoms=ATOMS).preferences(graph, [3])
-    env, returns = catch.Catch(BALLS), []
-    for seed in range(episodes):
-        (frame, _), total, ended = env.reset(seed=seed), 0.0, False
-        while not ended:
-            action = prefer(params, grid(frame)[None], jnp.zeros(1, jnp.int32))[0].argmax()
-            frame, reward, ended, _, _ = env.step(action)
-            total += reward
-        returns.append(total)
-    return np.mean(returns)
+    playing, total, over = [catch.Catch(BALLS) for _ in range(episodes)], 0.0, False
+    frames = [env.reset(seed=seed)[0] for seed, env in enumerate(playing)]
+    while not over:  # all episodes are equally long
+        values = prefer(params, np.stack(list(map(grid, frames))), jnp.zeros(episodes, jnp.int32))
+        steps = [env.step(action) for env, action in zip(playing, np.asarray(values).argmax(1))]
+        frames, rewards, ended, *_ = zip(*steps)
+        assert all(ended) == any(ended)
+        total, over = total + sum(rewards), all(ended)
+    return total / episodes
 
 
 @pytest.mark.usefixtures("optimized")

@@ -80,8 +80,9 @@ def test_a_run_stopped_in_two_ways_resumes_bit_identically_and_measures_each_sco
     """
     target = "04_scaled_training"
     more = ["-p", "method", "bcq", "-p", "num_steps", "200", "-p", "eval_every", "100", "-p", "checkpoint_every", "20"]
-    more += ["-p", "eval_max_steps", "5", "-p", "video_steps", "0", "-p", "dataset", str(recording)]
-    more += ["-p", "steps_per_dispatch", "3", "-p", "sampling_processes", "1", "-p", "deterministic", "true"]
+    more += ["-p", "eval_episodes", "1", "-p", "eval_max_steps", "5", "-p", "video_steps", "0"]
+    more += ["-p", "steps_per_dispatch", "5", "-p", "sampling_processes", "1", "-p", "deterministic", "true"]
+    more += ["-p", "dataset", str(recording)]
     undisturbed, stopped = tmp_path / target / "undisturbed", tmp_path / target / "stopped"
     done = run(target, tmp_path, TINY[target], "-p", "run", "undisturbed", *more, **AS_USERS)
     assert done.returncode == 0, done.stderr

@@ -132,7 +132,7 @@ def test_batches_equal_naive_ones(plans, n, stack, capacity, steps, compressed, 
         assert batch.discount[number] == np.float32(follows)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=6)
 @given(plans=PLANS, n=st.sampled_from([1, 3]), compressed=st.booleans(), seed=st.integers(0, 2**32 - 1))
 def test_what_is_logged_gives_the_same_batches_from_the_store(plans, n, compressed, seed):
     ring = Ring(len(plans), 60, MAX_STEPS, compressed=compressed)

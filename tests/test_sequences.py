@@ -105,7 +105,7 @@ def assert_windows(replay, batch, game, index, length):
 episode = st.tuples(st.integers(1, 12), st.booleans(), st.booleans(), st.booleans())
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(
     episodes=st.dictionaries(
         st.sampled_from(["Pong", "Breakout"]), st.lists(episode, min_size=1, max_size=5), min_size=1

@@ -113,7 +113,7 @@ def naive_transition(episodes, t, n_step, discount, stack_size, clip_rewards):
     return stack(t), episode["action"][t], total, 0.0 if ended else discount**n_step, stack(following)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 @given(
     runs=st.dictionaries(
         st.sampled_from([1, 2, 10]),

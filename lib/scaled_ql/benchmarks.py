@@ -71,13 +71,15 @@ def repeat_store(source: Replay, destination: str | Path, games: list[str], copi
                 at += len(actions)
             made[lender, number] = episodes, columns
         episodes, columns = made[lender, number]
-        together = {name: np.concatenate([data[name] for data in columns]) for name in columns[0]}
-        once = together.pop("observation")
-        repeated = {name: np.tile(column, min(per_shard, copies)) for name, column in together.items()}
+        written = columns[0].keys() - ({"observation"} if lender in first else set())
+        together = {name: np.concatenate([data[name] for data in columns]) for name in written}
+        repeated = {
+            name: column if name == "observation" else np.tile(column, min(per_shard, copies))
+            for name, column in together.items()
+        }
         try:
             fmt.grow(arrays, rows * copies)
-            writes = fmt.write_rows(arrays, 0, repeated)
-            for write in writes if lender in first else [*writes, *fmt.write_rows(arrays, 0, {"observation": once})]:
+            for write in fmt.write_rows(arrays, 0, repeated):
                 write.result()
         except fmt.STORE_ERRORS as error:
             raise ReplayError(

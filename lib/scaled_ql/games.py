@@ -5,9 +5,10 @@ import difflib
 import functools
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -115,14 +116,34 @@ def rom_badge(game: str, manifests: Iterable[Mapping[str, str]]) -> str:
 
 @functools.cache
 def action_names(game: str) -> tuple[str, ...]:
-    """The minimal action set, in ALE's order: an action is an index into this tuple everywhere."""
+    """The minimal action set, in ALE's order: an action is an index into this tuple everywhere.
+
+    The paper's games are in a table: ALE answers only after it has loaded a ROM, a twelfth of a second for each game.
+    """
+    known = _minimal_actions()
+    return known[game] if game in known else tuple(action.name for action in _loaded(game).getMinimalActionSet())
+
+
+@functools.cache
+def _minimal_actions() -> dict[str, tuple[str, ...]]:
+    return {row["game"]: tuple(row["actions"].split()) for row in _table("minimal_actions")}
+
+
+def _loaded(game: str) -> Any:
+    """ALE with a game's ROM."""
     import ale_py
     from ale_py import roms
 
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     ale = ale_py.ALEInterface()
     ale.loadROM(roms.get_rom_path(rom_name(game)))
-    return tuple(action.name for action in ale.getMinimalActionSet())
+    return ale
+
+
+def _table(name: str) -> Iterator[dict[str, str]]:
+    """Rows of one of this package's tables."""
+    table = resources.files("scaled_ql") / "data" / f"{name}.csv"
+    return csv.DictReader(table.read_text(encoding="utf-8").splitlines())
 
 
 def full_actions(names: Sequence[str]) -> np.ndarray:
@@ -166,12 +187,7 @@ class UnknownVariant(ValueError):
 
 @functools.cache
 def _variants(game: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    import ale_py
-    from ale_py import roms
-
-    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-    ale = ale_py.ALEInterface()
-    ale.loadROM(roms.get_rom_path(rom_name(game)))
+    ale = _loaded(game)
     return tuple(ale.getAvailableModes()), tuple(ale.getAvailableDifficulties())
 
 
@@ -196,8 +212,7 @@ def check_variant(game: str, mode: int | None, difficulty: int | None) -> None:
 
 @functools.cache
 def _reference_scores() -> dict[str, dict[str, str]]:
-    table = resources.files("scaled_ql") / "data" / "reference_scores.csv"
-    return {row["game"]: row for row in csv.DictReader(table.read_text(encoding="utf-8").splitlines())}
+    return {row["game"]: row for row in _table("reference_scores")}
 
 
 def reference_score(game: str, player: str) -> float:

@@ -41,6 +41,7 @@ class Pull(NamedTuple):
     cql_push: np.ndarray
 
 
+@jax.jit
 def push_on_q(logits: jax.Array, gradient: jax.Array, atoms: jax.Array) -> jax.Array:
     """Rate of change of Q [A] when logits [A, N] descend along their gradient [A, N]: - dQ/dlogits . gradient.
 
