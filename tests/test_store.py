@@ -517,7 +517,7 @@ def test_episodes_written_together_are_those_written_one_by_one(tmp_path):
         writer.extend(episodes[:1])
         writer.extend(iter(episodes[1:5]))
         bad = episodes[6] | {"reward": episodes[6]["reward"] * np.nan}
-        with pytest.raises(ReplayError, match="episode 6.*finite"):
+        with pytest.raises(ReplayError, match=r"episode 6.*finite"):
             writer.extend([episodes[5], bad])
         check_holds_first(tmp_path / "together", 5)
         writer.extend([])

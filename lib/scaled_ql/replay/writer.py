@@ -150,7 +150,7 @@ class ReplayWriter:
         """
         parts, rows, start, row = [], [], self.num_transitions, self._next_row
         for number, episode in enumerate(episodes, self.num_episodes):
-            data, entry = self._rows(f"{self.folder}: episode {number}", start, row, **episode)
+            data, entry = self._rows(f"{self.folder}: episode {number}", start, row, dict(episode))
             parts.append(data)
             rows.append(entry)
             start, row = start + entry["length"], row + entry["frames"]
@@ -173,33 +173,24 @@ class ReplayWriter:
         self.num_transitions, self._next_row = start, row
 
     def _rows(
-        self,
-        where: str,
-        start: int,
-        row: int,
-        *,
-        observation: np.ndarray,
-        action: np.ndarray,
-        reward: np.ndarray,
-        terminal: bool,
-        final_observation: np.ndarray | None = None,
-        **columns: float | int | str,
+        self, where: str, start: int, row: int, episode: dict[str, Any]
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """`episode_rows` of an episode, checked, with its further columns."""
-        observation, action = np.asarray(observation), np.asarray(action)
-        reward = np.asarray(reward, np.float32)
+        observation, action = np.asarray(episode.pop("observation")), np.asarray(episode.pop("action"))
+        reward, terminal = np.asarray(episode.pop("reward"), np.float32), bool(episode.pop("terminal"))
+        final, columns = episode.pop("final_observation", None), episode
         check_episode(self.manifest, where, observation, action, reward)
         reserved = columns.keys() & {*fmt.EPISODE, "run"}
         if reserved:
             raise ReplayError(f"{self.folder}: reserved column name {', '.join(sorted(reserved))}; rename it.")
-        if final_observation is not None:
-            final = np.asarray(final_observation)
+        if final is not None:
+            final = np.asarray(final)
             if final.shape != FRAME_SHAPE or final.dtype != np.uint8:
                 raise ReplayError(
                     f"{where}: final_observation is {final.dtype} {list(final.shape)}, expected uint8 [84, 84]."
                 )
             observation = np.concatenate([observation, final[None]])
-        data, entry = episode_rows(observation, action, reward, bool(terminal), start, row)
+        data, entry = episode_rows(observation, action, reward, terminal, start, row)
         entry |= {name: getattr(value, "item", lambda value=value: value)() for name, value in columns.items()}
         return data, entry
 
