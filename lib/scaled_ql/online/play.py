@@ -216,8 +216,8 @@ def play(
     All games advance together. Environments step on separate threads while the learner works, on the parameters of
     one step ago, and half of each game's while the network chooses for the other half. Episodes are logged whole, in
     the order in which they end, with raw rewards; unfinished ones at the end are not. A stopped run, even a killed one,
-    resumes from the logged episodes (which also refill the replay), the last checkpoint, and the updates due since;
-    a killed one lacks the episodes of its last second or two.
+    resumes from the logged episodes (which also refill the replay), the last checkpoint, and the updates due since.
+    They are written once a second: a killed run lacks those that waited.
 
     Args:
         path: the dataset's folder.
