@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
@@ -194,6 +195,37 @@ def test_sampling_benchmark(recording: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert done.exit_code == 0, done.output
     for words in ("bytes/transition", "disk, 1 threads", "memory, compressed", "limit: zstd alone", "ring buffer"):
         assert words in done.output
+
+
+PARTS = {"emulation": 400.0, "network": 60.0, "sample": 640.0, "update": 6_400.0, "loop": 30.0, "log": 20.0}
+
+
+@pytest.mark.parametrize("cores, environments", [(2, 64), (16, 64), (16, 128)])
+def test_rates_computed_for_more_cores(cores: int, environments: int) -> None:
+    """By hand: microseconds of a step that all cores share, and those that follow one another."""
+    table = benchmarks.online_rates(PARTS, cores, environments, decision_ms=0.5, update_ms=2.0)
+    decisions = 1_000 / environments
+    expected = {
+        "random actions, nothing else": (400, 0, 0),
+        "acting, logging": (510, 90, 30 + 60 / cores),
+        "acting, logging, learning": (620, 200, 40 + 160 / cores),
+        "acting, logging, network on an accelerator": (450, 30 + decisions, 30 + decisions),
+        "acting, logging, learning on an accelerator": (460, 71.25 + decisions, 71.25 + decisions),
+    }
+    assert list(table.index) == list(expected)
+    for name, (together, longest, shortest) in expected.items():
+        row, shared = table.loc[name], together / cores
+        assert row["least"] == pytest.approx(1e6 / max(shared, longest))
+        assert row["most"] == pytest.approx(1e6 / max(shared, shortest))
+        assert row["limit"] == ("cores" if shared > shortest else "playing thread")
+        assert row["share of random actions"] == pytest.approx(row["most"] * 400 / cores / 1e6)
+
+
+def test_the_parts_of_a_step_are_measured() -> None:
+    parts = benchmarks.online_parts("Breakout", 4, "nature_narrow", 16, 8, seconds=0.05)
+    assert parts.index.tolist() == ["emulation", "network", "sample", "update", "loop", "log"]
+    assert (parts > 0).all() and parts["update"] > parts["network"]
+    assert np.isfinite(parts).all()
 
 
 def test_a_repeated_store_is_a_sound_one(recording: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from scaled_ql import losses, networks, training
 from scaled_ql.devices import OutOfMemory
 from scaled_ql.environments import EnvironmentDied, make_environment, make_vector_environment, rules
 from scaled_ql.games import RULES, UnknownGame, UnknownVariant
-from scaled_ql.online import agents
+from scaled_ql.online import agents, log
 from scaled_ql.online import play as playing
 from scaled_ql.online.ring import Ring, sample_rings
 from scaled_ql.replay import ReplayError, ReplayWriter, open_replay
@@ -179,6 +179,10 @@ class Recorded:
     def __init__(self, *arguments, **options):
         self.environments, self.steps = make_vector_environment(*arguments, **options), []
 
+    @property
+    def num_envs(self):
+        return self.environments.num_envs
+
     def reset(self, **options):
         stacks, info = self.environments.reset(**options)
         self.first = stacks.copy()
@@ -235,8 +239,9 @@ def test_everything_logged_was_played(tmp_path, sticky, more):
     (manifest,) = replay.manifests("Breakout")
     played = rules(sticky_actions=sticky, max_steps=more["max_steps"], **variant)
     assert {name: manifest[name] for name in RULES} == played
-    (recorded,) = made
-    expected = sorted((end, e, *rest) for e in range(3) for end, *rest in naive_episodes(recorded, e))
+    assert [half.num_envs for half in made] == [2, 1]
+    order = enumerate((half, e) for half in made for e in range(half.num_envs))
+    expected = sorted((end, number, *rest) for number, at in order for end, *rest in naive_episodes(*at))
     table = replay.episodes("Breakout")
     assert len(table) >= 4 and report["logged"]["Breakout"] == table["length"].sum()
     if sticky:
@@ -265,6 +270,119 @@ def test_everything_logged_was_played(tmp_path, sticky, more):
                 assert (terminated or truncated) == (step == len(episode["action"]) - 1)
             assert terminated == table["terminal"].iloc[number]
             np.testing.assert_array_equal(episode["observation"][-1], frame)
+
+
+class Halves:
+    """Catch in parts; notes which of them are under way."""
+
+    def __init__(self):
+        self.under_way, self.parts = set(), []
+
+    def make(self, game, num_environments, **options):
+        part, number = make_catch(game, num_environments), len(self.parts)
+        self.parts.append(part)
+        send, recv = part.send, part.recv
+
+        def sent(actions):
+            self.under_way.add(number)
+            send(actions)
+
+        def received():
+            self.under_way.remove(number)
+            return recv()
+
+        part.send, part.recv = sent, received
+        return part
+
+
+def test_a_half_of_the_environments_steps_while_the_network_chooses_and_all_while_it_learns(tmp_path):
+    halves, learner, asked, learned = Halves(), make_learner([4]), [], []
+
+    def greedy(params, stacks):
+        asked.append((stacks.shape[:2], set(halves.under_way)))
+        return learner.greedy(params, stacks)
+
+    def update(state, batch):
+        learned.append(set(halves.under_way))
+        return learner.update(state, batch)
+
+    own = learner._replace(greedy=greedy, update=update)
+    list(play(tmp_path, ["Breakout"], own, make=halves.make, num_transitions=400))
+    assert [part.num_envs for part in halves.parts] == [2, 2]
+    assert set(map(str, asked)) == {str(((1, 2), {1})), str(((1, 2), {0}))} and len(asked) > 20
+    assert learned and all(under_way == {0, 1} for under_way in learned)
+
+
+def test_the_halves_start_and_play_as_if_they_were_one(tmp_path):
+    """Environment e has the same seed however the environments are divided; without a network all choices are equal."""
+    made = []
+
+    def make(*arguments, **options):
+        made.append(Recorded(*arguments, **options))
+        return made[-1]
+
+    settings = {"environments": 5, "min_history": 10**6, "num_transitions": 300, "max_steps": 40}
+    list(play(tmp_path, ["Breakout"], make_learner([4]), make=make, **settings))
+    whole = make_vector_environment("Breakout", 5, num_threads=2, sticky_actions=0.25, max_steps=40)
+    whole.reset(seed=int(np.random.default_rng([0, 1, 0, 0]).integers(2**30)))
+    halves = list(zip(*(half.steps for half in made)))
+    assert len(halves) > 60
+    for parts in halves:
+        actions, *expected = map(np.concatenate, zip(*parts))
+        for now, then in zip(whole.step(actions), expected):
+            np.testing.assert_array_equal(now, then)
+    whole.close()
+
+
+def test_episodes_are_written_together_in_order_and_what_waits_is_bounded(tmp_path, monkeypatch):
+    written = []
+
+    class Writer:
+        num_transitions = 7
+
+        def extend(self, episodes):
+            written.append([episode["number"] for episode in episodes])
+
+    monkeypatch.setattr(log, "WRITE_SECONDS", 0.2)
+    monkeypatch.setattr(log, "TRANSITIONS_WAITING", 50)
+    with log.EpisodeLog({"Pong": Writer(), "Breakout": Writer()}) as episodes:
+        for number in range(4):
+            episodes.append("Pong", {"action": np.zeros(10)}, number=number)
+            episodes.write_if_due()
+        assert not written and episodes.transitions == {"Pong": 47, "Breakout": 7}
+        time.sleep(0.25)
+        episodes.write_if_due()
+        episodes.append("Breakout", {"action": np.zeros(51)}, number=4)  # more than may wait
+        episodes.append("Pong", {"action": np.zeros(1)}, number=5)
+        episodes.wait()
+        assert written == [[0, 1, 2, 3], [4], [5]]
+        episodes.append("Pong", {"action": np.zeros(1)}, number=6)
+    assert written[3:] == [[6]]
+
+
+def test_a_failed_write_is_reported_and_other_games_are_written(tmp_path):
+    written = []
+
+    class Writer:
+        num_transitions = 0
+
+        def __init__(self, fails):
+            self.fails = fails
+
+        def extend(self, episodes):
+            if self.fails:
+                raise ReplayError("make room")
+            written.extend(episodes)
+
+    one = {"action": np.zeros(1)}
+    with pytest.raises(ReplayError, match="make room"), log.EpisodeLog({"a": Writer(True), "b": Writer(False)}) as both:
+        both.append("a", one)
+        both.append("b", one)
+        try:
+            both.wait()
+        finally:
+            both.append("b", one)
+    assert len(written) == 2
 
 
 # Stopping and resuming.
@@ -319,10 +437,10 @@ def test_an_interrupted_run_writes_what_it_handed_over_before_it_gives_the_store
     happened = []
 
     class Slow(ReplayWriter):
-        def append(self, *arguments, **options):
+        def extend(self, episodes):
             time.sleep(0.1)
-            super().append(*arguments, **options)
-            happened.append("append")
+            super().extend(episodes)
+            happened.extend("append" for _ in episodes)
 
         def close(self):
             happened.append("close")
@@ -410,13 +528,14 @@ def test_a_dead_environment_is_named(tmp_path):
 
     running = play(tmp_path, ["Freeway"], make_learner([3]), mode=1, make=make, num_transitions=5_000)
     next(running)
-    os.kill(made[0].processes[2].pid, signal.SIGKILL)
-    with pytest.raises(EnvironmentDied, match="Freeway: environment 2 of 4 ended"):
+    processes = [process for half in made for process in half.processes]
+    os.kill(processes[3].pid, signal.SIGKILL)
+    with pytest.raises(EnvironmentDied, match="Freeway: environment 1 of 2 ended"):
         list(running)
     deadline = time.monotonic() + 20
-    while any(process.is_alive() for process in made[0].processes) and time.monotonic() < deadline:
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not any(process.is_alive() for process in made[0].processes)
+    assert not any(process.is_alive() for process in processes)
 
 
 def test_a_full_disk_keeps_what_was_logged(tmp_path):

@@ -511,6 +511,26 @@ def test_bad_episode_is_refused_and_harmless(tmp_path, changed, message):
     check_holds_first(tmp_path, 2)
 
 
+def test_episodes_written_together_are_those_written_one_by_one(tmp_path):
+    episodes = [make_episode(number) | {"epsilon": number / 8} for number in range(7)]
+    with open_writer(tmp_path / "together") as writer:
+        writer.extend(episodes[:1])
+        writer.extend(iter(episodes[1:5]))
+        bad = episodes[6] | {"reward": episodes[6]["reward"] * np.nan}
+        with pytest.raises(ReplayError, match=r"episode 6.*finite"):
+            writer.extend([episodes[5], bad])
+        check_holds_first(tmp_path / "together", 5)
+        writer.extend([])
+        assert (writer.num_episodes, writer.last_episode["epsilon"]) == (5, 0.5)
+        writer.extend(episodes[5:])
+    with open_writer(tmp_path / "one") as writer:
+        for episode in episodes:
+            writer.append(**episode)
+    for name in ("episodes.jsonl", "observation/c.0.0.0", "reward/c.0", "terminal/c.0"):
+        assert (tmp_path / "together/Pong/1" / name).read_bytes() == (tmp_path / "one/Pong/1" / name).read_bytes()
+    check_holds_first(tmp_path / "together", 7)
+
+
 @pytest.mark.parametrize("terminal", [True, np.True_, 1, np.uint8(1)])
 def test_terminal_of_any_type(tmp_path, terminal):
     with open_writer(tmp_path) as writer:

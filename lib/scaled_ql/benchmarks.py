@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections import deque
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -31,7 +32,7 @@ from scaled_ql.peer_rates import BATCH, N_STEP, STACK, rate
 from scaled_ql.replay import Replay, ReplayError, export_dqn_replay, open_replay, prefetch, sample_batch, sample_batches
 from scaled_ql.replay import format as fmt
 from scaled_ql.replay.memory import to_memory
-from scaled_ql.replay.writer import episode_rows
+from scaled_ql.replay.writer import ReplayWriter, episode_rows
 
 
 def repeat_store(source: Replay, destination: str | Path, games: list[str], copies: int) -> Path:
@@ -217,6 +218,17 @@ def _measure_store(path: str, seconds: float) -> dict[str, float]:
     }
 
 
+def _learner(game: str, encoder: str, hidden: int) -> Any:
+    """A C51 agent of one game, with one hidden layer."""
+    from scaled_ql import losses, networks, training
+    from scaled_ql.online.agents import independent_learners
+
+    sizes = {"hidden_sizes": (hidden,), "normalize_features": False, "layer_norm": False}
+    build = partial(networks.make_q_network, encoder, 1, "c51", **sizes)
+    num_actions, optimizer = [len(action_names(game))], training.make_optimizer()
+    return independent_learners(build, num_actions, optimizer, seed=0, atoms=losses.support(-10, 10))
+
+
 def benchmark_online(
     game: str = "Breakout",
     environments: int = 64,
@@ -236,15 +248,10 @@ def benchmark_online(
     import jax
     import jax.numpy as jnp
 
-    from scaled_ql import losses, networks, training
-    from scaled_ql.online.agents import independent_learners
+    from scaled_ql import training
     from scaled_ql.online.play import play
 
-    sizes = {"hidden_sizes": (hidden,), "normalize_features": False, "layer_norm": False}
-    build = partial(networks.make_q_network, encoder, 1, "c51", **sizes)
-    atoms, optimizer = losses.support(-10, 10), training.make_optimizer()
-    num_actions = [len(action_names(game))]
-    learner = independent_learners(build, num_actions, optimizer, seed=0, atoms=atoms)
+    num_actions, learner = [len(action_names(game))], _learner(game, encoder, hidden)
 
     vector = make_vector_environment(game, environments, sticky_actions=0.25)
     vector.reset(seed=0)
@@ -297,6 +304,127 @@ def benchmark_online(
     table = pd.DataFrame(rows).T
     table["share of random actions"] = table["environment steps/s"] / random
     vector.close()
+    return table
+
+
+def online_parts(
+    game: str = "Breakout",
+    environments: int = 64,
+    encoder: str = "nature_narrow",
+    hidden: int = 128,
+    batch_size: int = 32,
+    seconds: float = 5.0,
+) -> pd.Series:
+    """CPU microseconds of all threads for each part of `online.play.play`, measured alone on this machine.
+
+    Returns:
+        per environment step `emulation`, `network` (half of the environments a call), `log` (compressing and writing
+        what `play` writes at once) and `loop` (the playing thread: exchange with the environments, random numbers,
+        ring, cutting out episodes); per update of `batch_size` transitions `sample` and `update`.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from scaled_ql import training
+    from scaled_ql.online.log import logged_episodes
+    from scaled_ql.online.play import play
+
+    vector, rng = make_vector_environment(game, environments, sticky_actions=0.25), np.random.default_rng(0)
+    ring = _filled_ring(vector, environments, max(environments * 10, 1_000), compressed=False)
+    steps = partial(rng.integers, vector.single_action_space.n, size=environments)
+    cost = {"emulation": _cpu(lambda step: vector.step(steps()), environments, seconds)}
+    vector.close()
+
+    learner = _learner(game, encoder, hidden)
+    state, half = jax.tree.map(jnp.copy, learner.state), -(-environments // 2)
+    stacks = rng.integers(256, size=(1, half, STACK, *fmt.FRAME_SHAPE), dtype=np.uint8)
+    cost["network"] = _cpu(lambda step: np.asarray(learner.greedy(state.params, stacks)), half, seconds)
+
+    def sample(step: int) -> Any:
+        batch = ring.sample(np.random.default_rng(step), batch_size)
+        return type(batch)(*(field[None] for field in batch))
+
+    def update(step: int) -> None:
+        nonlocal state
+        state, metrics = learner.update(state, batch)
+        metrics["loss"].block_until_ready()
+
+    batch = sample(0)
+    cost["sample"] = _cpu(sample, 1, seconds)
+    cost["update"] = _cpu(update, 1, seconds)
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"environments": environments, "num_transitions": 10**9, "seed": 0, "source": "benchmark"}
+        settings |= {"min_history": 10**9, "report_seconds": 0.0, "capacity": 100_000, "max_steps": 500}
+        checkpoints = training.Checkpoints(Path(folder) / "checkpoints", {})
+        with contextlib.closing(play(folder, [game], learner, checkpoints, **settings)) as running:
+            cost["loop"] = _cpu(lambda step: next(running), environments, seconds, time.thread_time)
+            while not next(running)[1]["logged"][game]:
+                pass
+        recorded = open_replay(folder)
+        episodes, (manifest,) = list(logged_episodes(recorded, game, 1, 5_000)), recorded.manifests(game)
+        keywords = {name: manifest[name] for name in ("actions", "source", "sticky_actions")}
+        with ReplayWriter(folder, game, 2, **keywords) as writer:
+            written = sum(len(episode["action"]) for episode in episodes)
+            cost["log"] = _cpu(lambda step: writer.extend(episodes), written, seconds)
+    return pd.Series(cost)
+
+
+def _cpu(work: Callable[[int], object], size: int, seconds: float, clock: Callable = time.process_time) -> float:
+    """CPU microseconds of work(i), divided by `size`: the mean over calls, except the first."""
+    work(0)
+    began, before, calls = time.perf_counter(), clock(), 0
+    while time.perf_counter() - began < seconds or not calls:
+        calls += 1
+        work(calls)
+    return 1e6 * (clock() - before) / calls / size
+
+
+def online_rates(
+    parts: Mapping[str, float],
+    cores: int,
+    environments: int = 64,
+    update_period: int = 64,
+    *,
+    decision_ms: float = 1.0,
+    update_ms: float = 1.0,
+) -> pd.DataFrame:
+    """Environment steps/s of `online.play.play` on some cores, computed from `online_parts`.
+
+    Two limits. All threads together cannot take more than all cores; emulation and writing are spread over them. And
+    the playing thread waits for the network, once for each half of the environments, and for each update, while the
+    emulators go on: its own work and these waits are one chain.
+
+    Args:
+        parts: CPU microseconds, of a core like those to be computed.
+        cores: cores that nothing else uses.
+        environments: environments side by side.
+        update_period: steps between updates.
+        decision_ms: an accelerator's time for one half's actions, transfers included: an assumption.
+        update_ms: its time for an update, likewise.
+
+    Returns:
+        steps/s: `least` if a network on the CPU has one thread, `most` if its work is spread evenly over all cores;
+        `limit`, of the latter: the cores or the playing thread; and the largest `share of random actions`.
+    """
+    emulation, network, log, loop = (parts[name] for name in ("emulation", "network", "log", "loop"))
+    sample, update = parts["sample"] / update_period, parts["update"] / update_period
+    waits = 1e3 * (2 * decision_ms / environments), 1e3 * update_ms / update_period
+    rows = {}
+    for name, host, chain, xla, wait in (
+        ("random actions, nothing else", emulation, 0.0, 0.0, 0.0),
+        ("acting, logging", emulation + log, loop, network, 0.0),
+        ("acting, logging, learning", emulation + log, loop + sample, network + update, 0.0),
+        ("acting, logging, network on an accelerator", emulation + log, loop, 0.0, waits[0]),
+        ("acting, logging, learning on an accelerator", emulation + log, loop + sample, 0.0, sum(waits)),
+    ):
+        together = (host + chain + xla) / cores
+        chains = [chain + wait + xla / spread for spread in (1, cores)]
+        least, most = (1e6 / max(together, own) for own in chains)
+        limit = "cores" if together >= chains[1] else "playing thread"
+        rows[name] = {"least": least, "most": most, "limit": limit}
+    table = pd.DataFrame(rows).T.astype({"least": float, "most": float})
+    table["share of random actions"] = table["most"] / table["most"].iloc[0]
     return table
 
 

@@ -1,10 +1,9 @@
 """Experience of online agents: written to the store, and read back from it."""
 
-from collections import Counter, deque
+import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from itertools import cycle
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,13 @@ from scaled_ql.replay.store import Replay
 from scaled_ql.replay.writer import ReplayWriter
 from scaled_ql.training import tensorboard_writer
 
-EPISODES_WAITING = 64  # unwritten episodes before playing waits for the disk
+WRITE_SECONDS = 1.0  # between writes: each costs as much as a thousand transitions, however few it writes
+TRANSITIONS_WAITING = 50_000  # unwritten ones, 0.4 GB, before playing waits for the disk
 WRITERS = 4
 
 
 class EpisodeLog:
-    """Writes episodes on threads, each game's in order.
+    """Writes episodes on threads, once a second, each game's in order.
 
     Attributes:
         transitions: number by game, on disk or about to be written.
@@ -29,13 +29,14 @@ class EpisodeLog:
     def __init__(self, writers: Mapping[str, ReplayWriter]):
         """Log to the given writers, one per game."""
         self._writers = writers
-        self._pools = [ThreadPoolExecutor(1, thread_name_prefix="log") for _ in range(WRITERS)]
-        self._pool_of = dict(zip(writers, cycle(self._pools)))
-        self._waiting: deque[Future] = deque()
+        self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="log")
+        self._waiting: dict[str, list[dict[str, Any]]] = {game: [] for game in writers}
+        self._size, self._began = 0, time.perf_counter()
+        self._writes: list[Future] = []
         self.transitions = {game: writer.num_transitions for game, writer in writers.items()}
 
     def append(self, game: str, episode: dict[str, Any], **columns: float) -> None:
-        """Queue an episode for writing; waits if the queue is full.
+        """Add an episode to what waits; if that is too much, wait for the disk.
 
         Args:
             game: name of its game.
@@ -45,23 +46,53 @@ class EpisodeLog:
         Raises:
             ReplayError: an earlier episode could not be written.
         """
-        self.transitions[game] += len(episode["action"])
-        write = partial(self._writers[game].append, **episode, **columns)
-        self._waiting.append(self._pool_of[game].submit(write))
-        while self._waiting and (self._waiting[0].done() or len(self._waiting) > EPISODES_WAITING):
-            self._waiting.popleft().result()
+        length = len(episode["action"])
+        self.transitions[game] += length
+        self._size += length
+        self._waiting[game].append(episode | columns)
+        if self._size > TRANSITIONS_WAITING:
+            self._write()
+
+    def write_if_due(self) -> None:
+        """Begin to write what waits, if the last write ended and began a second ago.
+
+        Raises:
+            ReplayError: an earlier episode could not be written.
+        """
+        if time.perf_counter() - self._began > WRITE_SECONDS and all(write.done() for write in self._writes):
+            self._write()
 
     def wait(self) -> None:
-        """Return when all episodes are on disk."""
-        while self._waiting:
-            self._waiting.popleft().result()
+        """Return when all episodes are on disk.
+
+        Raises:
+            ReplayError: one could not be written.
+        """
+        self._write()
+        for write in self._writes:
+            write.result()
+
+    def _write(self) -> None:
+        for write in self._writes:
+            write.result()
+        self._submit()
+
+    def _submit(self) -> None:
+        self._writes = [
+            self._pool.submit(self._writers[game].extend, episodes)
+            for game, episodes in self._waiting.items()
+            if episodes
+        ]
+        self._waiting = {game: [] for game in self._writers}
+        self._size, self._began = 0, time.perf_counter()
 
     def __enter__(self) -> "EpisodeLog":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for pool in self._pools:
-            pool.shutdown()  # queued episodes are written, whatever else went wrong
+        wait(self._writes)  # one write of a game at a time
+        self._submit()  # whatever else went wrong
+        self._pool.shutdown()
 
 
 class EpisodeMirror:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,43 +67,49 @@ def check_memory(*arguments: Any) -> int:
 
 
 class _Game:
-    """One game being played: its environments and its ring.
+    """One game being played: its environments, in parts that step in turn, and its ring.
 
     Attributes:
-        steps: transitions played so far.
-        stacks: uint8 [E, 4, 84, 84], its environments' observations.
+        steps: transitions played so far, those under way included.
+        stacks: of each part uint8 [E', 4, 84, 84], its environments' observations.
     """
 
-    def __init__(self, environments: VectorEnvironment, ring: Ring, steps: int, seed: list[int]):
-        self.environments, self.ring, self.steps = environments, ring, steps
-        self.stacks, _ = environments.reset(seed=int(np.random.default_rng(seed).integers(2**30)))
-        ring.begin(self.stacks[:, -1])
-        self._resetting, self._new = np.zeros(ring.num_environments, bool), None
+    def __init__(self, parts: list[VectorEnvironment], ring: Ring, steps: int, seed: list[int]):
+        self._parts, self.ring, self.steps = parts, ring, steps
+        first = int(np.random.default_rng(seed).integers(2**30))
+        places = np.cumsum([0] + [part.num_envs for part in parts[:-1]]).tolist()
+        self.stacks = [part.reset(seed=first + place)[0] for part, place in zip(parts, places)]
+        ring.begin(self._frames())
+        self._resetting = [np.zeros(part.num_envs, bool) for part in parts]
+        self._sent: list[np.ndarray | None] = [None] * len(parts)
+        self._new: list[tuple] = [()] * len(parts)
 
-    def send(self, actions: np.ndarray) -> None:
-        """Begin a step of all environments."""
-        self._actions = actions
-        self.environments.send(actions)
+    def _frames(self) -> np.ndarray:
+        return np.concatenate([stacks[:, -1] for stacks in self.stacks])
 
-    def receive(self) -> None:
+    def send(self, part: int, actions: np.ndarray) -> None:
+        """Begin a step of a part."""
+        self.steps += int((~self._resetting[part]).sum())
+        self._sent[part] = actions
+        self._parts[part].send(actions)
+
+    def receive(self, part: int) -> None:
         """Wait for its end."""
-        self.steps += int((~self._resetting).sum())
-        self.stacks, reward, terminated, truncated, _ = self.environments.recv()
-        self._resetting = (terminated | truncated) & ~self._resetting
-        self._new = self.stacks[:, -1], self._actions, reward, terminated, truncated
+        if self._sent[part] is None:
+            return
+        self.stacks[part], reward, terminated, truncated, _ = self._parts[part].recv()
+        self._resetting[part] = (terminated | truncated) & ~self._resetting[part]
+        self._new[part] = self._sent[part], reward, terminated, truncated
 
     def remember(self) -> list[dict[str, Any]]:
-        """Put the step received last into the ring; returns the episodes that it ended."""
-        if self._new is None:
-            return []
-        ended, self._new = self.ring.add(*self._new), None
+        """Put the step that all parts received last into the ring; returns the episodes that it ended."""
+        ended = self.ring.add(self._frames(), *map(np.concatenate, zip(*self._new)))
         return [self.ring.episode(number) for number in ended.tolist()]
 
 
 class _Choice(NamedTuple):
-    """Actions of all games, [G, E], with the share of random ones, [G], and the updates behind the parameters."""
+    """How a step's actions were chosen: the share of random ones, [G], and the updates behind the parameters."""
 
-    actions: np.ndarray
     epsilon: np.ndarray
     learner_step: int
 
@@ -207,9 +214,10 @@ def play(
     """Act, learn and log until the store holds at least `num_transitions` of every game.
 
     All games advance together. Environments step on separate threads while the learner works, on the parameters of
-    one step ago. Episodes are logged whole, in the order in which they end, with raw rewards; unfinished ones at the
-    end are not. A stopped run, even a killed one, resumes from the logged episodes (which also refill the replay), the
-    last checkpoint, and the updates due since.
+    one step ago, and half of each game's while the network chooses for the other half. Episodes are logged whole, in
+    the order in which they end, with raw rewards; unfinished ones at the end are not. A stopped run, even a killed one,
+    resumes from the logged episodes (which also refill the replay), the last checkpoint, and the updates due since.
+    They are written once a second: a killed run lacks those that waited.
 
     Args:
         path: the dataset's folder.
@@ -221,7 +229,7 @@ def play(
         source: description of the player, for the manifest. A recording is continued only if its manifest has the same.
         run: number of the recording.
         environments: environments per game.
-        num_threads: threads per game for its environments; 0: one per core that the process may use.
+        num_threads: threads per game for each half of its environments; 0: one per core that the process may use.
         sticky_actions, max_steps, mode, difficulty: see `make_vector_environment`.
         make: factory of environments; others than ALE's need the name and action set of a game that ALE has.
         capacity: transitions per game in the replay: 7.1 GB a million, compressed at most 0.5 GB.
@@ -257,6 +265,7 @@ def play(
     with ExitStack() as stack:
         stack.callback(checkpoints.wait)
         pool = stack.enter_context(ThreadPoolExecutor(thread_name_prefix="sample"))
+        split = partial(np.array_split, indices_or_sections=min(2, environments), axis=-1)
         mirror = stack.enter_context(closing(EpisodeMirror(tensorboard))) if tensorboard else None
         writers, players = {}, {}
         for number, game in enumerate(games):
@@ -269,10 +278,12 @@ def play(
                 for row in logged.episodes(game).itertuples() if mirror else ():
                     if row.run == run:
                         mirror.add(game, row.episode_return, row.length, row.epsilon)
-            vector = make(game, environments, num_threads=num_threads, **options)
-            stack.callback(vector.close)
+            halves = []
+            for half in split(np.arange(environments)):
+                halves.append(make(game, len(half), num_threads=num_threads, **options))
+                stack.callback(halves[-1].close)
             numbers = [seed, run, number, writer.num_transitions]
-            players[game] = _Game(vector, ring, writer.num_transitions, numbers)
+            players[game] = _Game(halves, ring, writer.num_transitions, numbers)
         rings = [player.ring for player in players.values()]
         log = stack.enter_context(EpisodeLog(writers))
 
@@ -282,15 +293,22 @@ def play(
         def explore(steps: np.ndarray) -> np.ndarray:
             return np.array([exploration_rate(step, min_history, epsilon_decay, final_epsilon) for step in steps])
 
-        def choose(steps: np.ndarray) -> _Choice:
+        def step(steps: np.ndarray) -> _Choice:
+            """Receive, choose and send, half by half: one half's environments step while the other's are asked."""
             epsilon, rng = explore(steps), np.random.default_rng([seed, run, 1, int(steps.sum())])
             shape = len(games), environments
             actions = rng.integers(np.broadcast_to(num_actions[:, None], shape))
             exploit = rng.random(shape) >= epsilon[:, None]
-            if exploit.any():
-                stacks = np.stack([player.stacks for player in players.values()])
-                actions = np.where(exploit, np.asarray(learner.greedy(learning.state.params, stacks)), actions)
-            return _Choice(actions, epsilon, learning.updates)
+            for half, (own, greedily) in enumerate(zip(split(actions), split(exploit))):
+                for player in players.values():
+                    player.receive(half)
+                if greedily.any():
+                    stacks = [player.stacks[half] for player in players.values()]
+                    stacks = stacks[0][None] if len(stacks) == 1 else np.stack(stacks)
+                    own = np.where(greedily, np.asarray(learner.greedy(learning.state.params, stacks)), own)
+                for player, sent in zip(players.values(), own):
+                    player.send(half, sent)
+            return _Choice(epsilon, learning.updates)
 
         def log_episodes(choice: _Choice) -> None:
             for (game, player), epsilon in zip(players.items(), choice.epsilon.tolist()):
@@ -299,6 +317,7 @@ def play(
                         log.append(game, episode, epsilon=epsilon, learner_step=choice.learner_step)
                         if mirror:
                             mirror.add(game, episode["reward"].sum(), len(episode["reward"]), epsilon)
+            log.write_if_due()
 
         def draw_batch() -> Batch:
             return sample_rings(rings, [seed, run, 2, learning.updates], batch_size, pool, **sampling)
@@ -330,18 +349,14 @@ def play(
         choice = None
         while min(log.transitions.values()) < num_transitions:
             steps = count_steps()
-            before, choice = choice, choose(steps)
-            for player, actions in zip(players.values(), choice.actions):
-                player.send(actions)
+            before, choice = choice, step(steps)
 
-            # The environments step from here on, while everything that they do not need is done.
+            # All environments step from here on, while everything that they do not need is done.
             if before is not None:
                 log_episodes(before)
             learning.check()
             yield from learn(steps)
             learning.save(checkpoint_every)
-            for player in players.values():
-                player.receive()
             if meter.is_due():
                 yield report()
         yield from learn(count_steps())  # many, where the last episodes outlived the last checkpoint

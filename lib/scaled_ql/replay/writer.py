@@ -2,7 +2,7 @@
 
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ JOURNAL_LINES = 4_096  # longer journals go into the table when a writer closes
 class ReplayWriter:
     """Appends whole episodes of one game and run to a store on a local disk.
 
-    Each `append` is on disk (fsync) when it returns. Reopening a store that was being written when its
+    Each `append` or `extend` is on disk (fsync) when it returns. Reopening a store that was being written when its
     process died continues after the last complete episode. A file lock keeps a second writer out.
 
     Attributes:
@@ -139,46 +139,69 @@ class ReplayWriter:
         Raises:
             ReplayError: invalid data, or a failed write; episodes appended before stay valid.
         """
-        observation, action = np.asarray(observation), np.asarray(action)
-        reward = np.asarray(reward, np.float32)
-        check_episode(self.manifest, f"{self.folder}: episode {self.num_episodes}", observation, action, reward)
-        reserved = columns.keys() & {*fmt.EPISODE, "run"}
-        if reserved:
-            raise ReplayError(f"{self.folder}: reserved column name {', '.join(sorted(reserved))}; rename it.")
-        if final_observation is not None:
-            final = np.asarray(final_observation)
-            if final.shape != FRAME_SHAPE or final.dtype != np.uint8:
-                raise ReplayError(
-                    f"{self.folder}: episode {self.num_episodes}: final_observation is {final.dtype} "
-                    f"{list(final.shape)}, expected uint8 [84, 84]."
-                )
-            observation = np.concatenate([observation, final[None]])
-        data, row = episode_rows(observation, action, reward, bool(terminal), self.num_transitions, self._next_row)
-        row |= {name: getattr(value, "item", lambda value=value: value)() for name, value in columns.items()}
+        frames = {"observation": observation, "final_observation": final_observation}
+        self.extend([frames | {"action": action, "reward": reward, "terminal": terminal} | columns])
+
+    def extend(self, episodes: Iterable[Mapping[str, Any]]) -> None:
+        """Append episodes, arguments of `append` each, with one write, which costs as much as a thousand transitions.
+
+        Raises:
+            ReplayError: as `append`; none of them is appended.
+        """
+        parts, rows, start, row = [], [], self.num_transitions, self._next_row
+        for number, episode in enumerate(episodes, self.num_episodes):
+            data, entry = self._rows(f"{self.folder}: episode {number}", start, row, dict(episode))
+            parts.append(data)
+            rows.append(entry)
+            start, row = start + entry["length"], row + entry["frames"]
+        if not rows:
+            return
+        together = parts[0] if len(parts) == 1 else {n: np.concatenate([part[n] for part in parts]) for n in parts[0]}
         try:
-            fmt.grow(self._arrays, self._next_row + row["frames"])
-            for write in fmt.write_rows(self._arrays, self._next_row, data):
+            fmt.grow(self._arrays, row)
+            for write in fmt.write_rows(self._arrays, self._next_row, together):
                 write.result()
-            self._commit(row)
+            self._commit(rows)
         except fmt.STORE_ERRORS as error:
             raise ReplayError(
                 f"{self.folder}: episode {self.num_episodes} could not be written ({fmt.said(error)}). The "
                 f"{self.num_transitions} transitions before it are safe; make room on the disk and run again to "
                 "continue."
             ) from error
-        self.last_episode = row
-        self.num_episodes += 1
-        self.num_transitions += row["length"]
-        self._next_row += row["frames"]
+        self.last_episode = rows[-1]
+        self.num_episodes += len(rows)
+        self.num_transitions, self._next_row = start, row
 
-    def _commit(self, row: dict[str, Any]) -> None:
+    def _rows(
+        self, where: str, start: int, row: int, episode: dict[str, Any]
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """`episode_rows` of an episode, checked, with its further columns."""
+        observation, action = np.asarray(episode.pop("observation")), np.asarray(episode.pop("action"))
+        reward, terminal = np.asarray(episode.pop("reward"), np.float32), bool(episode.pop("terminal"))
+        final, columns = episode.pop("final_observation", None), episode
+        check_episode(self.manifest, where, observation, action, reward)
+        reserved = columns.keys() & {*fmt.EPISODE, "run"}
+        if reserved:
+            raise ReplayError(f"{self.folder}: reserved column name {', '.join(sorted(reserved))}; rename it.")
+        if final is not None:
+            final = np.asarray(final)
+            if final.shape != FRAME_SHAPE or final.dtype != np.uint8:
+                raise ReplayError(
+                    f"{where}: final_observation is {final.dtype} {list(final.shape)}, expected uint8 [84, 84]."
+                )
+            observation = np.concatenate([observation, final[None]])
+        data, entry = episode_rows(observation, action, reward, terminal, start, row)
+        entry |= {name: getattr(value, "item", lambda value=value: value)() for name, value in columns.items()}
+        return data, entry
+
+    def _commit(self, rows: list[dict[str, Any]]) -> None:
         with self._journal.open("ab") as journal:
             journal.truncate(self._journal_size)  # remains of a failed commit
-            journal.write(fmt.journal_line(row))
+            journal.write(b"".join(map(fmt.journal_line, rows)))
             journal.flush()
             os.fsync(journal.fileno())
             self._journal_size = journal.tell()
-        self._appended.append(row)
+        self._appended += rows
 
     def _compact(self) -> None:
         """Move a long journal into the table. If killed in between, the journal repeats the table: harmless."""
