@@ -114,7 +114,7 @@ def open_arrays(folder: Path) -> dict[str, ts.TensorStore]:
         exists = (folder / name / "zarr.json").exists()
         spec = array_spec({"driver": "file", "path": f"{folder}/{name}/"}, name)
         if exists:
-            del spec["metadata"]["shape"]  # an array that exists keeps its length
+            del spec["metadata"]["shape"], spec["metadata"]["chunk_grid"]  # it keeps its length and its files' size
         try:
             arrays[name] = ts.open(spec, open=exists, create=not exists).result()
         except STORE_ERRORS as error:
