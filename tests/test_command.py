@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from scaled_ql import benchmarks, runs
 from scaled_ql.command import main
-from scaled_ql.replay import open_replay
+from scaled_ql.replay import format, open_replay
 
 
 def call(*arguments: object) -> Result:
@@ -228,10 +228,11 @@ def test_the_parts_of_a_step_are_measured() -> None:
     assert np.isfinite(parts).all()
 
 
-def test_a_repeated_store_is_a_sound_one(recording: Path, tmp_path: Path) -> None:
+def test_a_repeated_store_is_a_sound_one(recording: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(format, "FRAME_SHARD", 2 * benchmarks.ROWS)
     source = open_replay(recording)
-    replay = open_replay(benchmarks.repeat_store(source, tmp_path / "large", ["Pong", "Qbert", "Boxing"], 2))
-    assert [replay.num_transitions(game) for game in replay.games] == [2 * 16_384] * 3
+    replay = open_replay(benchmarks.repeat_store(source, tmp_path / "large", ["Pong", "Qbert", "Boxing"], 3))
+    assert [replay.num_transitions(game) for game in replay.games] == [3 * benchmarks.ROWS] * 3
     assert replay.validate() == []
 
 

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaled_ql.games import FULL_ACTIONS, RULES, action_names
-from scaled_ql.replay import ReplayError, ReplayWriter, format, open_replay
+from scaled_ql.replay import ReplayError, ReplayWriter, chunks, format, open_replay, sample_batch
 
 ACTIONS = action_names("Pong")
 
@@ -395,6 +396,23 @@ def test_torn_journal_line_is_no_episode(tmp_path):
     write(tmp_path / "torn", [2])
     assert open_replay(tmp_path / "torn").identity() == expected
     assert journal.read_bytes().count(b"\n") == 3
+
+
+def test_files_of_any_size_are_continued_and_sampled_alike(tmp_path, monkeypatch):
+    with small_chunks(), pytest.MonkeyPatch.context() as patch:
+        write(tmp_path / "small", range(4))
+        patch.setattr(format, "FRAME_SHARD", 64)
+        write(tmp_path / "small", range(4, 8))
+        write(tmp_path / "large", range(8))
+    check_holds_first(tmp_path / "small", 8)
+    assert open_replay(tmp_path / "small").validate() == []
+    frames = int(open_replay(tmp_path / "small").num_frames)
+    for name, size in (("small", 16), ("large", 64)):
+        assert len(list((tmp_path / name).glob("Pong/1/observation/c.*"))) == -(-frames // size)
+    monkeypatch.setattr(chunks, "_open", lru_cache(maxsize=1)(chunks._OpenFile))  # fewer than there are files
+    small, large = (sample_batch(open_replay(tmp_path / name), 0, 0, games_per_batch=16) for name in ("small", "large"))
+    for one, other in zip(small, large, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("lost_length", [1, 5, 60])

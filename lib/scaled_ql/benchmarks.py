@@ -34,20 +34,22 @@ from scaled_ql.replay import format as fmt
 from scaled_ql.replay.memory import to_memory
 from scaled_ql.replay.writer import ReplayWriter, episode_rows
 
+ROWS = 16_384  # of a game of the smallest store, which others repeat
+
 
 def repeat_store(source: Replay, destination: str | Path, games: list[str], copies: int) -> Path:
-    """Build a large dataset from real chunks: each game one full file of frames of `source`, linked `copies` times.
+    """Build a large dataset from real chunks: `ROWS` rows of `source` a game, repeated by linking files to one.
 
     Args:
         source: real recordings, whose games lend their frames in turn.
         destination: folder to create.
         games: names of the games to make.
-        copies: how many times each game's 16,384 rows are repeated.
+        copies: how many times each game's rows are repeated.
 
     Returns:
         the folder.
     """
-    rows, per_shard = fmt.FRAME_SHARD, fmt.SCALAR_SHARD // fmt.FRAME_SHARD
+    rows, per_frames, per_scalars = ROWS, fmt.FRAME_SHARD // ROWS, fmt.SCALAR_SHARD // ROWS  # copies in a file
     lenders = {game: source.games[number % len(source.games)] for number, game in enumerate(games)}
     first: dict[str, Path] = {}
     lent: list[dict] = []
@@ -74,25 +76,25 @@ def repeat_store(source: Replay, destination: str | Path, games: list[str], copi
         episodes, columns = made[lender, number]
         written = columns[0].keys() - ({"observation"} if lender in first else set())
         together = {name: np.concatenate([data[name] for data in columns]) for name in written}
-        repeated = {
-            name: column if name == "observation" else np.tile(column, min(per_shard, copies))
-            for name, column in together.items()
-        }
+        once = together.pop("observation", None)
+        repeated = {name: np.tile(column, min(per_scalars, copies)) for name, column in together.items()}
         try:
             fmt.grow(arrays, rows * copies)
             for write in fmt.write_rows(arrays, 0, repeated):
                 write.result()
+            for k in range(0 if lender in first else min(per_frames, copies)):
+                fmt.write_rows(arrays, k * rows, {"observation": once})[0].result()
         except fmt.STORE_ERRORS as error:
             raise ReplayError(
                 f"{folder}: cannot be written ({fmt.said(error)}). Make room, or choose another folder."
             ) from error
         frames = first.setdefault(lender, folder / fmt.file_name("observation", 0))
-        for k in range(copies):
+        for k in range(-(-copies // per_frames)):
             target = folder / fmt.file_name("observation", k)
             if target != frames:
                 os.link(frames, target)
         for name in fmt.ARRAYS.keys() - {"observation"}:
-            for k in range(1, -(-copies // per_shard)):
+            for k in range(1, -(-copies // per_scalars)):
                 os.link(folder / fmt.file_name(name, 0), folder / fmt.file_name(name, k))
         one = pd.DataFrame(episodes)
         table = pd.concat([one] * copies, ignore_index=True)
@@ -464,7 +466,7 @@ def benchmark_import(path: str, folder: str | Path, rows: int = 1_000_000) -> pd
     folder = Path(folder)
     logs, game = folder / "logs", TRAINING_GAMES[0]
     if not logs.exists():
-        store = repeat_store(open_replay(path), folder / "store", [game], -(-rows // fmt.FRAME_SHARD))
+        store = repeat_store(open_replay(path), folder / "store", [game], -(-rows // ROWS))
         export_dqn_replay(open_replay(store), folder / "partial", rows)
         (folder / "partial").rename(logs)
     (file,) = logs.glob(f"{game}/1/replay_logs/*observation_ckpt.0.gz")

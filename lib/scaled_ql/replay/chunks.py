@@ -18,7 +18,7 @@ import zstandard
 from scaled_ql.replay.format import ReplayError
 
 ABSENT = 2**64 - 1
-OPEN_FILES = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 8_192)  # kept open: half of what is allowed
+OPEN_FILES = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 16_384)  # kept open: half of what is allowed
 DAMAGE = (OSError, ValueError, struct.error, zstandard.ZstdError)
 ENTRY = struct.Struct("<QQ")  # of an index: (offset, size)
 Read = Callable[[int, int], bytes]  # (number of the file, place of the chunk in it) -> the chunk as it is stored
