@@ -26,7 +26,7 @@ SCORE_COLUMNS = (
     "dataset_return", "truncated_share", "cut", "distance", "network",
 )  # fmt: skip
 # Of how the initial network was trained, what an arm's name always says, or never.
-NAMED, UNNAMED = {"method", "rewards"}, {"seed", "initial", "built_like"} | INCIDENTAL
+NAMED, UNNAMED = {"method", "rewards"}, {"seed", "initial", "built_like", "num_steps"} | INCIDENTAL  # `steps` says it
 
 
 def gather(folder: Path, asking: str = "") -> Gathered:
