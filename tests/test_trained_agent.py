@@ -140,7 +140,7 @@ def test_a_q_network_on_a_frozen_masked_autoencoders_encoder_is_loaded(outputs: 
 
 
 def test_what_cannot_be_loaded_is_named_with_a_remedy(outputs: Path, c51: list, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"'04_scaled_training/c52': neither .*; .* 04_scaled_training/c51"):
+    with pytest.raises(RunError, match=r"'04_scaled_training/c52': no such run below .*; .* 04_scaled_training/c51"):
         explore.load_agent("04_scaled_training/c52", outputs=outputs)
     with pytest.raises(RunError, match="with checkpoints there are none"):
         explore.load_agent("any", outputs=tmp_path)

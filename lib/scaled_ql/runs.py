@@ -206,7 +206,9 @@ def _folders(home: Path, having: str) -> dict[str, Path]:
 def _no_such_run(home: Path, name: str, having: str) -> str:
     """Why there is no run of that name, and which names are near it."""
     known = _folders(home, having)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or list(known)[:3]
+    names = {full.split("/", 1)[1]: full for full in known} | {full: full for full in known}
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
+    near = list(dict.fromkeys(names[each] for each in close)) or list(known)[:3]
     which = "with checkpoints there are" if having == "checkpoints" else "there are"
     return f"no such run below {home}; {which} {', '.join(near) or 'none'}."
 
