@@ -466,7 +466,7 @@ for state, report in play(Path(sys.argv[1]), ["Breakout"], make_learner([4]), nu
 """
 
 
-def test_a_killed_run_loses_only_unfinished_episodes(tmp_path):
+def test_a_killed_run_keeps_what_was_on_disk_and_goes_on(tmp_path):
     code = CHILD.format(tests=str(Path(__file__).parent))
     logged = 0
     for kill_at in (300, 800):

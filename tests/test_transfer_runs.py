@@ -155,7 +155,7 @@ def test_a_decision_transformer_is_fine_tuned_and_plays_with_its_memory(
     assert all((tuned.params[path] != given[path]).any() for path in taken), "it was trained further"
 
 
-def test_online_on_a_variant_killed_and_resumed_loses_unfinished_episodes_only(tmp_path: Path) -> None:
+def test_online_on_a_variant_killed_and_resumed_keeps_what_was_on_disk(tmp_path: Path) -> None:
     write_run(tmp_path / "04_scaled_training" / "tiny", ["Pong", "Qbert"])
     (tmp_path / "04_scaled_training" / "tiny" / "status.json").write_text('{"state": "finished"}')
     folder = tmp_path / TARGET / "variant"

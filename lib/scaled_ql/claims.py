@@ -179,8 +179,8 @@ def _tested(gathered: Gathered, base: parameters.Parameters, claim: Claim) -> It
         used = pd.concat([runs for arm in chosen for runs in arm])
         cut = ablations.cut_games(gathered, used.index)
         columns = ["agent_return", *[claim.column] * (len(chosen) - 1)]
-        scores = [_points(gathered, arm, cut, column) for arm, column in zip(chosen, columns)]
-        fixed = _points(gathered, chosen[0], cut, claim.against) if claim.against else 0 * scores[0]
+        scores = [points(gathered, arm, cut, column) for arm, column in zip(chosen, columns)]
+        fixed = points(gathered, chosen[0], cut, claim.against) if claim.against else 0 * scores[0]
         if any(list(table.columns) != list(scores[0].columns) for table in [*scores[1:], fixed]):
             raise GatherError(f"{claim.name}: runs {', '.join(chosen[0][0].index)} and others have different games.")
         if scores[0].empty:
@@ -222,34 +222,31 @@ def _control(
 def _above(gathered: Gathered, arm: list[pd.DataFrame], control: list[pd.DataFrame]) -> tuple[float, float, float]:
     """An arm's lead over its control, with its interval; NaN without a control or a game in common."""
     cut = ablations.cut_games(gathered, [name for runs in [*arm, *control] for name in runs.index])
-    first, second = (_points(gathered, some, cut) for some in (arm, control))
+    first, second = (points(gathered, some, cut) for some in (arm, control))
     common = [game for game in first if game in second]
     if len(second) < 2 or not common:
         return (np.nan,) * 3
     return metrics.contrast([1, -1], [table[common].mean(axis=1).to_numpy() for table in (first, second)])
 
 
-def _points(gathered: Gathered, arm: list[pd.DataFrame], *how: Any) -> pd.DataFrame:
-    """`points` of an arm, [seeds, games of all its views]."""
-    tables = [points(gathered, runs, *how).set_axis(runs["seed"], axis=0) for runs in arm]
-    return pd.concat(tables, axis=1).sort_index(axis=1)
-
-
 def points(
-    gathered: Gathered, runs: pd.DataFrame, without: Sequence[str] = (), column: str = "agent_return"
+    gathered: Gathered, arm: list[pd.DataFrame], without: Sequence[str], column: str = "agent_return"
 ) -> pd.DataFrame:
-    """Human-normalised scores in points, [runs, games], of a column of raw returns.
+    """Human-normalised scores in points of an arm, [seeds, games of all its views], of a column of raw returns.
 
     Games without reference scores, games that `without` names, and games in which no run has that return are left out.
 
     Raises:
-        GatherError: the runs have different games.
+        GatherError: the runs of a view have different games.
     """
-    if runs.empty:
+    if arm[0].empty:
         return pd.DataFrame()
-    known = ablations.score_matrix(gathered, runs.index, "human_normalized", without).columns
-    table = ablations.score_matrix(gathered, runs.index, column, without)
-    table = table[[game for game in table if game in known]]
+    tables = []
+    for view in arm:
+        known = ablations.score_matrix(gathered, view.index, "human_normalized", without).columns
+        table = ablations.score_matrix(gathered, view.index, column, without).set_axis(view["seed"], axis=0)
+        tables.append(table[[game for game in table if game in known]])
+    table = pd.concat(tables, axis=1).sort_index(axis=1)
     return table.apply(lambda returns: 100 * returns.map(partial(metrics.human_normalized, returns.name)))
 
 

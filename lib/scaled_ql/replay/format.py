@@ -40,7 +40,7 @@ FORMAT_VERSION = 2
 FRAME_SHAPE = (84, 84)
 BLACK = isal_zlib.crc32(bytes(FRAME_SHAPE[0] * FRAME_SHAPE[1]))  # CRC-32 of a frame of zeros
 INNER_CHUNK = 16  # frames decoded together: small enough for random windows, large enough to compress well
-# Frames a file: about 8 MB compressed, which each appended episode rewrites. Larger files are fewer, so that more of
+# Frames a file: about 8 MB compressed, rewritten with each append. Larger files are fewer, so that more of
 # them stay open; 131,072 doubled the CPU time of an append compared with 16,384, this adds a third.
 FRAME_SHARD = 65_536
 SCALAR_CHUNK = 1_024
