@@ -60,7 +60,9 @@ def play(folder, games, learner, **changed):
         "capacity": 1_000, "batch_size": 8, "min_history": 100, "update_period": 16, "epsilon_decay": 100,
         "final_epsilon": 0.1, "report_seconds": 0.0,
     }  # fmt: skip
-    return playing.play(folder / "replay", games, learner, checkpoints_in(folder), **(settings | changed))
+    settings |= changed
+    checkpoints = settings.pop("checkpoints", None) or checkpoints_in(folder)
+    return playing.play(folder / "replay", games, learner, checkpoints, **settings)
 
 
 # Learning.
@@ -415,6 +417,17 @@ def test_a_stopped_run_goes_on(tmp_path):
     finished = [report for _, report in play(tmp_path, games, make_learner([4, 6]), **options)]
     assert len(finished) == 1 and finished[0]["logged"] == last["logged"]
     assert mirror(tmp_path / "tensorboard") == mirrored
+
+
+def test_checkpoints_to_keep_are_kept_though_several_updates_fall_due_at_once(tmp_path):
+    checkpoints = training.Checkpoints(tmp_path / "checkpoints", {"agent": "of a test"}, keep_period=10)
+    settings = {"num_transitions": 140, "update_period": 1, "checkpoint_every": 5, "checkpoints": checkpoints}
+    *_, (_, report) = play(tmp_path, ["Pong"], make_learner([6]), **settings)
+    checkpoints.wait()
+    steps = sorted(int(folder.name) for folder in (tmp_path / "checkpoints").iterdir())
+    newest = report["updates"]
+    assert newest >= 40 and newest % 4 == 0
+    assert steps == sorted({*range(10, newest + 1, 10), newest - newest % 5 or newest, newest})
 
 
 def mirror(folder):

@@ -150,6 +150,7 @@ class OnlineAgents(Parameters):
     capacity: Count = 1_000_000
     compressed: bool = False
     checkpoint_every: Count = 10_000
+    keep_checkpoint_every: Count = 1_000_000
     tensorboard: bool = False
     eval_episodes: Annotated[int, Field(ge=0)] = 10
 

@@ -157,8 +157,9 @@ class _Learning:
         self.losses[:] = loss
 
     def save(self, every: int = 1) -> None:
-        """Write a checkpoint if the number of updates passed a multiple of `every` since the last one."""
+        """Check, and write a checkpoint, if the number of updates passed a multiple of `every` since the last one."""
         if self.updates // every > self._saved // every:
+            self.check()
             self._checkpoints.save(self.state)
             self._saved = self.updates
 
@@ -342,6 +343,7 @@ def play(
             due = learning.due(steps, min_history, update_period)
             while learning.updates < due:
                 learning.update(draw_batch())
+                learning.save(checkpoint_every)
                 if meter.is_due():  # there may be many after resuming
                     learning.check()
                     yield report()
@@ -356,7 +358,6 @@ def play(
                 log_episodes(before)
             learning.check()
             yield from learn(steps)
-            learning.save(checkpoint_every)
             if meter.is_due():
                 yield report()
         yield from learn(count_steps())  # many, where the last episodes outlived the last checkpoint
