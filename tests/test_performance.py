@@ -198,13 +198,26 @@ def test_pytorchs_network_is_of_the_same_size():
     torch = pytest.importorskip("torch", reason="PyTorch is an extra")
     from scaled_ql import torch_step
 
-    for encoder in ("resnet_narrow", "resnet50"):
+    for encoder in ("resnet_narrow", "resnet50", "nature", "nature_narrow", "vit_narrow"):
         theirs = torch_step.Network(encoder, 3, (32, 16))
         ours = jax.eval_shape(lambda encoder=encoder: networks.make_q_network(encoder, 3, "c51", hidden_sizes=(32, 16)))
-        assert sum(p.numel() for p in theirs.parameters()) == networks.count_parameters(ours)
-    assert torch.isfinite(theirs(torch.zeros(2, 4, 84, 84, dtype=torch.uint8), torch.tensor([0, 2]))).all()
+        assert sum(p.numel() for p in theirs.parameters()) == networks.count_parameters(ours), encoder
+        logits = theirs(torch.zeros(2, 4, 84, 84, dtype=torch.uint8), torch.tensor([0, 2]))
+        assert logits.shape == (2, 18, 51) and torch.isfinite(logits).all()
+
+
+def test_pytorchs_step_learns_and_is_measured_beside_ours():
+    pytest.importorskip("torch", reason="PyTorch is an extra")
+    from scaled_ql import torch_step
+
     noise = performance.random_batch(4, 3)
-    assert torch_step.measure_torch_step("resnet_narrow", noise, [18, 18, 18], (16,), seconds=0.01) > 0
+    step = torch_step.make_torch_step("nature_narrow", noise, [18, 18, 18], (16,))
+    losses = [float(step()) for _ in range(200)]
+    assert losses[-1] < losses[0] - 0.01
+    limits = performance.Ceilings({"float32": 1e12}, 1e10, 1e10)
+    row = torch_step.compare("nature_narrow", 4, 2, (16,), "float32", limits, 0.01)
+    best = min(value for name, value in row.items() if name.startswith("PyTorch"))
+    assert row["JAX, of PyTorch's best"] == pytest.approx(row["JAX, ms"] / best) and best > 0
 
 
 def test_short_calls_are_timed_together_and_long_ones_alone():

@@ -188,22 +188,31 @@ def _first_episodes(source: Replay, game: str, rows: int) -> list[dict]:
 
 
 def benchmark_scale(
-    path: str, folder: str | Path, copies: int = 1_000, seconds: float = 40.0, repeats: int = 5
+    path: str, folder: str | Path, copies: int = 1_000, seconds: float = 50.0, repeats: int = 5
 ) -> pd.DataFrame:
     """The same measurements for a store of 40 games and for one `copies` times as large: medians of `repeats` in turn.
 
-    Each is made by a fresh process. Speeds scatter by a fifth, as threads contend or do not.
+    Each is made by a fresh process. Speeds scatter by a fifth, as threads contend or do not: so each is compared with
+    the small store's of the same round, too.
+
+    Returns:
+        index store; medians of transitions, seconds to open, transitions/s, memory, MB; and of the rate relative to
+        the small store's of the same round the median, least and most.
     """
     source, stores = open_replay(path), {count: Path(folder) / f"copies-{count}" for count in (1, copies)}
     for count, store in stores.items():
         if not store.exists():
             repeat_store(source, store, list(TRAINING_GAMES), count)
     rows = []
-    for count, store in list(stores.items()) * repeats:
-        command = [sys.executable, "-m", "scaled_ql.benchmarks", str(store), str(seconds / repeats)]
+    for number, (count, store) in enumerate(list(stores.items()) * repeats):
+        command = [sys.executable, "-m", "scaled_ql.benchmarks", str(store), str(seconds / (2 * repeats))]
         measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        rows.append({"store": f"x {count}", **measured})
-    return pd.DataFrame(rows).groupby("store", sort=False).median()
+        rows.append({"store": f"x {count}", "round": number // 2, **measured})
+    table = pd.DataFrame(rows)
+    by_store = table.pivot(index="round", columns="store", values="transitions/s")
+    relative = by_store.div(by_store[rows[0]["store"]], axis=0).agg(["median", "min", "max"]).T
+    relative.columns = ["of the small store's rate", "least", "most"]
+    return table.drop(columns="round").groupby("store", sort=False).median().join(relative)
 
 
 def _measure_store(path: str, seconds: float) -> dict[str, float]:
@@ -266,7 +275,12 @@ def benchmark_online(
         """Medians over reports."""
         own = learner._replace(state=jax.tree.map(jnp.copy, learner.state))
         settings = {"environments": environments, "num_transitions": 10**9, "seed": 0, "source": "benchmark"}
-        settings |= {"min_history": 1_000, "epsilon_decay": 1, "final_epsilon": 0.0, "report_seconds": 1.0}
+        settings |= {
+            "min_history": 1_000,
+            "epsilon_decay": 1,
+            "final_epsilon": 0.0,
+            "report_seconds": min(1.0, seconds / 5),
+        }
         settings |= {"capacity": 100_000, "batch_size": batch_size, "update_period": update_period, "max_steps": 2_000}
         with tempfile.TemporaryDirectory() as folder:
             checkpoints = training.Checkpoints(Path(folder) / "checkpoints", {})

@@ -22,6 +22,7 @@ VITS = [name for name, (family, *_) in defaults.ENCODERS.items() if family == "v
 _SIZES = {"cql": defaults.ENCODERS, "bc": defaults.ENCODERS, "mae": VITS}
 _SIZES |= {"dt": defaults.TRANSFORMERS, "bc_transformer": defaults.TRANSFORMERS}
 System = Literal[tuple(f"{method} {size}" for method, sizes in _SIZES.items() for size in sizes)]
+TorchEncoder = Literal[tuple(name for name, (family, *_) in defaults.ENCODERS.items() if family != "impala")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -452,11 +453,14 @@ class Performance(Parameters):
     systems: Annotated[list[System], Field(min_length=1)] = [
         "cql resnet34", "cql resnet50", "cql resnet101", "cql vit_base", "dt 40M", "dt 200M",
     ]  # fmt: skip
+    systems_batch: Count = 512
     heads_encoder: Encoder = "resnet34"
     heads_batch: Count = 512
     num_games: Annotated[list[Annotated[int, Field(ge=1, le=40)]], Field(min_length=1)] = [1, 10, 40]
-    torch_encoder: Literal["resnet_narrow", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet101"
+    torch_encoders: Annotated[list[TorchEncoder], Field(min_length=1)] = ["resnet101"]
     torch_batch: Count = 512
+    torch_games: Annotated[int, Field(ge=1, le=40)] = 40
+    torch_hidden_sizes: Annotated[list[Count], Field(min_length=1)] = list(defaults.HIDDEN_SIZES)
     peer_rates: str = ""
     dataset: str = "01_data_collection/default/replay"
     view: str = ""
