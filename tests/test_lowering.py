@@ -112,16 +112,16 @@ PLATFORMS = {"lowering_platforms": ("cuda", "tpu")}
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_online_agents_steps_and_choices_lower_for_accelerators(shared: bool) -> None:
-    """One program over stacked parameters, and a network of all games."""
+def test_online_agents_steps_and_choices_lower_for_accelerators(shared: bool, monkeypatch) -> None:
+    """One program over stacked parameters, mapped as it is on accelerators, and a network of all games."""
+    monkeypatch.setattr(agents, "_one_by_one", jax.vmap)
     atoms, sizes = losses.support(-10, 10), [4, 6]
     build = partial(networks.make_q_network, "nature_narrow", 2 if shared else 1, "c51", hidden_sizes=(16,))
     make = agents.multi_task_learner if shared else agents.independent_learners
     learner = make(lambda seed: build(seed=seed), sizes, training.make_optimizer(), seed=0, head="c51", atoms=atoms)
     batch = make_batch(4, 2)
-    batch = (
-        batch if shared else jax.tree.map(lambda x: np.stack([x, x]), batch)._replace(game=np.zeros((2, 4), np.int32))
-    )
+    if not shared:
+        batch = jax.tree.map(lambda x: np.stack([x, x]), batch)._replace(game=np.zeros((2, 4), np.int32))
     stacks = np.zeros((2, 3, 4, 84, 84), np.uint8)
     jax.jit(learner.update).trace(learner.state, batch).lower(**PLATFORMS)
     jax.jit(learner.greedy).trace(learner.state.params, stacks).lower(**PLATFORMS)
@@ -132,9 +132,8 @@ def test_several_steps_a_dispatch_and_frozen_ones_lower_for_accelerators() -> No
     method, optimizer = methods.make(p), training.make_optimizer(frozen=("encoder",))
     graph, state = training.init_state(method.build(p.encoder, 2, hidden_sizes=(16,)), optimizer)
     step = training.make_train_step(method.objective(graph, [4, 6]), optimizer)
-    stacked = jax.tree.map(lambda x: np.stack([x] * 3), make_batch(4, 2))
-    for batch in (make_batch(4, 2), stacked):
-        jax.jit(lambda state, batch=batch: step(state, batch)).trace(state).lower(**PLATFORMS)
+    for count in (1, 3):
+        jax.jit(step).trace(state, *[make_batch(4, 2)] * count).lower(**PLATFORMS)
     prefer = method.preferences(graph, [4, 6])
     stacks, game = np.zeros((3, 84, 84, 4), np.uint8), np.zeros(3, np.int32)
     jax.jit(lambda params: prefer(params, stacks, game)).trace(state.params).lower(**PLATFORMS)
