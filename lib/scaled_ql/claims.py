@@ -96,17 +96,20 @@ def claims() -> list[Claim]:
 
 
 def growing(gathered: Gathered, source: str) -> list[Claim]:
-    """Claims about size, of each family of encoders the largest with runs of two seeds against the smallest."""
+    """Claims about size, of each family of encoders the largest with runs of two seeds against the smallest.
+
+    Without such runs of two sizes a family's claims are about its first and its last.
+    """
     base = ablations.base(source)
     sizes = gathered.runs.dropna(subset="paper_parameters").groupby("encoder")["paper_parameters"].max().sort_values()
     trained = [name for name in sizes.index if len(ablations.select(gathered, base, {"encoder": name})) > 1]
     found = []
     for family in ("resnet", "impala"):
         ordered = [name for name in trained if ENCODERS[name][0].startswith(family)]
-        if len(ordered) < 2:
-            continue
+        named = f"{ordered[0]} to {ordered[-1]}" if len(ordered) > 1 else family
+        if len(ordered) < 2:  # a claim that was not tried
+            ordered = [name for name, (kind, *_) in ENCODERS.items() if kind.startswith(family)]
         small, large = {"encoder": ordered[0]}, {"encoder": ordered[-1]}
-        named = f"{ordered[0]} to {ordered[-1]}"
         expected = "rises" if family == "resnet" else "does not rise"
         found.append(_versus(f"g: score rises with size, {named}", large, small, f"Figure 6: {expected}"))
         arms = ((1, large), (-1, large | {"head": "mse"}), (-1, small), (1, small | {"head": "mse"}))
@@ -115,16 +118,17 @@ def growing(gathered: Gathered, source: str) -> list[Claim]:
 
 
 def together(gathered: Gathered, source: str) -> list[Claim]:
-    """Claims about one network for all games, beside one for each; none, unless the runs have a view of each game.
+    """Claims about one network for all games, beside one for each, where the runs have a view of each game.
 
     All are trained for as many steps, of batches as large.
     """
     base = ablations.base(source)
     games = gathered.scores.join(gathered.runs["view"], on="run").groupby("view")["game"].unique()
     single = tuple(view for view, own in games.items() if view != base.view and len(own) == 1)
-    if sorted(games[view][0] for view in single) != sorted(games.get(base.view, ())) or len(single) < 2:
-        return []
-    alone, named = {"view": single}, f"one network for {len(single)} games"
+    here = games.get(base.view, ())
+    if sorted(games[view][0] for view in single) != sorted(here) or len(single) < 2:
+        single = ("each game alone",)  # of which there are no runs
+    alone, named = {"view": single}, f"one network for {len(here)} games"
     arms = ((1, {}), (-1, {"alpha": 0.0}), (-1, alone), (1, alone | {"alpha": 0.0}))
     return [
         Claim(
@@ -144,7 +148,7 @@ def test(gathered: Gathered, source: str, which: list[Claim] | None = None) -> p
 
     Returns:
         columns claim, encoder ("" where the claim names them), effect, low, high (points of human-normalised score,
-        mean over games, with a 95% Welch interval over training seeds), control, control low, control high (the first
+        see `overall`, with a 95% Welch interval over training seeds), control, control low, control high (the first
         arm's score less that of the same training with zero rewards, or of the base's without it; likewise), seeds
         (of each arm), verdict (a key of `VERDICTS`; ``unlearned``: the arm that would win may be no better than its
         control, or has none), without (games left out, see `ablations.cut_games`), minutes (of training, all runs of
@@ -185,8 +189,8 @@ def _tested(gathered: Gathered, base: parameters.Parameters, claim: Claim) -> It
             raise GatherError(f"{claim.name}: runs {', '.join(chosen[0][0].index)} and others have different games.")
         if scores[0].empty:
             continue
-        weights, arms = [weight for weight, _ in claim.arms], [table.mean(axis=1).to_numpy() for table in scores]
-        effect, low, high = (value - fixed.to_numpy().mean() for value in metrics.contrast(weights, arms))
+        weights, arms = [weight for weight, _ in claim.arms], [overall(table) for table in scores]
+        effect, low, high = (value - overall(fixed).mean() for value in metrics.contrast(weights, arms))
         above = [_above(gathered, arm, zero) for arm, zero in zip(chosen, controls)]
         row = {"claim": claim.name, "encoder": encoder, "effect": effect, "low": low, "high": high}
         row |= dict(zip(("control", "control low", "control high"), above[0]))
@@ -226,7 +230,15 @@ def _above(gathered: Gathered, arm: list[pd.DataFrame], control: list[pd.DataFra
     common = [game for game in first if game in second]
     if len(second) < 2 or not common:
         return (np.nan,) * 3
-    return metrics.contrast([1, -1], [table[common].mean(axis=1).to_numpy() for table in (first, second)])
+    return metrics.contrast([1, -1], [overall(table[common]) for table in (first, second)])
+
+
+def overall(table: pd.DataFrame) -> np.ndarray:
+    """One score a seed, [seeds], from `points`: the IQM over games, which is their mean where there are two or three.
+
+    A mean over more games would be that of the game in which human players are the least above random play.
+    """
+    return metrics.iqm(table.to_numpy()[:, None])
 
 
 def points(
@@ -248,6 +260,34 @@ def points(
         tables.append(table[[game for game in table if game in known]])
     table = pd.concat(tables, axis=1).sort_index(axis=1)
     return table.apply(lambda returns: 100 * returns.map(partial(metrics.human_normalized, returns.name)))
+
+
+def players(gathered: Gathered, source: str) -> pd.DataFrame:
+    """Mean raw returns in the games of a rung's base.
+
+    Returns:
+        index game; columns random, best constant action, data, zero rewards, agent (the base and its control, over
+        training seeds); and data, % and agent, %, human-normalised.
+    """
+    base = ablations.base(source)
+    agent = ablations.select(gathered, base, {})
+    control = ablations.select(gathered, base, {"rewards": "zero"})
+    columns = {"random": "random_return", "best constant action": "constant_return", "data": "dataset_return"}
+    found = {title: ablations.score_matrix(gathered, agent.index, column).mean() for title, column in columns.items()}
+    for title, runs_of in (("zero rewards", control), ("agent", agent)):
+        found[title] = ablations.score_matrix(gathered, runs_of.index, "agent_return").mean()
+    table = pd.DataFrame(found).rename_axis("game")
+    known = ablations.score_matrix(gathered, agent.index, "human_normalized").columns
+    for title in ("data", "agent"):
+        returns = table.loc[table.index.isin(known), title]
+        table[f"{title}, %"] = pd.Series({game: 100 * metrics.human_normalized(game, x) for game, x in returns.items()})
+    return table
+
+
+def data_of(source: str) -> str:
+    """The data of a rung, in words."""
+    base = ablations.base(source)
+    return f"{base.dataset}, {f'view {base.view}' if base.view else 'all of it'}"
 
 
 def budget(tested: pd.DataFrame, effect: float = 5.0) -> pd.DataFrame:
