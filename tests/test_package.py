@@ -26,7 +26,7 @@ ORDER = (
     "methods.cloning", "methods.cpc", "methods.decision_transformer", "methods.mae", "methods.q_learning", "methods",
     "devices", "training",
     "evaluation", "transfer", "probe", "walkthrough", "online", "online.ring", "online.log", "online.agents",
-    "online.play", "peer_rates", "benchmarks", "peers", "torch_step", "performance", "paper", "recorder", "report",
+    "online.play", "peer_rates", "benchmarks", "peers", "performance", "torch_step", "paper", "recorder", "report",
     "runs", "run_table", "site", "batches", "ablations", "reward_control", "transfer_report", "claims", "grids",
     "weights", "trained_agent", "model_card", "episodes", "saliency", "state_map", "controls", "browsers", "play_along",
     "explore", "dataset_card", "command",
