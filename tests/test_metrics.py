@@ -135,3 +135,19 @@ def test_the_papers_raw_scores(dataset: str, method: str, iqm: float, median: fl
 def test_dqn_normalised() -> None:
     assert metrics.dqn_normalized("Amidar", 5.8) == 0
     assert metrics.dqn_normalized("Amidar", 1207.74) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (7.5623, "7.562"),
+        (471.93, "471.9"),
+        (999.94, "999.9"),
+        (999.96, "1,000"),
+        (11_040.4, "11,040"),
+        (-20, "-20"),
+        (0, "0"),
+    ],
+)
+def test_returns_are_written_without_exponents(value: float, words: str) -> None:
+    assert metrics.digits(value) == words

@@ -14,6 +14,7 @@ from scaled_ql.defaults import EVAL_EPSILON
 from scaled_ql.environments import MAX_STEPS, make_vector_environment
 from scaled_ql.games import NUM_ACTIONS, action_names, full_actions
 from scaled_ql.methods.common import Method, Preferences, PyTree
+from scaled_ql.metrics import digits
 from scaled_ql.replay.format import FRAME_SHAPE
 from scaled_ql.replay.sequences import Sequences
 
@@ -370,11 +371,12 @@ def verdict(scores: pd.DataFrame) -> str:
         above, below = others[others < row["low"]], others[others > row["high"]]
         groups = {"above": above, "below": below, "not told apart from": others.drop([*above.index, *below.index])}
         words = [
-            f"{relation} {', '.join(f'{name} ({value:.4g})' for name, value in group.items())}"
+            f"{relation} {', '.join(f'{name} ({digits(value)})' for name, value in group.items())}"
             for relation, group in groups.items()
             if len(group)
         ]
-        lines.append(f"- **{game}: {row['agent']:.4g}** ({row['low']:.4g} to {row['high']:.4g}), {'; '.join(words)}")
+        agent, low, high = (digits(row[name]) for name in ("agent", "low", "high"))
+        lines.append(f"- **{game}: {agent}** ({low} to {high}), {'; '.join(words)}")
     return "\n".join(lines)
 
 

@@ -82,6 +82,11 @@ def _runs_and_tasks(scores: np.ndarray) -> np.ndarray:
     return scores
 
 
+def digits(value: float) -> str:
+    """A return, four digits and no exponent: 7.562, 471.9, 11,040."""
+    return f"{value:,.0f}" if abs(value) >= 999.95 else f"{value:.4g}"
+
+
 def mean(scores: np.ndarray) -> np.ndarray:
     """Mean over runs and tasks."""
     return _runs_and_tasks(scores).mean((-2, -1))[()]

@@ -21,6 +21,7 @@ from scaled_ql.defaults import ENCODERS, GROUP_SIZE
 from scaled_ql.environments import FRAME_SKIP, OBSERVATION, STACK_SIZE
 from scaled_ql.evaluation import mean_interval
 from scaled_ql.games import action_names
+from scaled_ql.metrics import digits
 from scaled_ql.trained_agent import Agent, load_agent
 from scaled_ql.weights import Trained
 
@@ -202,11 +203,12 @@ def _scores(folder: Path, trained: Trained, summary: dict[str, Any]) -> str:
         if file.exists():
             played = pd.read_csv(file)
             low, high = mean_interval(played["episode_return"])
-            row = {"mean return": f"{played['episode_return'].mean():.4g}", "95% interval": f"{low:.4g} to {high:.4g}"}
+            row = {"mean return": digits(played["episode_return"].mean())}
+            row |= {"95% interval": f"{digits(low)} to {digits(high)}"}
             row |= {"episodes": str(len(played)), "truncated": f"{played['truncated'].mean():.0%}"}
         of_game = known.get(game, {}) if isinstance(known, dict) else {}
         for title, name in (("data", "dataset_return"), ("random", "random_return")):
-            row[title] = "–" if of_game.get(name) is None else f"{of_game[name]:.4g}"
+            row[title] = "–" if of_game.get(name) is None else digits(of_game[name])
         rows.append({"game": game} | row)
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from scaled_ql import metrics, parameters, runs
+from scaled_ql.metrics import digits
 
 UNIMPORTANT = (parameters.INCIDENTAL - {"seed"}) | {"built_like"}
 
@@ -101,7 +102,7 @@ def in_words(table: pd.DataFrame, now: float) -> pd.DataFrame:
     steps = [f"{done:,.0f} of {total:,.0f}" for done, total in zip(table["done"], table["total"])]
     shown["progress"] = pd.Series(steps, table.index, dtype=object).where(known, "")
     shown["age"] = [age(now - updated) if updated == updated else "" for updated in table["updated"]]
-    raw = [", ".join(f"{game} {mean:.4g}" for game, mean in returns.items()) for returns in table["returns"]]
+    raw = [", ".join(f"{game} {digits(mean)}" for game, mean in returns.items()) for returns in table["returns"]]
     shown["score"] = [score or (text if len(text) < 40 else "") for score, text in zip(table["score"], raw)]
     shown["differs"] = ""
     for _, group in table.groupby("notebook"):
@@ -151,7 +152,7 @@ def compare_scores(folders: Sequence[Path]) -> pd.DataFrame:
             if file.exists():
                 returns = pd.read_csv(file)["episode_return"]
                 low, high = evaluation.mean_interval(returns)
-                text = f"{returns.mean():.4g} ({low:.4g} to {high:.4g}), {len(returns)} episodes"
+                text = f"{digits(returns.mean())} ({digits(low)} to {digits(high)}), {len(returns)} episodes"
                 rows.setdefault(game, {})[_name(folder)] = text
     names = [_name(folder) for folder in folders]
     return pd.DataFrame.from_dict(rows, orient="index", columns=names).fillna("").rename_axis("game")
