@@ -267,9 +267,12 @@ def test_the_agents_notebook_opens_an_exported_agent_without_its_run(outputs: Pa
     assert "No second agent: this checkpoint is the only one" in printed
 
 
-def test_the_gallerys_agent_plays_better_than_its_data(workspace: Path) -> None:
-    """Data 4.9 in Breakout, random 1.3; whoever installs the workspace can look at it without any training."""
-    agent = explore.load_agent(workspace / "outputs" / "gallery" / "models" / "quickstart_seed_2")
-    assert agent.games == ["Breakout", "Qbert"]
-    played = [episodes.play(agent.player("Breakout"), "Breakout", seed=seed, **agent.protocol) for seed in range(2)]
-    assert np.mean([episode.rewards.sum() for episode in played]) > 4.9
+@pytest.mark.parametrize(
+    ("model", "game", "least"), [("quickstart_seed_2", "Breakout", 4.9), ("six_games_500k_online", "Qbert", 178)]
+)
+def test_the_gallerys_agents_play(workspace: Path, model: str, game: str, least: float) -> None:
+    """Better than the first one's data, and than a random player or the best constant action plays Qbert; whoever
+    installs the workspace can look at them without any training."""
+    agent = explore.load_agent(workspace / "outputs" / "gallery" / "models" / model)
+    played = [episodes.play(agent.player(game), game, seed=seed, **agent.protocol) for seed in range(2)]
+    assert np.mean([episode.rewards.sum() for episode in played]) > least
