@@ -257,7 +257,8 @@ def test_a_budget_says_what_the_pilot_can_detect(outputs):
 
 
 def test_the_gallerys_scores_are_what_the_reports_say(workspace: Path):
-    rung, source = claims.read(workspace / "outputs" / "gallery" / "scores_quickstart.csv")
+    gallery = workspace / "outputs" / "gallery"
+    rung, source = claims.read(gallery / "scores_quickstart.csv")
     table = claims.test(rung, source).set_index(["claim", "encoder"])
     assert table.loc[("a: better than its data", "nature_narrow"), "verdict"] == "yes"
     assert table.loc[("b: better than cloning", "nature_narrow"), "seeds"] == "5 + 5"
@@ -265,6 +266,17 @@ def test_the_gallerys_scores_are_what_the_reports_say(workspace: Path):
     for claim in ("a: better than its data", "b: better than a clone that samples", "c: C51 better than MSE"):
         row = table.loc[(claim, "nature_narrow")]
         assert f"{row['effect']:.1f} ({row['low']:.1f} to {row['high']:.1f}" in readme
+    default = parameters.check("08_paper_report", {}).scores
+    assert sorted(default) == sorted(f"outputs/gallery/{file.name}" for file in gallery.glob("scores_*.csv"))
+    second, base = claims.read(gallery / "scores_six_games.csv")
+    assert base == "six_games_500k.yaml" and sorted(second.scores["game"].unique()) == sorted(
+        ["Assault", "Boxing", "Breakout", "DemonAttack", "KungFuMaster", "Qbert"]
+    )
+    tried = claims.test(second, base).set_index("claim")
+    for claim in ("a: better than its data", "a: better than the best constant action"):
+        row = tried.loc[claim]
+        assert row["seeds"] == "5" and f"{row['effect']:.1f} ({row['low']:.1f} to {row['high']:.1f}" in readme
+    assert list(claims.players(second, base).index) == sorted(second.scores["game"].unique())
     transferred = claims.transferred(pd.read_csv(workspace / "outputs" / "gallery" / "transfer.csv"))
     assert {name[0] for name in transferred["claim"]} == {"h", "i"}
     assert "effect, 95% interval" in claims.shown(transferred)

@@ -406,7 +406,7 @@ class PaperReport(Parameters):
 
     sub_optimal: str = "forty_games_suboptimal"
     near_optimal: str = "forty_games_near_optimal"
-    scores: list[str] = ["outputs/gallery/scores_quickstart.csv"]
+    scores: list[str] = ["outputs/gallery/scores_quickstart.csv", "outputs/gallery/scores_six_games.csv"]
     transfer_scores: str = "outputs/gallery/transfer.csv"
     seed: Seed = 0
     replicates: Count = 50_000
