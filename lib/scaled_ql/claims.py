@@ -277,7 +277,7 @@ def players(gathered: Gathered, source: str) -> pd.DataFrame:
     for title, runs_of in (("zero rewards", control), ("agent", agent)):
         found[title] = ablations.score_matrix(gathered, runs_of.index, "agent_return").mean()
     table = pd.DataFrame(found).rename_axis("game")
-    known = ablations.score_matrix(gathered, agent.index, "human_normalized").columns
+    known = gathered.scores.dropna(subset="human_normalized")["game"].unique()  # with reference scores
     for title in ("data", "agent"):
         returns = table.loc[table.index.isin(known), title]
         table[f"{title}, %"] = pd.Series({game: 100 * metrics.human_normalized(game, x) for game, x in returns.items()})
