@@ -275,12 +275,7 @@ def benchmark_online(
         """Medians over reports."""
         own = learner._replace(state=jax.tree.map(jnp.copy, learner.state))
         settings = {"environments": environments, "num_transitions": 10**9, "seed": 0, "source": "benchmark"}
-        settings |= {
-            "min_history": 1_000,
-            "epsilon_decay": 1,
-            "final_epsilon": 0.0,
-            "report_seconds": min(1.0, seconds / 5),
-        }
+        settings |= {"min_history": 1_000, "epsilon_decay": 1, "final_epsilon": 0.0, "report_seconds": 1.0}
         settings |= {"capacity": 100_000, "batch_size": batch_size, "update_period": update_period, "max_steps": 2_000}
         with tempfile.TemporaryDirectory() as folder:
             checkpoints = training.Checkpoints(Path(folder) / "checkpoints", {})
